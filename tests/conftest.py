@@ -1,0 +1,34 @@
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small club world with its toy model, used by every test that trains or predicts."""
+    from clubworld import write_toy_model, write_world
+
+    folder = tmp_path_factory.mktemp("world") / "club"
+    write_world(folder, seed=100, train=64, valid=8, test=12)
+    write_toy_model(folder / "toy", seed=100)
+    return folder
+
+
+@pytest.fixture
+def train_on(world, tmp_path):
+    """train_on(out, *options): `python train.py` on the small world, ten steps of eight; returns the run's folder."""
+    import train
+
+    def run(out, *options, posts=world / "train.jsonl"):
+        arguments = ["--train", str(posts), "--model", str(world / "toy"), "--out", str(tmp_path / out),
+                     "--epochs", "2", "--batch-size", "8", "--lr", "2e-3", "--workers", "0", "--max-new-tokens", "16"]
+        train.train(train.settings([*arguments, *map(str, options)]))
+        return tmp_path / out
+
+    return run
