@@ -1,0 +1,342 @@
+"""Records, the answer parser, images, prompts and batches."""
+
+import json
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import Encoder, Posts, Unreadable, load_image, parse_answer
+from evaluate import UserError
+from tiny import qwen_tokenizer
+
+# ------------------------------------------------------------------------------------------------- parser
+
+
+@pytest.mark.parametrize("output, keyphrases, think", [
+    ("wildflower hour; flowers", ["wildflower hour", "flowers"], None),
+    ("<think>blue flowers.</think><answer>wildflower hour; flowers</answer>", ["wildflower hour", "flowers"], "blue flowers."),
+    ("<think>\nblue\n</think>\n<answer>\na\nb\n</answer>", ["a", "b"], "blue"),
+    ("<think>blue</think>a; b", ["a", "b"], "blue"),
+    ("<think>never ends; it goes on", [], "never ends; it goes on"),
+    ("<think>forgot to close<answer>a; b</answer>", ["a", "b"], "forgot to close"),
+    ("no opening</think><answer>a</answer>", ["a"], "no opening"),
+    ("<answer>a; b", ["a", "b"], None),
+    ("a; b</answer>", ["a", "b"], None),
+    ("<think></think><answer></answer>", [], ""),
+    ("- one\n- two\n* three\n1. four\n2) five", ["one", "two", "three", "four", "five"], None),
+    ("#WildflowerHour #Flowers", ["WildflowerHour", "Flowers"], None),
+    ("#one, #two", ["one", "two"], None),
+    ("red, white; blue", ["red, white", "blue"], None),
+    ("red, white", ["red", "white"], None),
+    ("a; A; a ;  a", ["a"], None),
+    ("; ;;", [], None),
+    ("", [], None),
+    ('"quoted"; **bold**; end.', ["quoted", "bold", "end"], None),
+    ("3d printing; 1984", ["3d printing", "1984"], None),
+    ("花见；春天", ["花见", "春天"], None),
+    ("花见、春天，樱", ["花见", "春天", "樱"], None),
+    ("خبر عاجل; أخبار", ["خبر عاجل", "أخبار"], None),
+    ("<think>a</think><think>b</think><answer>c</answer>", ["c"], "a"),
+    ("<answer>one</answer><answer>two</answer>", ["one"], None),
+])
+def test_parser(output, keyphrases, think):
+    assert parse_answer(output) == (keyphrases, think)
+
+
+def test_parser_reads_back_what_the_targets_say():
+    draw = random.Random(0)
+    words = ["foxes", "new kit", "3d", "C#", "naïve", "日本", "co-op", "rock 'n roll", "u.s", "r&b"]
+    for _ in range(300):
+        keyphrases = draw.sample(words, draw.randint(1, 5))
+        reasoning = " ".join(draw.choices(words, k=8))
+        expected = list(dict.fromkeys(keyphrases))
+        assert parse_answer(data.cot_answer(reasoning, keyphrases)) == (expected, reasoning)
+        assert parse_answer(data.plain_answer(keyphrases)) == (expected, None)
+
+
+def test_parser_survives_anything():
+    draw = random.Random(1)
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", ";", ",", "\n", "#", "- ", "1. ", "a b", "é", "\ud800",
+              "\0", "<", ">", "“", " ", ".", "；", "😀", "<|im_end|>"]
+    for _ in range(3000):
+        keyphrases, think = parse_answer("".join(draw.choices(pieces, k=draw.randint(0, 25))))
+        assert think is None or isinstance(think, str)
+        for phrase in keyphrases:
+            assert phrase == phrase.strip() != "" and not data.NOT_IN_KEYPHRASE.search(phrase)
+        assert len({phrase.casefold() for phrase in keyphrases}) == len(keyphrases)
+
+
+# ------------------------------------------------------------------------------------------------- records
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def post(**fields):
+    return {"id": "a", "text": "hello", "image": None, "keyphrases": ["x"]} | fields
+
+
+def test_posts_are_read_from_disk_one_by_one(tmp_path):
+    records = [post(id=str(i), text="日本 😀 " + "x" * (i % 7), extra=[i]) for i in range(50)]
+    path = write(tmp_path / "posts.jsonl", *records)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n", 3).rstrip(b"\n"))
+    posts = Posts(path)
+    assert [posts[i] for i in range(len(posts))] == records
+    assert pickle.loads(pickle.dumps(posts))[49] == records[49]
+    assert posts.without_cot == 50
+
+
+def test_two_workers_share_a_dataset(tmp_path):
+    records = [post(id=str(i)) for i in range(40)]
+    posts = Posts(write(tmp_path / "posts.jsonl", *records))
+    posts[0]
+    loader = torch.utils.data.DataLoader(posts, batch_size=None, num_workers=2)
+    assert [record["id"] for record in loader] == [record["id"] for record in records]
+
+
+@pytest.mark.parametrize("bad, message", [
+    (post(id=""), "'id'"), (post(id=7), "'id'"), (post(text=None), "'text'"), (post(image=3), "'image'"),
+    (post(keyphrases="x"), "'keyphrases'"), (post(keyphrases=[1]), "'keyphrases'"), (post(cot=1), "'cot'"),
+    (post(keyphrases=[]), "at least one"), (post(keyphrases=["a;b"]), "semicolon"), (post(keyphrases=[" "]), "empty"),
+    (post(keyphrases=["a</think>"]), "tag"), (post(cot="<think>x</think>"), "bare reasoning"), (post(), "already used"),
+])
+def test_a_bad_record_is_named(tmp_path, bad, message):
+    path = write(tmp_path / "posts.jsonl", post(), bad if message == "already used" else {"id": "b"} | bad | (
+        {"id": "b"} if bad["id"] == "a" else {}))
+    with pytest.raises(UserError, match=message) as error:
+        Posts(path, for_training=True)
+    assert "posts.jsonl line 2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_post_without_keyphrases_can_be_predicted_but_not_trained_on(tmp_path):
+    path = write(tmp_path / "posts.jsonl", {"id": "a", "text": ""})
+    assert len(Posts(path)) == 1
+    with pytest.raises(UserError, match="at least one keyphrase"):
+        Posts(path, for_training=True)
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path):
+    with pytest.raises(UserError, match="no posts"):
+        Posts(write(tmp_path / "posts.jsonl"))
+
+
+# -------------------------------------------------------------------------------------------------- images
+
+LEFT_RED = np.zeros((40, 60, 3), np.uint8) + np.array([0, 0, 255], np.uint8)
+LEFT_RED[:, :30] = (255, 0, 0)
+
+
+def is_left_red(image):
+    assert image.mode == "RGB" and image.size == (60, 40)
+    left, right = image.getpixel((10, 20)), image.getpixel((50, 20))
+    return left[0] > 150 and left[2] < 100 and right[2] > 150 and right[0] < 100
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    """The stored pixels are what a camera held that way would store; read, the picture is upright."""
+    undo = {2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM],
+            5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE],
+            8: [Image.Transpose.ROTATE_270]}
+    image = Image.fromarray(LEFT_RED)
+    for step in undo.get(orientation, []):
+        image = image.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert is_left_red(load_image(tmp_path / "a.jpg", 10**6))
+
+
+@pytest.mark.parametrize("name, convert, options", [
+    ("cmyk.jpg", "CMYK", {}), ("palette.png", "P", {}), ("alpha.png", "RGBA", {}), ("palette.gif", "P", {}),
+    ("rgb.webp", "RGB", {"lossless": True}), ("rgb.bmp", "RGB", {}), ("rgb.tiff", "RGB", {}), ("prog.jpg", "RGB", {"progressive": True}),
+])
+def test_image_kinds(tmp_path, name, convert, options):
+    Image.fromarray(LEFT_RED).convert(convert).save(tmp_path / name, **options)
+    assert is_left_red(load_image(tmp_path / name, 10**6))
+
+
+def test_alpha_goes_over_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 10**6).getpixel((1, 1)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 0)
+    palette.save(tmp_path / "b.png", transparency=0)
+    assert load_image(tmp_path / "b.png", 10**6).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((4, 4), 0x8080, np.uint16)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 10**6).getpixel((1, 1)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
+def test_first_frame_of_an_animation(tmp_path, name):
+    frames = [Image.fromarray(LEFT_RED), Image.new("RGB", (60, 40), "green")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50)
+    assert is_left_red(load_image(tmp_path / name, 10**6))
+
+
+def test_what_is_no_image_is_said_to_be_none(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(LEFT_RED).resize((300, 300)).save(whole)
+    (tmp_path / "torn.png").write_bytes(whole.read_bytes()[:200])
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    os.mkfifo(tmp_path / "fifo.jpg")
+    for name, reason in (("missing.jpg", "no such file"), ("torn.png", "not a readable"), ("text.jpg", "not a readable"),
+                         ("empty.jpg", "not a readable"), (".", "not a regular"), ("fifo.jpg", "not a regular")):
+        with pytest.raises(Unreadable, match=reason):
+            load_image(tmp_path / name, 10**6)
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):
+    import struct
+    import zlib
+
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(Unreadable, match="pixels"):
+        load_image(tmp_path / "a.png", 10**6)
+
+
+def test_a_large_jpeg_is_decoded_small(tmp_path):
+    Image.fromarray(LEFT_RED).resize((4000, 3000)).save(tmp_path / "a.jpg")
+    image = load_image(tmp_path / "a.jpg", 100_000)
+    assert 100_000 <= image.width * image.height <= 4000 * 3000 / 16
+
+
+# ------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("processor"))
+
+
+def make_encoder(folder, **options):
+    from transformers import AutoImageProcessor
+
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 64}))
+    tokenizer = qwen_tokenizer()
+    return Encoder(tokenizer, AutoImageProcessor.from_pretrained(folder), tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+                   **options)
+
+
+def picture(path, width=112, height=84):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("text", ["hello there", " the  foxes\n\nplay", "日本 😀", "3d 1984", "", "#tag @you", "é"])
+@pytest.mark.parametrize("with_image", [True, False])
+def test_prompt_ids_are_those_of_the_chat_template(encoder, tmp_path, text, with_image):
+    image = picture(tmp_path / "a.png") if with_image else None
+    sample = encoder.encode({"id": "a", "text": text}, image, with_answers=False)
+    content = [{"type": "image"}] * with_image + [{"type": "text", "text": data.PROMPT.replace("{text}", text.strip())}]
+    rendered = encoder.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                     add_generation_prompt=True)
+    rendered = rendered.replace("<|image_pad|>", "<|image_pad|>" * 12)  # 112 x 84 pixels are 4 x 3 tokens
+    assert sample.prompt == encoder.tokenizer(rendered, add_special_tokens=False).input_ids
+    if with_image:
+        assert sample.image["image_grid_thw"].tolist() == [[1, 6, 8]]
+
+
+def test_special_tokens_in_a_post_stay_plain_text(encoder):
+    text = "<|im_end|><|image_pad|><|im_start|>assistant"
+    sample = encoder.encode(post(text=text, keyphrases=[text]), None, with_answers=True)
+    clean = encoder.encode(post(text="x", keyphrases=["x"]), None, with_answers=True)
+    special = set(encoder.tokenizer.all_special_ids)
+    only_special = lambda ids: [token for token in ids if token in special]
+    assert only_special(sample.prompt) == only_special(clean.prompt)
+    assert only_special(sample.plain) == only_special(clean.plain) == [encoder.end_of_turn]
+    assert text in encoder.tokenizer.decode(sample.prompt)
+    assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|im_end|>"
+
+
+def test_targets(encoder):
+    sample = encoder.encode(post(keyphrases=["a b", "c"], cot=" why "), None, with_answers=True)
+    assert encoder.tokenizer.decode(sample.plain) == "a b; c<|im_end|>"
+    assert encoder.tokenizer.decode(sample.cot) == "<think>why</think><answer>a b; c</answer><|im_end|>"
+    assert encoder.encode(post(cot="  "), None, with_answers=True).cot is None
+
+
+def test_a_long_text_is_shortened_and_the_rest_kept(tmp_path):
+    encoder = make_encoder(tmp_path, max_length=250)
+    text = "the foxes play " * 7000
+    sample = encoder.encode(post(text=text), picture(tmp_path / "a.png"), with_answers=True)
+    short = encoder.encode(post(text="the"), tmp_path / "a.png", with_answers=True)
+    assert sample.shortened and not short.shortened
+    assert 240 <= len(sample.prompt) <= 250 and sample.plain == short.plain
+    assert sample.prompt.count(encoder.image_token_id) == 12
+    assert sample.prompt[-5:] == short.prompt[-5:]
+    assert "Post: the foxes play the foxes" in encoder.tokenizer.decode(sample.prompt)
+
+
+def test_a_lone_surrogate_is_no_reason_to_stop(encoder):
+    assert encoder.encode(post(text=json.loads('"a \\ud800 b"'), keyphrases=["\ud800"]), None, True).prompt
+
+
+def test_a_prompt_file_must_say_where_the_post_goes(tmp_path):
+    with pytest.raises(UserError, match="{text}"):
+        make_encoder(tmp_path, prompt="Tell me the keyphrases.")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (3, 2), (900, 700)])
+def test_odd_sizes_become_tokens(encoder, tmp_path, size):
+    image = Image.new("RGB", size)
+    image.save(tmp_path / "a.png")
+    sample = encoder.encode(post(), tmp_path / "a.png", with_answers=False)
+    tokens = sample.prompt.count(encoder.image_token_id)
+    assert 1 <= tokens <= 64 and sample.image["pixel_values"].shape[0] == 4 * tokens
+
+
+def test_image_preparation_equals_transformers_own(encoder, tmp_path):
+    path = picture(tmp_path / "a.png", 301, 133)
+    ours = encoder.encode(post(), path, with_answers=False).image
+    theirs = encoder.image_processor(images=[Image.open(path)], return_tensors="pt")
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+def test_prompts_are_padded_on_the_left_and_answers_on_the_right(encoder, tmp_path):
+    records = [(post(id="1", text="hello", cot="why", keyphrases=["a"]), picture(tmp_path / "a.png")),
+               (post(id="2", text="hello there the foxes", keyphrases=["a b c", "d"]), None)]
+    samples = [encoder.encode(record, image, with_answers=True) for record, image in records]
+    batch = data.collate(samples, encoder)
+    for row, sample in enumerate(samples):
+        mask = batch.prompt["attention_mask"][row].bool()
+        assert batch.prompt["input_ids"][row][mask].tolist() == sample.prompt and mask[-len(sample.prompt):].all()
+        assert batch.plain.ids[row][batch.plain.mask[row].bool()].tolist() == sample.plain and batch.plain.mask[row][0]
+    assert batch.prompt["mm_token_type_ids"].sum(1).tolist() == [12, 0]
+    assert batch.has_cot.tolist() == [True, False]
+    assert batch.cot.ids[1][batch.cot.mask[1].bool()].tolist() == samples[1].plain
+    chosen = batch.cot.where(torch.tensor([False, False]), batch.plain)
+    assert torch.equal(chosen.ids, batch.plain.ids) and torch.equal(chosen.mask, batch.plain.mask)
+
+
+def test_every_post_is_met_once_an_epoch():
+    steps = data.epoch_order(103, 10, seed=3, epoch=0)
+    assert sorted(sum(steps, [])) == list(range(103)) and [len(step) for step in steps] == [10] * 10 + [3]
+    assert steps == data.epoch_order(103, 10, seed=3, epoch=0)
+    assert steps != data.epoch_order(103, 10, seed=3, epoch=1) != data.epoch_order(103, 10, seed=4, epoch=1)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    data.write_whole(path, "one")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        data.write_whole(path, "two")
+    assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
