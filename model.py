@@ -1,0 +1,274 @@
+"""The vision-language model, the Dynamic CoT training step, and generation.
+
+The step (Ma et al., EMNLP 2025, section 3): measure without gradient the loss L(y_s) of the plain answer;
+below gamma the sample is taught to reason first, y_c, otherwise it keeps the plain answer y_s.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from data import PROMPT, Encoder, parse_answer
+from evaluate import UserError
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+MODES = ("sft", "cot", "multitask", "dynamic")
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+class DynamicCoT(nn.Module):
+    """One training step's loss, as one module: one forward for one backward, which DDP and FSDP can wrap.
+
+    mode: sft -> L(y_s); cot -> L(y_c); multitask -> (L(y_s) + L(y_c)) / 2;
+        dynamic -> L(y_c) where L(y_s) < gamma, else L(y_s).
+    share_prompt: both answers follow the same prompt and attention is causal, so image and prompt are read
+        once and every answer is laid upon the same keys and values. Without it each answer is a full pass of
+        its own, as the method is written: the same gradient at a higher price, and the only way under
+        gradient checkpointing, where no cache can be kept.
+    """
+
+    def __init__(self, model, mode="dynamic", gamma=0.4, share_prompt=True):
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        self.model, self.mode, self.gamma, self.share_prompt = model, mode, gamma, share_prompt
+
+    def forward(self, batch):
+        """Per-sample losses of a Batch of B posts.
+
+        Returns (loss, plain_loss, reasons): loss (B,) carries the gradient; plain_loss (B,) is L(y_s), None in
+        mode cot; reasons (B,) bool says which samples were trained on y_c.
+        """
+        prompt = self.read_prompt(batch.prompt)
+
+        if self.mode == "sft":
+            loss = self.answer_loss(prompt, batch.plain)
+            return loss, loss.detach(), torch.zeros_like(batch.has_cot)
+        if self.mode == "cot":
+            return self.answer_loss(prompt, batch.cot), None, batch.has_cot
+        if self.mode == "multitask":
+            plain_loss, cot_loss = self.answer_loss(prompt, batch.plain), self.answer_loss(prompt, batch.cot)
+            return (plain_loss + cot_loss) / 2, plain_loss.detach(), batch.has_cot
+
+        with torch.no_grad():
+            plain_loss = self.answer_loss(prompt, batch.plain)
+        reasons = (plain_loss < self.gamma) & batch.has_cot
+        return self.answer_loss(prompt, batch.cot.where(reasons, batch.plain)), plain_loss, reasons
+
+    def read_prompt(self, inputs):
+        """Image and prompt through the model, with gradient: what every answer is laid upon."""
+        positions, _ = self.model.model.get_rope_index(**{k: v for k, v in inputs.items() if k != "pixel_values"})
+        prompt = {"inputs": inputs, "positions": positions}  # (3, B, P)
+        if self.share_prompt:
+            cache = new_cache()
+            prompt["last"] = self.model.model(**inputs, position_ids=positions, past_key_values=cache,
+                                              use_cache=True).last_hidden_state[:, -1:]
+            prompt["cache"] = [(layer.keys, layer.values) for layer in cache.layers]
+        return prompt
+
+    def answer_loss(self, prompt, answers):
+        """L(y) (B,): the mean negative log-likelihood of each answer's tokens, its end of turn included."""
+        inputs, mask = prompt["inputs"], answers.mask
+        # A token is predicted from the one before it: the last one is never read.
+        read, read_mask = answers.ids[:, :-1], mask[:, :-1]
+        positions = prompt["positions"].amax((0, 2))[:, None] + 1 + torch.arange(read.shape[1], device=read.device)
+        positions = positions.expand(3, -1, -1)
+        attention_mask = torch.cat([inputs["attention_mask"], read_mask], dim=1)
+
+        if self.share_prompt:
+            hidden = self.model.model(input_ids=read, position_ids=positions, attention_mask=attention_mask,
+                                      past_key_values=new_cache(prompt["cache"]), use_cache=True).last_hidden_state
+            hidden = torch.cat([prompt["last"], hidden], dim=1)
+        else:
+            inputs = inputs | {
+                "input_ids": torch.cat([inputs["input_ids"], read], dim=1),
+                "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(read_mask)], dim=1),
+                "attention_mask": attention_mask,
+                "position_ids": torch.cat([prompt["positions"], positions], dim=2),
+            }
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state[:, -mask.shape[1]:]
+
+        # The vocabulary is what a small step would spend most of its time on: logits at answer tokens only.
+        at = mask.bool()
+        logits = self.model.lm_head(hidden[at]).float()  # (number of answer tokens, V)
+        token_loss = torch.zeros(mask.shape, device=mask.device).masked_scatter(
+            at, cross_entropy(logits, answers.ids[at], reduction="none"))
+        return token_loss.sum(1) / mask.sum(1)
+
+
+def new_cache(keys_and_values=None):
+    """A key/value cache of its own that begins with the given tensors, one pair a layer (nothing is copied)."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for keys, values in keys_and_values or []:
+        layer = cache.layer_class_to_replicate()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+# ----------------------------------------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+def generate(model, encoder, batch, think="auto", max_new_tokens=512):
+    """Greedy answers to a Batch's prompts: a list of (text, number of generated tokens, whether it ended).
+
+    think: auto lets the model's own first token decide; always starts the answer with <think>; never bans the
+    first token of <think> at the first position.
+    """
+    from transformers import GenerationConfig
+
+    inputs, begun = dict(batch.prompt), []
+    if think == "always":
+        begun = encoder.think
+        for name, values in (("input_ids", begun), ("attention_mask", [1] * len(begun)),
+                             ("mm_token_type_ids", [0] * len(begun))):
+            added = torch.tensor(values, dtype=inputs[name].dtype, device=inputs[name].device)
+            inputs[name] = torch.cat([inputs[name], added.expand(len(batch), -1)], dim=1)
+    # Every field is set, none inherited: published checkpoints ask for sampling and a repetition penalty.
+    settings = GenerationConfig(
+        do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=encoder.end_of_turn, pad_token_id=encoder.pad,
+        begin_suppress_tokens=[encoder.think[0]] if think == "never" else None)
+    was_training, inherited = model.training, model.generation_config
+    model.eval()
+    model.generation_config = settings
+    try:
+        output = model.generate(**inputs, generation_config=settings)
+    finally:
+        model.generation_config = inherited
+        model.train(was_training)
+    answers = []
+    for row in output[:, inputs["input_ids"].shape[1]:].tolist():
+        ended = encoder.end_of_turn in row
+        tokens = begun + row[:row.index(encoder.end_of_turn) if ended else len(row)]
+        text = encoder.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        answers.append((text, len(tokens) + ended, ended))
+    return answers
+
+
+def predict(model, encoder, loader, think="auto", max_new_tokens=512):
+    """Yield a prediction for every post of a `data.loader` without answers.
+
+    A prediction: {"id", "keyphrases", "think", "output", "tokens"}, with "cut" where the answer ran out of
+    tokens, and with "error" (and no keyphrases) where the post's image could not be read.
+    """
+    device = next(model.parameters()).device
+    for micro_batches, skipped in loader:
+        for post in skipped:
+            yield {"id": post.id, "keyphrases": [], "think": None, "output": "", "tokens": 0,
+                   "error": f"image {post.image}: {post.reason}"}
+        for batch in micro_batches:
+            answers = generate(model, encoder, batch.to(device), think, max_new_tokens)
+            for identity, (output, tokens, ended) in zip(batch.ids, answers):
+                keyphrases, reasoning = parse_answer(output)
+                prediction = {"id": identity, "keyphrases": keyphrases, "think": reasoning, "output": output,
+                              "tokens": tokens}
+                yield prediction if ended else prediction | {"cut": True}
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+
+def find(name):
+    """The folder of a model: `name` itself where it is one, else the hub's model of that name, downloaded.
+
+    Only JSON, text and safetensors files are taken from the hub. Raises UserError.
+    """
+    folder = Path(name)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{name}: no model here (a folder with a config.json, or a name like "
+                            "Qwen/Qwen2.5-VL-3B-Instruct, is wanted)")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+    except Exception as error:  # the hub's client raises a dozen kinds, for a dozen kinds of no connection
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: neither a folder here nor to be had from the hub ({reason})") from None
+
+
+def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=512 * 28 * 28, max_length=4096):
+    """(model, encoder, folder) of a Qwen-VL model in Hugging Face layout, a folder or a hub name.
+
+    The prompt is `prompt_file`'s, else the folder's own prompt.txt, else PROMPT. Raises UserError where
+    something is missing, torn, of another family, or only there as a pickle.
+    """
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+    quiet()
+    folder = find(name)
+    config = read_config(folder)
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
+                        f"those that work are {', '.join(FAMILIES)}")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no *.safetensors in it; pickled weights (*.bin, *.pt) are not read: "
+                        "convert them with transformers' save_pretrained")
+    try:
+        if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise FileNotFoundError("no tokenizer.json, no vocab.json")  # transformers would make an empty one
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder}: its tokenizer can't be loaded ({first_line(error)}); copy the tokenizer's files "
+                        "from the model it was trained from") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder}: its tokenizer has no chat template; copy chat_template.jinja (or the "
+                        "tokenizer_config.json that holds it) from the model it was trained from")
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:
+        raise UserError(f"{folder}: its weights can't be loaded ({first_line(error)}); is the copy whole?") from None
+    if report["missing_keys"] or report["mismatched_keys"]:
+        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the first {wrong[0]}; "
+                        "is the copy whole?")
+    if prompt_file is None and (folder / "prompt.txt").is_file():
+        prompt_file = folder / "prompt.txt"
+    try:
+        prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
+    encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
+    return model.to(device), encoder, folder
+
+
+def pick_device(name):
+    """`auto` is cuda where there is one, else cpu."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def read_config(folder):
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json: not JSON ({error})") from None
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def quiet():
+    """Keep transformers' loading bar and its known remarks on a machine without torchvision off the screen."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

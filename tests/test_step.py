@@ -1,0 +1,168 @@
+"""The training step against things that are right for another reason."""
+
+import copy
+
+import pytest
+import torch
+
+from model import FAMILIES, MODES, DynamicCoT
+from tiny import batch_of, random_posts, tiny_model
+
+GRIDS = [(4, 4), (2, 6), None, (6, 4), (2, 2), (4, 2)]
+
+
+def gradients(step, batch):
+    step.zero_grad()
+    loss, plain_loss, reasons = step(batch)
+    loss.mean().backward()
+    return loss.detach(), plain_loss, reasons, {n: p.grad.clone() for n, p in step.named_parameters()}
+
+
+def single_loss(model, post, answer):
+    """transformers' own loss of one post alone: nothing padded, labels on the answer only."""
+    ids = torch.tensor([post["prompt"] + answer])
+    labels = ids.clone()
+    labels[:, :len(post["prompt"])] = -100
+    images = post["image"] or {}
+    return model(input_ids=ids, labels=labels, mm_token_type_ids=(ids == 90).int(), **images).loss
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return tiny_model(family)
+
+
+@pytest.fixture(scope="module")
+def posts(family):
+    return random_posts(family, GRIDS, without_cot=(4,))
+
+
+@pytest.fixture(scope="module")
+def median_gamma(model, posts):
+    """A gamma between two samples' losses, so that about half of them go each way."""
+    with torch.no_grad():
+        losses = sorted(single_loss(model, post, post["plain"]).item() for post in posts)
+    return (losses[2] + losses[3]) / 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_shared_prompt_step_equals_the_literal_one(model, posts, median_gamma, mode):
+    batch = batch_of(posts)
+    shared = gradients(DynamicCoT(model, mode, median_gamma, share_prompt=True), batch)
+    literal = gradients(DynamicCoT(model, mode, median_gamma, share_prompt=False), batch)
+    torch.testing.assert_close(shared[0], literal[0], rtol=0, atol=1e-5)
+    if mode != "cot":
+        torch.testing.assert_close(shared[1], literal[1], rtol=0, atol=1e-5)
+    assert torch.equal(shared[2], literal[2])
+    if mode == "dynamic":
+        assert 0 < shared[2].sum() < len(posts)
+    for name, gradient in literal[3].items():
+        assert gradient.norm() > 0, name
+        assert (shared[3][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_losses_equal_those_of_transformers_for_each_post_alone(model, posts, median_gamma, share_prompt):
+    with torch.no_grad():
+        plain = torch.stack([single_loss(model, post, post["plain"]) for post in posts])
+        cot = torch.stack([single_loss(model, post, post["cot"] or post["plain"]) for post in posts])
+        reasons = (plain < median_gamma) & torch.tensor([post["cot"] is not None for post in posts])
+        expected = {"sft": plain, "cot": cot, "multitask": (plain + cot) / 2,
+                    "dynamic": torch.where(reasons, cot, plain)}
+        for mode, losses in expected.items():
+            loss, _, chosen = DynamicCoT(model, mode, median_gamma, share_prompt)(batch_of(posts))
+            torch.testing.assert_close(loss, losses, rtol=0, atol=1e-5)
+            if mode == "dynamic":
+                assert torch.equal(chosen, reasons)
+
+
+def test_gamma_just_above_and_below_one_samples_loss(model, posts):
+    batch = batch_of(posts)
+    with torch.no_grad():
+        plain_loss = DynamicCoT(model, "sft")(batch)[0]
+        for gamma, reasons in ((plain_loss[1] + 1e-3, True), (plain_loss[1] - 1e-3, False)):
+            for share_prompt in (True, False):
+                chosen = DynamicCoT(model, "dynamic", float(gamma), share_prompt)(batch)[2]
+                assert bool(chosen[1]) is reasons
+
+
+def test_the_gradient_is_the_literal_two_pass_loop_written_with_transformers_alone(model, posts, median_gamma):
+    """The method as the paper writes it: probe without gradient, pick, then one training pass a sample."""
+    literal = copy.deepcopy(model)
+    for post in posts:
+        with torch.no_grad():
+            easy = single_loss(literal, post, post["plain"]) < median_gamma
+        target = post["cot"] if easy and post["cot"] else post["plain"]
+        (single_loss(literal, post, target) / len(posts)).backward()
+    step = DynamicCoT(model, "dynamic", median_gamma)
+    _, _, _, ours = gradients(step, batch_of(posts))
+    for name, parameter in literal.named_parameters():
+        assert (ours[f"model.{name}"] - parameter.grad).norm() <= 2e-5 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_vision_tower_runs_once_a_step(model, posts, mode):
+    calls = []
+    hook = model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    DynamicCoT(model, mode, gamma=4.0)(batch_of(posts))
+    hook.remove()
+    assert len(calls) == 1
+
+
+def test_logits_are_made_at_answer_tokens_only(model, posts):
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    batch = batch_of(posts)
+    _, _, reasons = DynamicCoT(model, "dynamic", gamma=4.0)(batch)
+    hook.remove()
+    chosen = batch.cot.where(reasons, batch.plain)
+    assert rows == [batch.plain.mask.sum(), chosen.mask.sum()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_every_parameter_gets_a_gradient_under_bf16_autocast(model, posts, mode, share_prompt):
+    """Autocast's copies of the weights, made in the probe under no_grad, must not serve the training pass."""
+    step = DynamicCoT(model, mode, gamma=4.0, share_prompt=share_prompt)
+    step.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, _ = step(batch_of(posts))
+    loss.mean().backward()
+    for name, parameter in step.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_any_split_into_micro_batches_gives_the_same_update(family):
+    posts = random_posts(family, [(4, 4), None, (2, 6), (2, 2), (6, 4), None, (4, 2), (4, 4)], seed=5)
+    updates = []
+    for size in (1, 2, 4, 8):
+        model = tiny_model(family)
+        step = DynamicCoT(model, "dynamic", gamma=4.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for start in range(0, 8, size):
+            (step(batch_of(posts[start:start + size]))[0].sum() / 8).backward()
+        optimizer.step()
+        updates.append({name: p.detach() for name, p in model.named_parameters()})
+    before = dict(tiny_model(family).named_parameters())
+    for update in updates[1:]:
+        for name, weight in update.items():
+            moved = (updates[0][name] - before[name]).norm()
+            assert (weight - updates[0][name]).norm() <= 1e-4 * moved, name
+
+
+def test_a_batch_of_text_only_posts(model, family):
+    posts = random_posts(family, [None, None, None])
+    with torch.no_grad():
+        expected = torch.stack([single_loss(model, post, post["plain"]) for post in posts])
+        loss, _, _ = DynamicCoT(model, "sft")(batch_of(posts))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+
+
+def test_an_unknown_mode_is_refused(model):
+    with pytest.raises(ValueError, match="sft, cot"):
+        DynamicCoT(model, "both")
