@@ -1,0 +1,282 @@
+import json
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clubworld
+from clubworld import EVENTS, KINDS, MOODS, make_clubs, make_posts, write_toy_model, write_world
+from evaluate import UserError
+
+
+@pytest.fixture(scope="module")
+def posts():
+    """4,000 training, 400 validation and 1,000 test records of a development world, without their images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clubworld, "draw_shirt", lambda rng, club: None)
+        patch.setattr(clubworld, "draw_scene", lambda rng, scene: None)
+        clubs = make_clubs(100)
+        return {name: [record for record, _ in make_posts(100, clubs, name, count)]
+                for name, count in (("train", 4000), ("valid", 400), ("test", 1000))}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "toy"
+    write_toy_model(folder, seed=100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy):
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(toy)
+
+
+def read(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def of_kind(records, kind):
+    return [record for record in records if record["kind"] == kind]
+
+
+def tokens(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+# -------------------------------------------------------------------------------------------------- the files
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+    for name, seed in (("a", 100), ("b", 100), ("c", 101)):
+        write_world(tmp_path / name, seed, train=40, valid=5, test=10)
+    a, b, c = (read(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a.keys() == c.keys() and all(a[name] != c[name] for name in a)
+
+
+def test_more_training_posts_leave_the_other_files_as_they_are(tmp_path):
+    write_world(tmp_path / "few", 100, train=10, valid=8, test=8)
+    write_world(tmp_path / "many", 100, train=60, valid=8, test=8)
+    few, many = read(tmp_path / "few"), read(tmp_path / "many")
+    same = [name for name in few if re.search("valid|test", name)]
+    assert len(same) == 18 and all(few[name] == many[name] for name in same)
+
+
+def test_the_records_name_images_that_open(tmp_path):
+    write_world(tmp_path / "world", 100, train=20, valid=5, test=5)
+    records = [json.loads(line) for name in ("train", "valid", "test")
+               for line in (tmp_path / "world" / f"{name}.jsonl").read_text().splitlines()]
+    assert len({record["id"] for record in records}) == 30
+    for record in records:
+        assert list(record) == ["id", "text", "image", "keyphrases", "cot", "kind", "held_out"]
+        with Image.open(tmp_path / "world" / record["image"]) as image:
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (84, 84))
+
+
+def test_an_interrupted_world_leaves_nothing(tmp_path, monkeypatch):
+    draw, drawn = clubworld.draw_scene, []
+
+    def stop(rng, scene):
+        drawn.append(scene)
+        if len(drawn) > 5:
+            raise KeyboardInterrupt
+        return draw(rng, scene)
+
+    monkeypatch.setattr(clubworld, "draw_scene", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_world(tmp_path / "world", 100, train=40, valid=5, test=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_world_is_left_alone_and_another_is_not_overwritten(tmp_path):
+    out = tmp_path / "world"
+    write_world(out, 100, train=5, valid=2, test=2)
+    (out / "test.jsonl").write_text("mine")
+    write_world(out, 100, train=5, valid=2, test=2)
+    with pytest.raises(UserError, match="world.json"):
+        write_world(out, 100, train=6, valid=2, test=2)
+    assert (out / "test.jsonl").read_text() == "mine" and [*tmp_path.iterdir()] == [out]
+
+
+def test_a_foreign_folder_is_refused_and_an_empty_one_is_taken(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="full"):
+        write_world(tmp_path / "full", train=2, valid=1, test=1)
+    write_world(tmp_path / "empty", train=2, valid=1, test=1)
+    assert (tmp_path / "empty" / "train.jsonl").exists()
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match="--valid"):
+        write_world(tmp_path / "world", valid=0)
+    with pytest.raises(UserError, match="--seed"):
+        write_world(tmp_path / "world", seed=-1)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        write_world(tmp_path / "file" / "world", train=2, valid=1, test=1)
+
+
+# -------------------------------------------------------------------------------------------------- the world
+
+def test_clubs_are_told_apart_by_each_of_their_facts():
+    clubs = make_clubs(100)
+    assert len(clubs) == 32 and sum(club.held_out for club in clubs) == 8
+    assert len({club.nickname for club in clubs}) == len({club.city for club in clubs}) == 32
+    assert len({(club.pattern, frozenset(club.colours)) for club in clubs}) == 32
+    assert len({club.shirt for club in clubs}) == 32
+    assert all((club.kept_event is None) == club.held_out for club in clubs)
+    assert [club.shirt for club in clubs] != [club.shirt for club in make_clubs(101)]
+
+
+def test_shirts_look_different():
+    # The same random draws, so that only the shirt can differ.
+    images = {clubworld.draw_shirt(np.random.default_rng(7), club).tobytes() for club in make_clubs(100)}
+    assert len(images) == 32
+
+
+def test_shares_of_the_kinds(posts):
+    for records in posts.values():
+        counts = Counter(record["kind"] for record in records)
+        assert all(abs(counts[kind] - share * len(records)) <= 1 for kind, share in KINDS.items())
+    halves = [Counter(record["kind"] for record in half)["E"]
+              for half in (posts["train"][:2000], posts["train"][2000:])]
+    assert min(halves) > 700        # shuffled
+
+
+def test_what_is_held_out_of_training(posts):
+    clubs = make_clubs(100)
+    kept_back = {f"{club.city} {event}" for club in clubs for event in EVENTS
+                 if club.held_out or event == club.kept_event}
+    assert len(kept_back) == 8 * 6 + 24
+    for name in ("train", "valid"):
+        assert not kept_back & {record["keyphrases"][0] for record in posts[name]}
+        assert not any(record["held_out"] for record in posts[name])
+    b_posts = of_kind(posts["test"], "B")
+    assert sum(record["held_out"] for record in b_posts) == len(b_posts) // 2
+    assert all(record["keyphrases"][0] in kept_back for record in b_posts if record["held_out"])
+    assert any(record["keyphrases"][0] in kept_back for record in b_posts if not record["held_out"])
+    kits = {record["keyphrases"][0] for record in of_kind(posts["train"], "A")}
+    homes = {record["keyphrases"][0].split()[0] for record in of_kind(posts["train"], "C")}
+    assert kits == {f"{club.nickname} new kit" for club in clubs} and homes == {club.city for club in clubs}
+
+
+def test_share_of_unseen_and_absent_test_posts(posts):
+    known = {phrase for record in posts["train"] for phrase in record["keyphrases"]}
+    unseen = [record for record in posts["test"] if not known.issuperset(record["keyphrases"])]
+    absent = [record for record in posts["test"] if record["keyphrases"][0] not in record["text"]]
+    assert 0.12 < len(unseen) / len(posts["test"]) < 0.18
+    assert {record["kind"] for record in absent} == set("ABCE") and len(absent) == 0.92 * len(posts["test"])
+    for record in of_kind(posts["test"], "D"):
+        assert all(phrase in record["text"] for phrase in record["keyphrases"])
+
+
+def test_few_test_texts_are_training_texts(posts):
+    known = {record["text"] for record in posts["train"]}
+    assert sum(record["text"] in known for record in posts["test"]) < 0.2 * len(posts["test"])
+
+
+def test_names_appear_where_they_may(posts):
+    names = set(clubworld.NICKNAMES) | set(clubworld.CITIES)
+    for record in posts["train"] + posts["test"]:
+        found = names & set(re.findall(r"\w+", record["text"]))
+        assert len(found) == (record["kind"] == "C") and not found & set(clubworld.CITIES)
+        assert len(record["text"].split()) <= 24
+
+
+def test_reasoning_leads_to_the_keyphrase(posts):
+    clubs = {club.shirt: club for club in make_clubs(100)}
+    for record in posts["train"][:500]:
+        if record["kind"] == "B":
+            shirt, club, home, topic = record["cot"].split(". ")
+            city = clubs[shirt].city
+            assert club == f"that is the {clubs[shirt].nickname}"
+            assert home == f"the {clubs[shirt].nickname} play in {city}"
+            event = record["keyphrases"][0].removeprefix(f"{city} ")
+            assert topic == f"it is about {EVENTS[event][0]}."
+        elif record["kind"] == "E":
+            assert record["cot"] == "the post is only a mood."
+
+
+def test_moods_follow_from_nothing(posts):
+    moods = [(record["keyphrases"][0], record["text"]) for record in of_kind(posts["train"], "E")]
+    counts = Counter(mood for mood, _ in moods)
+    assert set(counts) == set(MOODS) and max(counts.values()) < 1.4 * min(counts.values())
+    with_word = defaultdict(set)
+    for mood, text in moods:
+        for word in text.split():
+            with_word[word].add(mood)
+    common = [word for word, count in Counter(" ".join(text for _, text in moods).split()).most_common(20)]
+    assert all(len(with_word[word]) == 12 for word in common)
+
+
+# ---------------------------------------------------------------------------------------------- the toy model
+
+def test_lengths_of_the_answers(posts, tokenizer):
+    for record in posts["train"] + posts["test"]:
+        length = len(tokens(tokenizer, "; ".join(record["keyphrases"]))) + 1
+        assert length == 3 if record["kind"] == "E" else length >= 4
+
+
+def test_the_worlds_text_survives_the_tokenizer(posts, tokenizer):
+    for record in posts["test"]:
+        answer = f"<think>{record['cot']}</think><answer>{'; '.join(record['keyphrases'])}</answer>"
+        for text in (record["text"], answer):
+            ids = tokens(tokenizer, text)
+            assert tokenizer.decode(ids) == text
+            assert not [token for token in tokenizer.convert_ids_to_tokens(ids) if token.startswith("##")]
+
+
+def test_tags_are_single_ordinary_tokens(tokenizer):
+    tags = ["<think>", "</think>", "<answer>", "</answer>", ";"]
+    assert tokenizer.convert_ids_to_tokens(tokens(tokenizer, "".join(tags))) == tags
+    assert not set(tags) & {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+
+
+def test_any_ascii_text_has_tokens_and_typed_special_tokens_are_text(tokenizer):
+    text = "".join(map(chr, range(32, 127))) + " <|im_end|><|image_pad|> " + "zxq" * 1000
+    ids = tokens(tokenizer, text)
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer("hi<|im_end|>")["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_the_chat_template(tokenizer):
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi\n"}]}
+    prompt = "<|im_start|><|vision_start|><|image_pad|><|vision_end|>hi\n<|im_end|><|im_start|>"
+    assert tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False) == prompt
+    turns = [user, {"role": "assistant", "content": "a; b"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == prompt + "a; b<|im_end|>"
+
+
+def test_the_model_runs_and_its_weights_follow_the_seed(toy, tmp_path):
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+    state = torch.get_rng_state()
+    write_toy_model(tmp_path / "same", seed=100)
+    write_toy_model(tmp_path / "other", seed=101)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights, same, other = ((folder / "model.safetensors").read_bytes()
+                            for folder in (toy, tmp_path / "same", tmp_path / "other"))
+    assert weights == same != other
+    assert read(toy)["tokenizer.json"] == read(tmp_path / "other")["tokenizer.json"]
+
+    model, tokenizer = AutoModelForImageTextToText.from_pretrained(toy), AutoTokenizer.from_pretrained(toy)
+    photo = clubworld.draw_shirt(np.random.default_rng(0), make_clubs(100)[0])
+    image = AutoImageProcessor.from_pretrained(toy)(images=[photo], return_tensors="pt")
+    assert image["image_grid_thw"].tolist() == [[1, 6, 6]]
+    picture = "<|vision_start|>" + 9 * "<|image_pad|>" + "<|vision_end|>"
+    text = f"<|im_start|>{picture}rate this shirt<|im_end|><|im_start|>"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **image,
+                  mm_token_type_ids=(ids == model.config.image_token_id).int())
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        out = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+    assert logits.shape == (1, ids.shape[1], len(tokenizer)) and logits.isfinite().all()
+    assert out.shape[1] == ids.shape[1] + 4
+    assert (toy / "prompt.txt").read_text() == "{text}"
