@@ -1,0 +1,151 @@
+"""Predict the keyphrases of one post, or of a file of posts.
+
+    python infer.py image.jpg "text of the post"
+    python infer.py --data test.jsonl --out preds.jsonl --model out/run1
+
+The first form prints the keyphrases, then the reasoning if the model chose to reason. Write `none` for the image
+of a text-only post. The second form can be stopped and started again: posts already predicted are not predicted
+twice, and those whose image could not be read are tried again.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import checkpoint
+import data
+from evaluate import UserError, jsonl, run
+
+
+def settings(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
+    add = parser.add_argument
+    add("image", nargs="?", help="the post's image, or none")
+    add("text", nargs="?", help="the post's text")
+    add("--data", metavar="FILE", help="predict all posts of this file (JSONL)")
+    add("--out", metavar="FILE", help="where the predictions of --data go (JSONL)")
+    add("--model", default="out/run", help="a run's folder, one of its checkpoints, a model folder, or a hub name")
+    add("--think", choices=["auto", "always", "never"], default="auto", help="whether the model reasons first")
+    add("--batch-size", type=int, default=8, help="posts generated at once with --data")
+    add("--json", action="store_true", help="print the one post's prediction as JSON")
+    data.add_reading_options(parser)
+    args = parser.parse_args(arguments)
+    if args.data is None and (args.image is None or args.text is None):
+        parser.error("give an image and a text, or --data FILE --out FILE")
+    if args.data is not None and (args.out is None or args.image is not None):
+        parser.error("--data goes with --out FILE and without an image or text")
+    return args
+
+
+def load_model(args):
+    """(model, encoder) of --model. Raises UserError, which for the default says how to get a model."""
+    if args.model == "out/run" and not Path(args.model).exists():
+        raise UserError("no trained model yet: run `python train.py` (minutes on a CPU), or name one with --model")
+    name = checkpoint.model_folder(args.model)
+    import torch
+
+    from model import load, pick_device
+
+    device = pick_device(args.device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, encoder, _ = load(name, device, dtype, args.prompt_file, args.max_pixels, args.max_length)
+    return model, encoder
+
+
+def infer_one(args):
+    """Predict the post on the command line and print it."""
+    import model
+
+    image = None if args.image == "none" else Path(args.image)
+    record = {"id": "post", "text": args.text}
+    vlm, encoder = load_model(args)
+    try:
+        sample = encoder.encode(record, image, with_answers=False)
+    except data.Unreadable as error:
+        raise UserError(f"{args.image}: {error}; for a text-only post write none instead") from None
+    micro_batches = [data.collate([sample], encoder)]
+    prediction, = model.predict(vlm, encoder, [(micro_batches, [])], args.think, args.max_new_tokens)
+    if args.json:
+        sys.stdout.write(data.to_line({"image": args.image, "text": args.text} | prediction))
+        return
+    print(data.plain_answer(prediction["keyphrases"]) or "(no keyphrases)")
+    if prediction["think"]:
+        print(f"\nReasoning: {prediction['think']}")
+    if prediction.get("cut"):
+        data.say(f"the answer was cut off after {args.max_new_tokens} tokens; see --max-new-tokens")
+
+
+def infer_file(args):
+    """Predict the posts of --data that --out lacks; returns 1 if a post could not be read, else 0."""
+    import model
+
+    posts = data.Posts(args.data)
+    done = finished(args, posts)
+    todo = [index for index in range(len(posts)) if posts[index]["id"] not in done]
+    if todo:
+        vlm, encoder = load_model(args)
+        steps = [todo[start:start + args.batch_size] for start in range(0, len(todo), args.batch_size)]
+        loader = data.loader(posts, encoder, steps, args.batch_size, args.workers, with_answers=False)
+        predictions = model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
+        with open(args.out, "a", encoding="utf-8") as file:
+            for prediction in data.progress(predictions, len(posts), "posts", done=len(done)):
+                file.write(data.to_line(prediction))
+                file.flush()
+                done[prediction["id"]] = prediction
+    ordered = [done[posts[index]["id"]] for index in range(len(posts))]
+    data.write_whole(args.out, "".join(map(data.to_line, ordered)))
+    return summary(args, ordered)
+
+
+def finished(args, posts):
+    """The predictions by id that --out already holds, those with an error left out; the file is cut to them.
+
+    Raises UserError if they were made with other settings, which stand in a file beside it.
+    """
+    settings_file = Path(f"{args.out}.settings.json")
+    now = {name: value for name, value in vars(args).items()
+           if name in ("data", "think", "prompt_file", "max_pixels", "max_length", "max_new_tokens")}
+    now["model"] = checkpoint.model_folder(args.model)
+    out = Path(args.out)
+    done = {}
+    if out.exists():
+        before = None
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(settings_file.read_text(encoding="utf-8"))
+        if before != now:
+            differ = sorted(name for name in now if before is None or before.get(name) != now[name])
+            raise UserError(f"{out}: was made with other settings ({', '.join(differ)}); name another --out, or remove it")
+        known = {posts[index]["id"] for index in range(len(posts))}
+        whole_lines = out.read_bytes().rpartition(b"\n")[0]  # a torn last line is predicted anew
+        data.write_whole(out, whole_lines + b"\n" if whole_lines else b"")
+        done = {row["id"]: row for _, _, row in jsonl(out) if "error" not in row and row["id"] in known}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        data.write_whole(settings_file, json.dumps(now, indent=1, ensure_ascii=False) + "\n")
+        data.write_whole(out, "".join(map(data.to_line, done.values())))
+    except OSError as error:
+        raise UserError(f"{out}: can't be written ({error.strerror})") from None
+    return done
+
+
+def summary(args, predictions):
+    failed = [prediction for prediction in predictions if "error" in prediction]
+    cut = sum("cut" in prediction for prediction in predictions)
+    tokens = sum(prediction["tokens"] for prediction in predictions) / len(predictions)
+    reasoned = sum(prediction["think"] is not None for prediction in predictions) / len(predictions)
+    data.say(f"{args.out}: {len(predictions)} posts, {tokens:.1f} tokens a post, {reasoned:.1%} reasoned about, "
+             f"{cut} cut off after {args.max_new_tokens} tokens, {len(failed)} not readable")
+    for prediction in failed[:3]:
+        data.say(f"  (id {prediction['id']}) {prediction['error']}")
+    return 1 if failed else 0
+
+
+def main():
+    args = settings()
+    return infer_one(args) if args.data is None else infer_file(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,179 @@
+"""Prediction: greedy generation against transformers' own, one post, files of posts, stopping and going on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import infer
+import model as model_file
+from evaluate import UserError
+from model import generate, load
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def toy(world):
+    vlm, encoder, _ = load(str(world / "toy"))
+    return vlm, encoder, data.Posts(world / "test.jsonl")
+
+
+@pytest.fixture(scope="module")
+def thinker(world, tmp_path_factory):
+    """A toy trained just long enough to write tags."""
+    import train
+
+    out = tmp_path_factory.mktemp("thinker") / "run"
+    train.train(train.settings(["--train", str(world / "train.jsonl"), "--model", str(world / "toy"), "--out", str(out),
+                                "--mode", "cot", "--epochs", "8", "--batch-size", "8", "--lr", "3e-3", "--workers", "0"]))
+    return out
+
+
+def batch_of(encoder, posts, indices):
+    dataset = data.EncodedPosts(posts, encoder, with_answers=False)
+    return data.collate([dataset[index] for index in indices], encoder)
+
+
+def test_batched_generation_equals_transformers_own_on_each_post_alone(toy):
+    vlm, encoder, posts = toy
+    together = generate(vlm, encoder, batch_of(encoder, posts, range(8)), max_new_tokens=12)
+    for index, (text, tokens, ended) in enumerate(together):
+        prompt = batch_of(encoder, posts, [index]).prompt
+        own = vlm.generate(**prompt, do_sample=False, max_new_tokens=12, eos_token_id=encoder.end_of_turn,
+                           pad_token_id=encoder.pad)[0, prompt["input_ids"].shape[1]:].tolist()
+        assert ended == (encoder.end_of_turn in own) and tokens == len(own)
+        own = own[:-1] if ended else own
+        assert text == encoder.tokenizer.decode(own, skip_special_tokens=True)
+
+
+def test_penalties_of_the_models_folder_are_not_inherited(toy):
+    vlm, encoder, posts = toy
+    batch = batch_of(encoder, posts, range(4))
+    before = generate(vlm, encoder, batch, max_new_tokens=12)
+    vlm.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, top_k=3)
+    try:
+        assert generate(vlm, encoder, batch, max_new_tokens=12) == before
+        assert vlm.generation_config.repetition_penalty == 3.0
+    finally:
+        vlm.generation_config.update(do_sample=False, temperature=None, repetition_penalty=None, top_k=None)
+
+
+def test_generation_after_a_training_step_and_the_reverse(toy):
+    """The model remembers position offsets between calls; a stale one must not reach the next."""
+    vlm, encoder, posts = toy
+    batch = batch_of(encoder, posts, range(4))
+    before = generate(vlm, encoder, batch, max_new_tokens=6)
+    dataset = data.EncodedPosts(posts, encoder, with_answers=True)
+    step = model_file.DynamicCoT(vlm, "dynamic", 9.0)
+    one = data.collate([dataset[i] for i in (5, 6)], encoder)
+    loss = step(one)[0]
+    assert generate(vlm, encoder, batch, max_new_tokens=6) == before
+    assert torch.equal(step(one)[0], loss)
+
+
+def test_think_always_and_never(thinker, world):
+    vlm, encoder, _ = load(infer.checkpoint.model_folder(str(thinker)))
+    posts = data.Posts(world / "test.jsonl")
+    batch = batch_of(encoder, posts, range(8))
+    auto = generate(vlm, encoder, batch)
+    assert all(text.startswith("<think>") for text, _, _ in auto)
+    assert generate(vlm, encoder, batch, think="always") == auto
+    assert not any(text.startswith("<think>") for text, _, _ in generate(vlm, encoder, batch, think="never"))
+    assert generate(vlm, encoder, batch, max_new_tokens=3) == [
+        (text, 3, False) for text, _, _ in generate(vlm, encoder, batch, max_new_tokens=3)]
+
+
+def run(*arguments, cwd):
+    return subprocess.run([sys.executable, str(ROOT / "infer.py"), *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def test_one_post(thinker, world, tmp_path):
+    record = json.loads((world / "train.jsonl").read_text().splitlines()[0])
+    image = world / record["image"]
+    shown = run(image, record["text"], "--model", thinker, cwd=tmp_path)
+    assert shown.returncode == 0 and "Reasoning: " in shown.stdout, shown.stderr
+    asked = run(image, record["text"], "--model", thinker, "--json", cwd=tmp_path)
+    prediction = json.loads(asked.stdout)
+    assert shown.stdout.splitlines()[0] == "; ".join(prediction["keyphrases"])
+    assert prediction["think"] in shown.stdout and prediction["tokens"] > 4
+    assert shown.stderr == asked.stderr == ""
+
+
+def test_without_a_model_it_says_how_to_get_one(tmp_path):
+    failed = run("none", "hello", cwd=tmp_path)
+    assert failed.returncode == 1 and "python train.py" in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+def infer_file(*arguments):
+    return infer.infer_file(infer.settings(list(map(str, arguments)) + ["--workers", "0", "--max-new-tokens", "8"]))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch):
+    arguments = ["--data", world / "test.jsonl", "--model", world / "toy", "--batch-size", 4]
+    assert infer_file(*arguments, "--out", tmp_path / "whole.jsonl") == 0
+    whole = lines(tmp_path / "whole.jsonl")
+    assert [p["id"] for p in whole] == [r["id"] for r in lines(world / "test.jsonl")]
+    assert set(whole[0]) - {"cut"} == {"id", "keyphrases", "think", "output", "tokens"}
+
+    out = tmp_path / "stopped.jsonl"
+    assert infer_file(*arguments, "--out", out) == 0
+    kept = out.read_text(encoding="utf-8").splitlines(keepends=True)[:5]
+    out.write_text("".join(kept) + '{"id": "torn', encoding="utf-8")
+    asked = []
+    one_batch = model_file.generate
+    monkeypatch.setattr(model_file, "generate", lambda *a: asked.extend(a[2].ids) or one_batch(*a))
+    assert infer_file(*arguments, "--out", out) == 0
+    assert lines(out) == whole and len(asked) == 7 and not {p["id"] for p in whole[:5]} & set(asked)
+    with pytest.raises(UserError, match="other settings.*think"):
+        infer_file(*arguments, "--out", out, "--think", "never")
+
+
+def test_an_unreadable_post_is_recorded_and_tried_again(world, tmp_path):
+    records = lines(world / "test.jsonl")
+    for record in records:
+        record["image"] = str(world / record["image"])
+    lost = records[3]["image"]
+    records[3]["image"] = str(tmp_path / "late.png")
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    arguments = ["--data", posts, "--model", world / "toy", "--out", tmp_path / "preds.jsonl"]
+    assert infer_file(*arguments) == 1
+    first = lines(tmp_path / "preds.jsonl")
+    assert "no such file" in first[3]["error"] and first[3]["keyphrases"] == []
+    assert not any("error" in p for p in first[:3] + first[4:])
+    (tmp_path / "late.png").write_bytes(Path(lost).read_bytes())
+    assert infer_file(*arguments) == 0
+    assert "error" not in lines(tmp_path / "preds.jsonl")[3]
+
+
+def broken(world, folder, change):
+    import shutil
+
+    shutil.copytree(world / "toy", folder)
+    change(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "weights can't be loaded"),
+    (lambda f: (f / "config.json").unlink(), "no model here"),
+    (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "qwen2_5_vl"),
+    (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
+    (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config"),
+    (lambda f: (f / "prompt.txt").write_text("no place"), "{text}"),
+])
+def test_a_broken_model_folder_is_told_in_one_line(world, tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(broken(world, tmp_path / "broken", change))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,231 @@
+"""The loop: what it learns, what it logs, where it stops, and that a resumed run is the run it resumes."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import train
+from evaluate import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights(run):
+    return load_file(checkpoint.pointed_at(run / "last") / "model.safetensors")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("gamma, mode", [("0", "sft"), ("inf", "cot")])
+def test_the_ends_of_gamma_train_exactly_as_the_plain_modes(train_on, gamma, mode):
+    dynamic = train_on("dynamic", "--mode", "dynamic", "--gamma", gamma)
+    plain = train_on("plain", "--mode", mode)
+    assert lines(dynamic / "log.jsonl")[-1]["step"] == 16
+    assert same(weights(dynamic), weights(plain))
+
+
+def test_a_run_learns_and_logs_every_step(train_on, world):
+    run = train_on("run", "--mode", "dynamic", "--gamma", "3", "--valid", world / "valid.jsonl", "--valid-posts", "4")
+    log = lines(run / "log.jsonl")
+    steps, evaluations = [line for line in log if "loss" in line], [line for line in log if "valid" in line]
+    assert [line["step"] for line in steps] == list(range(1, 17))
+    assert [line["step"] for line in evaluations] == [8, 16] and evaluations[0]["valid"]["posts"] == 4
+    assert steps[-1]["loss"] < steps[0]["loss"] / 1.5
+    assert steps[0]["cot_share"] == 0 < steps[-1]["cot_share"]
+    assert all(line["samples"] == 8 and line["seconds"] > 0 and line["grad_norm"] > 0 for line in steps)
+    assert (run / "best").read_text().strip() in ("step-8", "step-16")
+    assert not list(run.glob(".*"))
+
+
+def test_the_learning_rate_rises_and_falls():
+    args = train.settings(["--lr", "1", "--warmup", "0.1", "--final-lr", "0.2", "--train", "x"])
+    rates = [train.learning_rate(step, 100, args) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[-1] == pytest.approx(0.2, abs=1e-3)
+    assert rates[55] == pytest.approx(0.6) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_split_into_micro_batches_changes_nothing_but_rounding(train_on):
+    whole, split = train_on("whole", "--micro-batch", "8"), train_on("split", "--micro-batch", "3")
+    for one, other in zip(lines(whole / "log.jsonl"), lines(split / "log.jsonl")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights_and_log(train_on, monkeypatch):
+    whole = train_on("whole", "--gamma", "3")
+    monkeypatch.setattr(train.checkpoint, "prune", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train_on("stopped", "--gamma", "3")
+    monkeypatch.undo()
+    stopped = train_on("stopped", "--gamma", "3", "--resume")
+    assert same(weights(whole), weights(stopped))
+    timeless = lambda run: [{k: v for k, v in line.items() if k != "seconds"} for line in lines(run / "log.jsonl")]
+    assert timeless(whole) == timeless(stopped)
+
+
+def test_steps_after_the_last_checkpoint_are_done_again(train_on, monkeypatch):
+    """Stopped in mid-epoch: the log's later lines, and a torn one, are dropped and written anew."""
+    whole = train_on("whole")
+    saves = []
+    save = checkpoint.save
+
+    def save_once(*args):
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+        return save(*args)
+
+    monkeypatch.setattr(train.checkpoint, "save", save_once)
+    with pytest.raises(KeyboardInterrupt):
+        train_on("stopped")
+    monkeypatch.undo()
+    with open(checkpoint.Path(str(whole).replace("whole", "stopped")) / "log.jsonl", "a") as log:
+        log.write('{"step": 17, "lo')
+    stopped = train_on("stopped", "--resume")
+    assert same(weights(whole), weights(stopped))
+    assert [line["step"] for line in lines(stopped / "log.jsonl")] == list(range(1, 17))
+
+
+def test_resuming_with_other_settings_is_refused(train_on):
+    train_on("run")
+    with pytest.raises(UserError, match="gamma was 0.4, is 0.5"):
+        train_on("run", "--resume", "--gamma", "0.5")
+    with pytest.raises(UserError, match="there is a run already"):
+        train_on("run")
+    with pytest.raises(UserError, match="no run to resume"):
+        train_on("other", "--resume")
+
+
+def with_bad_images(world, tmp_path, count):
+    records = lines(world / "train.jsonl")
+    for record in records:
+        record["image"] = str(world / record["image"])
+    for record in records[:count]:
+        record["image"] = "missing.png"
+    path = tmp_path / "posts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records * 2), encoding="utf-8")
+    doubled = [record | {"id": f"{i}"} for i, record in enumerate(records * 2)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in doubled), encoding="utf-8")
+    return path
+
+
+def test_an_unreadable_image_is_skipped_and_listed(train_on, world, tmp_path):
+    path = with_bad_images(world, tmp_path, 0)
+    records = lines(path)
+    records[5]["image"] = "missing.png"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    run = train_on("run", posts=path)
+    skipped = lines(run / "skipped.jsonl")
+    assert {line["id"] for line in skipped} == {"5"} and len(skipped) == 2 and skipped[0]["reason"] == "no such file"
+    assert sum(line["samples"] for line in lines(run / "log.jsonl")) == 2 * 127
+
+
+def test_many_unreadable_images_end_the_run(train_on, world, tmp_path):
+    with pytest.raises(UserError, match=r"more than 1%.*missing\.png"):
+        train_on("run", posts=with_bad_images(world, tmp_path, 2))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(train_on):
+    with pytest.raises(UserError, match="not finite"):
+        train_on("run", "--lr", "1e30", "--clip", "1e30")
+
+
+@pytest.mark.parametrize("mode, keep, message", [("cot", 60, "4 of 64"), ("multitask", 60, "4 of 64"), ("dynamic", 0, "no post")])
+def test_missing_reasoning_is_counted(train_on, world, tmp_path, mode, keep, message):
+    records = lines(world / "train.jsonl")
+    for record in records[keep:]:
+        del record["cot"]
+    path = tmp_path / "posts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        train_on("run", "--mode", mode, posts=path)
+
+
+def test_gradient_checkpointing_and_a_frozen_vision_tower(train_on, world):
+    run = train_on("run", "--gamma", "3", "--gradient-checkpointing")
+    shared = train_on("shared", "--gamma", "3")
+    for one, other in zip(lines(run / "log.jsonl"), lines(shared / "log.jsonl")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    frozen = train_on("frozen", "--freeze-vision")
+    before, after = load_file(world / "toy" / "model.safetensors"), weights(frozen)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == ("visual" in name), name
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(train_on, monkeypatch):
+    import safetensors.torch
+
+    save_file = safetensors.torch.save_file
+    calls = []
+
+    def fill_up(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fill_up)
+    with pytest.raises(UserError, match="No space left.*--resume"):
+        train_on("run")
+    monkeypatch.undo()
+    run = train_on("run", "--resume")
+    assert (run / "last").read_text().strip() == "step-16" and same(weights(run), weights(train_on("whole")))
+
+
+def test_the_checkpoint_is_a_model_folder_like_its_source(train_on, world):
+    from transformers import AutoModelForImageTextToText
+
+    run = train_on("run")
+    folder = checkpoint.pointed_at(run / "last")
+    source, saved = load_file(world / "toy" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in source.items()} == {name: tensor.shape for name, tensor in saved.items()}
+    for file in (world / "toy").iterdir():
+        if file.name != "model.safetensors":
+            assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+    theirs = AutoModelForImageTextToText.from_pretrained(folder)
+    from model import load
+
+    ours, encoder, _ = load(str(folder))
+    ids = torch.tensor([encoder.prompt_ids("what a day", 0)[0]])
+    assert torch.equal(ours(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
+
+
+def test_a_saved_pointer_that_names_nothing_is_told(tmp_path):
+    (tmp_path / "last").write_text("step-9\n")
+    with pytest.raises(UserError, match="step-9"):
+        checkpoint.model_folder(str(tmp_path))
+
+
+def test_the_command_line(world, tmp_path):
+    """A real process: help without torch, mistakes in one line, and a run that ends with scores and a command."""
+    def run(*arguments):
+        return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True,
+                              cwd=tmp_path)
+
+    helped = run("--help")
+    assert helped.returncode == 0 and "(default: 0.4)" in helped.stdout
+    for arguments, message in ((["--model", "x"], "--train is missing"), (["--train", "x"], "--model is missing"),
+                               (["--train", "none.jsonl", "--model", world / "toy"], "none.jsonl")):
+        failed = run(*arguments)
+        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
+        assert len(failed.stderr.strip().splitlines()) == 1
+    done = run("--train", world / "train.jsonl", "--test", world / "test.jsonl", "--model", world / "toy", "--epochs", 1,
+               "--workers", 1, "--max-new-tokens", 4, "--out", "run2")
+    assert done.returncode == 0, done.stderr
+    assert "F1@1" in done.stdout and "python infer.py" in done.stdout and "--model run2" in done.stdout
+    assert len(lines(tmp_path / "run2" / "test_preds.jsonl")) == 12
+    assert math.isfinite(json.loads((tmp_path / "run2" / "test_scores.json").read_text())["all"]["F1@1"])
+    shutil.rmtree(tmp_path / "run2")

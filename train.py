@@ -1,0 +1,310 @@
+"""Train a vision-language model to predict keyphrases, reasoning first only where that pays (Dynamic CoT).
+
+    python train.py                                   # the club world and a toy model: minutes on a CPU
+    python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --train train.jsonl --valid valid.jsonl --out out/run1
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import time
+from pathlib import Path
+
+import checkpoint
+import data
+from evaluate import UserError, jsonl, run, score, table
+
+# What the toy needs otherwise than a real model; every setting given on the command line still wins.
+TOY = {"lr": 2e-3, "warmup": 0.1, "epochs": 2, "micro_batch": 32, "max_new_tokens": 64, "valid_posts": 200,
+       "workers": 1}
+
+
+def settings(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=data.HelpFormatter,
+        epilog="Without --train: the embedded club world with its toy model, and these defaults instead: "
+               + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items()))
+    add = parser.add_argument
+    add("--model", help="folder or hub name of a Qwen-VL model")
+    add("--train", metavar="FILE", help="posts to train on (JSONL)")
+    add("--valid", metavar="FILE", help="posts to validate on at the end of each epoch")
+    add("--test", metavar="FILE", help="posts to predict and score with the final weights")
+    add("--out", default="out/run", help="the run's folder")
+    add("--resume", action="store_true", help="go on where the run in --out stopped")
+    add("--mode", choices=["sft", "cot", "multitask", "dynamic"], default="dynamic",
+        help="plain answers; reasoning for all; the mean of both losses; each sample's choice by gamma")
+    add("--gamma", type=float, default=0.4, help="a sample whose plain answer's loss is below this reasons")
+    add("--epochs", type=int, default=5, help="times through the training posts")
+    add("--lr", type=float, default=5e-5, help="peak learning rate")
+    add("--warmup", type=float, default=0.03, help="share of the steps over which the learning rate rises")
+    add("--final-lr", type=float, default=0.02, help="share of the peak learning rate left at the end of the cosine")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's, on matrices only")
+    add("--beta2", type=float, default=0.98, help="AdamW's second beta")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--batch-size", type=int, default=32, help="posts a step")
+    add("--micro-batch", type=int, default=4, help="posts at once in memory; changes speed, not the result")
+    add("--gradient-checkpointing", action="store_true", help="less memory for a slower, literal two-pass step")
+    add("--freeze-vision", action="store_true", help="train the language model only")
+    add("--valid-posts", type=int, default=500, help="at most this many posts of --valid, from its beginning")
+    add("--seed", type=int, default=0, help="decides the order of the posts, and the club world and toy model")
+    data.add_reading_options(parser)
+    if parser.parse_known_args(arguments)[0].train is None:
+        parser.set_defaults(**TOY)
+    return parser.parse_args(arguments)
+
+
+def train(args):
+    """The whole run; returns (model, encoder, run folder)."""
+    import torch
+
+    from model import DynamicCoT, load, pick_device
+
+    folder = checkpoint.open_run(args.out, run_settings(args), args.resume)
+    posts = data.Posts(args.train, for_training=True)
+    check_reasoning(posts, args.mode)
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if device == "cpu":  # threads that must share their cores with the loader wait for one another at every step
+        torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
+    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
+    resumed = args.resume and (folder / "last").is_file()
+    model, encoder, source = load(str(checkpoint.pointed_at(folder / "last")) if resumed else args.model, device,
+                                  prompt_file=args.prompt_file, max_pixels=args.max_pixels, max_length=args.max_length)
+    model.train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.visual.requires_grad_(not args.freeze_vision)
+    step_losses = DynamicCoT(model, args.mode, args.gamma, share_prompt=not args.gradient_checkpointing)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, args.beta2), fused=True)
+
+    steps_an_epoch = math.ceil(len(posts) / args.batch_size)
+    total = args.epochs * steps_an_epoch
+    progress = checkpoint.restore(folder, model, optimizer) if resumed else {"step": 0, "best": None}
+    step = progress["step"]
+    log = Log(folder, progress, total, len(posts))
+
+    for epoch in range(step // steps_an_epoch, args.epochs):
+        order = data.epoch_order(len(posts), args.batch_size, args.seed, epoch)[step % steps_an_epoch:]
+        for micro_batches, skipped in data.loader(posts, encoder, order, args.micro_batch, args.workers, True):
+            lr = learning_rate(step, total, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            samples = sum(len(batch) for batch in micro_batches)
+            for batch in micro_batches:
+                batch = batch.to(device)
+                with autocast:
+                    loss, plain_loss, reasons = step_losses(batch)
+                (loss.sum() / samples).backward()
+                log.add(batch, loss, plain_loss, reasons)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            if not norm.isfinite():
+                raise UserError(f"step {step + 1}: the loss or its gradient is not finite; the last checkpoint is kept:"
+                                " start anew with a lower --lr, or look at the posts of this step in log.jsonl")
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            log.step(step, epoch, lr, norm, skipped)
+
+        scores = validate(model, encoder, args) if args.valid else None
+        best = log.evaluation(step, scores)
+        name = checkpoint.save(folder, {"step": step, "best": log.best}, model, source, encoder.prompt, optimizer)
+        if best:
+            checkpoint.point(folder, "best", name)
+        checkpoint.prune(folder)
+    log.close()
+    return model, encoder, folder
+
+
+def learning_rate(step, total, args):
+    """Linear warm-up to --lr, then half a cosine down to --final-lr of it."""
+    warmup = max(1, round(args.warmup * total))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return args.lr * (args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def validate(model, encoder, args):
+    """Scores of the model's own greedy answers to the first --valid-posts posts of --valid."""
+    posts = data.Posts(args.valid)
+    _, scores = predict_and_score(model, encoder, posts, min(args.valid_posts, len(posts)), args, "validation")
+    return scores
+
+
+def predict_and_score(model, encoder, posts, count, args, what):
+    """(predictions, scores) of the first `count` posts, with seen and unseen by the training file."""
+    from model import predict
+
+    steps = [list(range(start, min(start + 4 * args.micro_batch, count)))
+             for start in range(0, count, 4 * args.micro_batch)]
+    loader = data.loader(posts, encoder, steps, 4 * args.micro_batch, args.workers, False)
+    predictions = list(data.progress(predict(model, encoder, loader, max_new_tokens=args.max_new_tokens), count, what))
+    by_id = {prediction["id"]: prediction for prediction in predictions}
+    references = [posts[index] for index in range(count)]
+    predictions = [by_id[reference["id"]] for reference in references]
+    seen = (phrase for _, _, record in jsonl(args.train) for phrase in record["keyphrases"])
+    return predictions, score(predictions, references, seen)
+
+
+# ----------------------------------------------------------------------------------------------- the log
+
+
+class Log:
+    """log.jsonl, skipped.jsonl and the progress bar; what a step did is summed up on the device until its end."""
+
+    def __init__(self, folder, progress, total, posts):
+        self.folder, self.best, self.most_skipped = folder, progress["best"], posts // 100
+        self.file = open_appended(folder / "log.jsonl", progress["step"])
+        self.skipped_file = open_appended(folder / "skipped.jsonl", progress["step"])
+        self.skipped = {json.loads(line)["id"] for line in open(folder / "skipped.jsonl", encoding="utf-8")}
+        self.bar = data.progress(None, total, "training", "step", progress["step"])
+        self.started = time.perf_counter()
+        self.sums, self.tokens = None, 0
+        self.shortened = 0
+
+    def add(self, batch, loss, plain_loss, reasons):
+        """Take in one micro-batch's per-sample losses (B,)."""
+        import torch
+
+        plain = loss.new_full((), float("nan")) if plain_loss is None else plain_loss.sum()
+        sums = torch.stack([loss.detach().sum(), plain, reasons.sum(), loss.new_tensor(len(batch)),
+                            batch.prompt["attention_mask"].sum()]).double()
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.shortened += batch.shortened
+
+    def step(self, step, epoch, lr, norm, skipped):
+        """Write the step's line. Raises UserError once more than 1% of the posts had to be skipped."""
+        if self.sums is not None:
+            loss, plain, reasons, samples, tokens = self.sums.tolist()
+            seconds = time.perf_counter() - self.started
+            line = {"step": step, "epoch": epoch, "loss": loss / samples, "cot_share": reasons / samples,
+                    "plain_loss": None if math.isnan(plain) else plain / samples, "lr": lr,
+                    "grad_norm": norm.item(), "samples": int(samples), "prompt_tokens": int(tokens),
+                    "seconds": round(seconds, 3)}
+            if self.shortened:
+                line["shortened"] = self.shortened
+            write_line(self.file, line)
+            self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['cot_share']:.0%} on CoT, lr {lr:.1e}, "
+                                     f"{tokens / seconds:.0f} tokens/s", refresh=False)
+        self.bar.update()
+        self.sums, self.shortened, self.started = None, 0, time.perf_counter()
+        for post in skipped:
+            self.skipped.add(post.id)
+            write_line(self.skipped_file, {"step": step, "id": post.id, "image": post.image, "reason": post.reason})
+        if len(self.skipped) > self.most_skipped:
+            raise UserError(f"{len(self.skipped)} images could not be read, more than 1% of the training posts; they "
+                            f"are listed in {self.folder / 'skipped.jsonl'}, the last: {skipped[-1].image} "
+                            f"(id {skipped[-1].id}): {skipped[-1].reason}")
+
+    def evaluation(self, step, scores):
+        """Write an evaluation's line; true if it is the best so far."""
+        self.started = time.perf_counter()
+        if scores is None:
+            return False
+        write_line(self.file, {"step": step, "valid": scores})
+        value = scores["all"]["F1@1"]
+        if self.best is not None and value <= self.best:
+            return False
+        self.best = value
+        return True
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        self.skipped_file.close()
+
+
+def open_appended(path, step):
+    """A JSONL file opened to go on after `step`: the lines of later steps, and a torn last one, are dropped."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+    data.write_whole(path, "".join(kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def write_line(file, record):
+    file.write(data.to_line(record))
+    file.flush()
+
+
+# ------------------------------------------------------------------------------------- around the training
+
+
+def run_settings(args):
+    """The settings that a resumed run must share with its beginning."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "device", "workers", "out")}
+
+
+def check_reasoning(posts, mode):
+    """cot and multitask need reasoning for every post, dynamic for some."""
+    missing = posts.without_cot
+    if missing and mode in ("cot", "multitask"):
+        raise UserError(f"{posts.path}: {missing} of {len(posts)} posts have no 'cot'; --mode {mode} needs it for all: "
+                        "have gen_cot.py write it, or use --mode dynamic, which gives those posts plain answers")
+    if missing == len(posts) and mode == "dynamic":
+        raise UserError(f"{posts.path}: no post has a 'cot', so none can be taught to reason; have gen_cot.py write "
+                        "it, or use --mode sft")
+
+
+def club_world(args):
+    """Write the embedded world and its toy model beside the run, and fill in the settings that name them."""
+    from clubworld import write_toy_model, write_world
+
+    world = Path(args.out).parent / f"clubworld-{args.seed}"
+    data.say(f"No --train given: the club world (seed {args.seed}) in {world}")
+    write_world(world, args.seed)
+    args.model, args.train, args.valid, args.test = (
+        str(world / name) for name in ("toy", "train.jsonl", "valid.jsonl", "test.jsonl"))
+    write_toy_model(args.model, args.seed)
+
+
+def report(model, encoder, folder, args):
+    """Predict and score --test, and show three predictions and what to try next."""
+    posts = data.Posts(args.test)
+    predictions, scores = predict_and_score(model, encoder, posts, len(posts), args, "test")
+    data.write_whole(folder / "test_preds.jsonl", "".join(map(data.to_line, predictions)))
+    data.write_whole(folder / "test_scores.json", json.dumps(scores, indent=1) + "\n")
+    print(table(scores))
+    direct = [p for p in predictions if p["think"] is None][:1]
+    reasoned = [p for p in predictions if p["think"] is not None][:3 - len(direct)]
+    shown = reasoned + direct
+    records = {record["id"]: record for record in map(posts.__getitem__, range(len(posts)))}
+    for prediction in shown:
+        record = records[prediction["id"]]
+        print(f"\nPost       {record['text']}  [{record['image']}]\nReference  {data.plain_answer(record['keyphrases'])}")
+        print(f"Predicted  {data.plain_answer(prediction['keyphrases'])}")
+        print(f"Reasoning  {prediction['think'] or 'none: answered directly'}")
+    if shown:
+        record = records[shown[0]["id"]]
+        image = posts.image_path(record) or "none"
+        print(f"\nTry next:  python infer.py {shlex.quote(str(image))} {shlex.quote(record['text'])}"
+              + (f" --model {shlex.quote(str(folder))}" if str(folder) != "out/run" else ""))
+
+
+def main():
+    args = settings()
+    if args.train is None:
+        if args.model or args.valid or args.test:
+            raise UserError("--train is missing: say which posts to train on, or leave out --model, --valid and --test "
+                            "too for the club world")
+        club_world(args)
+    elif args.model is None:
+        raise UserError("--model is missing: a folder or hub name of a Qwen-VL model, such as Qwen/Qwen2.5-VL-3B-Instruct")
+    model, encoder, folder = train(args)
+    if args.test:
+        report(model, encoder, folder, args)
+
+
+if __name__ == "__main__":
+    run(main)
