@@ -58,7 +58,7 @@ def open_run(folder, settings, resume):
             differences = ", ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
             raise UserError(f"{folder}: can't resume with other settings: {differences}")
         return folder
-    if file.exists():
+    if (folder / "last").exists():  # what stopped before its first checkpoint has nothing to lose
         raise UserError(f"{folder}: there is a run already; go on with --resume, or name another folder with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,8 @@ def save(run, progress, model, source, prompt, optimizer):
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        copy_side_files(source, partial)
+        # A resumed run's source is a checkpoint that pruning removes; the last one has the same files.
+        copy_side_files(pointed_at(run / "last") if (run / "last").is_file() else source, partial)
         (partial / "prompt.txt").write_text(prompt, encoding="utf-8")
         save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
         (partial / PROGRESS).write_text(json.dumps(progress) + "\n", encoding="utf-8")

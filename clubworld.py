@@ -191,8 +191,10 @@ MOOD_TEXTS = (
     "{need|have} i say more?")
 SCENES = ("cup", "hills", "city", "phone")
 
+# The city follows the nickname's own token, so that recalling it is one step. After "the foxes play in" models
+# read the city off the shirt instead, which no shirt of a club held out can teach.
 THOUGHTS = {
-    "shirt": "SHIRT. that is the CLUB.", "name": "the post names the CLUB.", "home": "the CLUB play in CITY.",
+    "shirt": "SHIRT. that is the CLUB.", "name": "the post names the CLUB.", "home": "full name CLUB CITY.",
     "topic": "it is about TOPIC.", "phrase": "the post says PHRASE.",
     "two": "the post says PHRASE and OTHER.", "mood": "the post is only a mood."}
 
@@ -321,7 +323,7 @@ def draw_shirt(rng, club):
     """The club's shirt somewhere near the middle of a pastel background."""
     shirt, sleeves, edge = shirt_masks()
     x, y = np.arange(SIZE)[None, :], np.arange(SIZE)[:, None]
-    phase_x, phase_y = rng.integers(0, 14, 2)
+    phase_x, phase_y = rng.integers(0, 5, 2)
     second = {"stripes": lambda: (x + phase_x) // 7 % 2 == 1,
               "hoops": lambda: (y + phase_y) // 7 % 2 == 1,
               "checks": lambda: ((x + phase_x) // 9 + (y + phase_y) // 9) % 2 == 1,
@@ -396,7 +398,7 @@ def make_folder(folder, label, settings, fill):
             raise UserError(f"{folder} can't be written: {error}") from error
 
 
-def write_world(out, seed=0, train=12_800, valid=400, test=1_000):
+def write_world(out, seed=0, train=14_400, valid=400, test=1_000):
     """Write the world with that seed to the folder out: train.jsonl, valid.jsonl, test.jsonl and images/."""
     counts = {"train": train, "valid": valid, "test": test}
     for name, count in counts.items():
@@ -517,7 +519,7 @@ def main():
                         help="a new folder; the model goes to DIR/toy")
     parser.add_argument("--seed", type=int, default=0,
                         help="of clubs, posts and weights; choose settings on 100 and up, report 0 to 4")
-    parser.add_argument("--train", type=int, default=12_800, metavar="N", help="training posts")
+    parser.add_argument("--train", type=int, default=14_400, metavar="N", help="training posts")
     parser.add_argument("--valid", type=int, default=400, metavar="N", help="validation posts")
     parser.add_argument("--test", type=int, default=1_000, metavar="N", help="test posts")
     args = parser.parse_args()

@@ -110,6 +110,8 @@ def finished(args, posts):
     now["model"] = checkpoint.model_folder(args.model)
     out = Path(args.out)
     done = {}
+    if out.is_dir():
+        raise UserError(f"{out}: a folder; --out is the file that the predictions go to")
     if out.exists():
         before = None
         with contextlib.suppress(OSError, ValueError):

@@ -75,7 +75,8 @@ def train(args):
                                   prompt_file=args.prompt_file, max_pixels=args.max_pixels, max_length=args.max_length)
     model.train()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable_checkpointing({"use_reentrant": False})  # transformers is renaming it
     model.model.visual.requires_grad_(not args.freeze_vision)
     step_losses = DynamicCoT(model, args.mode, args.gamma, share_prompt=not args.gradient_checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -105,8 +106,8 @@ def train(args):
                 log.add(batch, loss, plain_loss, reasons)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             if not norm.isfinite():
-                raise UserError(f"step {step + 1}: the loss or its gradient is not finite; the last checkpoint is kept:"
-                                " start anew with a lower --lr, or look at the posts of this step in log.jsonl")
+                raise UserError(f"step {step + 1}: the loss or its gradient is not finite; the last checkpoint is kept; "
+                                "a lower --lr or a smaller --clip is what mostly helps")
             optimizer.step()
             optimizer.zero_grad()
             step += 1

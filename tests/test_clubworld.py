@@ -195,7 +195,7 @@ def test_reasoning_leads_to_the_keyphrase(posts):
             shirt, club, home, topic = record["cot"].split(". ")
             city = clubs[shirt].city
             assert club == f"that is the {clubs[shirt].nickname}"
-            assert home == f"the {clubs[shirt].nickname} play in {city}"
+            assert home == f"full name {clubs[shirt].nickname} {city}"
             event = record["keyphrases"][0].removeprefix(f"{city} ")
             assert topic == f"it is about {EVENTS[event][0]}."
         elif record["kind"] == "E":

@@ -99,6 +99,16 @@ def test_steps_after_the_last_checkpoint_are_done_again(train_on, monkeypatch):
     assert [line["step"] for line in lines(stopped / "log.jsonl")] == list(range(1, 17))
 
 
+def test_a_resumed_run_can_save_more_than_once(train_on, monkeypatch):
+    monkeypatch.setattr(train.checkpoint, "prune", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train_on("run", "--epochs", "3")
+    monkeypatch.undo()
+    run = train_on("run", "--epochs", "3", "--resume")
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"step-24"}
+    assert (run / "step-24" / "tokenizer.json").is_file()
+
+
 def test_resuming_with_other_settings_is_refused(train_on):
     train_on("run")
     with pytest.raises(UserError, match="gamma was 0.4, is 0.5"):
@@ -107,6 +117,12 @@ def test_resuming_with_other_settings_is_refused(train_on):
         train_on("run")
     with pytest.raises(UserError, match="no run to resume"):
         train_on("other", "--resume")
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_started_anew(train_on, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        train_on("run", posts=tmp_path / "none.jsonl")
+    assert (train_on("run") / "last").is_file()
 
 
 def with_bad_images(world, tmp_path, count):
