@@ -20,11 +20,13 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 
 def model_folder(name):
     """What `--model` means: the checkpoint that a run's folder (its best, else its last) or one of its pointer
-    files names; any other name is itself."""
+    files names; any other name is itself. Raises UserError for a run without one."""
     path = Path(name)
     for pointer in (path, path / "best", path / "last"):
         if pointer.name in ("best", "last") and pointer.is_file():
             return str(pointed_at(pointer))
+    if (path / "settings.json").is_file():
+        raise UserError(f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch")
     return name
 
 
@@ -68,16 +70,20 @@ def open_run(folder, settings, resume):
     return folder
 
 
-def save(run, progress, model, source, prompt, optimizer):
-    """Save a checkpoint as run/step-N and let `last` name it. Returns its name.
+def save(run, step, model, source, prompt, optimizer):
+    """Save a checkpoint as run/step-N and let `last` name it.
 
-    progress: a dict with "step"; model: saved under its source's weight names, beside the source's own side
+    model: saved under its source's weight names, beside the source's own side
     files, so that it loads wherever its source does. A save that is cut short leaves only a hidden folder
-    that nothing names. Raises UserError (with the last checkpoint untouched) if the disk won't take it.
+    that nothing names. Raises UserError (with the last checkpoint untouched) if a weight is not finite or the
+    disk won't take it.
     """
     from safetensors.torch import save_file
 
-    name = f"step-{progress['step']}"
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"step {step}: there are weights that are not finite, which are not saved; the last "
+                        "checkpoint is kept; try a lower --lr")
+    name = f"step-{step}"
     folder, partial = run / name, run / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -86,7 +92,7 @@ def save(run, progress, model, source, prompt, optimizer):
         copy_side_files(pointed_at(run / "last") if (run / "last").is_file() else source, partial)
         (partial / "prompt.txt").write_text(prompt, encoding="utf-8")
         save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
-        (partial / PROGRESS).write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        (partial / PROGRESS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
         for file in partial.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -98,7 +104,6 @@ def save(run, progress, model, source, prompt, optimizer):
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder}: the checkpoint could not be saved ({error}); the one before it is kept: "
                         "make room and go on with --resume") from error
-    return name
 
 
 def copy_side_files(source, folder):
@@ -124,7 +129,7 @@ def optimizer_tensors(model, optimizer):
 
 
 def restore(run, model, optimizer):
-    """Read the run's last checkpoint's optimizer state into `optimizer`; returns its progress.
+    """Read the run's last checkpoint's optimizer state into `optimizer`; returns its step.
 
     The weights are those of the model that was loaded from that checkpoint.
     """
@@ -136,4 +141,4 @@ def restore(run, model, optimizer):
     for key, value in tensors.items():
         name, _, key = key.rpartition("/")
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
-    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["step"]

@@ -65,8 +65,8 @@ def check_record(record, where, for_training=False):
 class Posts:
     """The records of a JSONL file, read from disk one by one.
 
-    Only byte offsets are kept in memory (8 bytes a record), so that hundreds of thousands of posts open in
-    seconds and DataLoader workers share them. Opening reads the file once and checks every record.
+    Only byte offsets and line numbers are kept in memory (16 bytes a record), so that hundreds of thousands of
+    posts open in seconds and DataLoader workers share them. Opening reads the file once and checks every record.
 
     Raises UserError naming the line and the id of a record that can't be used.
     """
@@ -135,7 +135,8 @@ def cot_answer(cot, keyphrases):
     return f"<think>{cot.strip()}</think><answer>{plain_answer(keyphrases)}</answer>"
 
 
-BULLET = re.compile(r"^(?:[-*•·–—▪◦‣]\s+|\(?\d{1,3}[.)]\s+)+")
+BULLET = re.compile(r"^(?:[-*•·–—▪◦‣]\s+)+")
+NUMBER = re.compile(r"^\(?\d{1,3}[.)]\s+")  # counts only in a list of lines: `2. bundesliga` may be a keyphrase
 QUOTES = "\"'`“”‘’«»*_"
 
 
@@ -169,10 +170,12 @@ def strip_tags(text):
 def split_keyphrases(text):
     """The clean, distinct phrases of an answer's text, in order."""
     separators = r"[;；\n\r]" if re.search("[;；]", text) else r"[,，、\n\r]"
+    several_lines = "\n" in text.strip()
     phrases = {}
     for part in re.split(separators, text):
         for phrase in re.split(r"\s+(?=#\w)", part):  # `#one #two` are two
-            phrase = BULLET.sub("", " ".join(phrase.split())).strip(QUOTES + " ")
+            phrase = BULLET.sub("", " ".join(phrase.split()))
+            phrase = (NUMBER.sub("", phrase) if several_lines else phrase).strip(QUOTES + " ")
             phrase = phrase.lstrip("#＃").rstrip(".。 ").strip(QUOTES + " ")
             if phrase:
                 phrases.setdefault(phrase.casefold(), phrase)
@@ -335,7 +338,10 @@ class Encoder:
         return head + self.plain_ids(before + text + after) + tail, True
 
     def answer_ids(self, answer):
-        return self.plain_ids(answer) + [self.end_of_turn]
+        """Token ids of an answer and its end of turn. Tags are tokenized apart from the words beside them, which a
+        byte-level vocabulary would join (`>The`): `<think>` is then the same tokens wherever it stands."""
+        parts = re.split(f"({'|'.join(TAGS)})", answer)
+        return sum(map(self.plain_ids, filter(None, parts)), []) + [self.end_of_turn]
 
     def encode(self, record, image_path, with_answers):
         """The record as a Sample. Raises Unreadable."""
@@ -459,19 +465,6 @@ def collate(samples, encoder):
                  sum(sample.shortened for sample in samples))
 
 
-class CollateStep:
-    """What the loader does with one step's items: (list of micro-batches, list of Skipped)."""
-
-    def __init__(self, encoder, micro_batch):
-        self.encoder, self.micro_batch = encoder, micro_batch
-
-    def __call__(self, items):
-        samples = [item for item in items if isinstance(item, Sample)]
-        chunks = [samples[i:i + self.micro_batch] for i in range(0, len(samples), self.micro_batch)]
-        return ([collate(chunk, self.encoder) for chunk in chunks],
-                [item for item in items if isinstance(item, Skipped)])
-
-
 def epoch_order(count, batch_size, seed, epoch):
     """The steps of an epoch: lists of `batch_size` indices in an order that (seed, epoch) decide."""
     import numpy as np
@@ -480,12 +473,25 @@ def epoch_order(count, batch_size, seed, epoch):
     return [order[start:start + batch_size] for start in range(0, count, batch_size)]
 
 
-def loader(posts, encoder, steps, micro_batch, workers, with_answers):
-    """A DataLoader that yields (micro-batches, skipped) for every list of indices in `steps`."""
-    from torch.utils.data import DataLoader
+class Loader:
+    """Yields (micro-batches, skipped) for every list of indices in `steps`; workers read and encode the posts.
 
-    return DataLoader(EncodedPosts(posts, encoder, with_answers), batch_sampler=steps, num_workers=workers,
-                      collate_fn=CollateStep(encoder, micro_batch), prefetch_factor=4 if workers else None)
+    Only the posts' own tensors pass between processes, two an image, and few steps ahead: each holds an open file.
+    """
+
+    def __init__(self, posts, encoder, steps, micro_batch, workers, with_answers):
+        from torch.utils.data import DataLoader
+
+        self.encoder, self.micro_batch = encoder, micro_batch
+        self.steps = DataLoader(EncodedPosts(posts, encoder, with_answers), batch_sampler=steps, num_workers=workers,
+                                collate_fn=list, prefetch_factor=2 if workers else None)
+
+    def __iter__(self):
+        for items in self.steps:
+            samples = [item for item in items if isinstance(item, Sample)]
+            chunks = [samples[i:i + self.micro_batch] for i in range(0, len(samples), self.micro_batch)]
+            yield ([collate(chunk, self.encoder) for chunk in chunks],
+                   [item for item in items if isinstance(item, Skipped)])
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -520,15 +526,22 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """--help with the script's own description as it stands, and the defaults shown."""
 
 
+def count(text):
+    """A whole number from 1 up, as argparse wants it told."""
+    if not (value := natural(text)):
+        raise argparse.ArgumentTypeError("at least 1 is needed")
+    return value
+
+
 def add_reading_options(parser):
     """The settings by which a model reads posts and answers, shared by train.py and infer.py."""
     add = parser.add_argument
     add("--prompt-file", help="the prompt, with {text} where the post goes; without it the model folder's own")
-    add("--max-pixels", type=int, default=512 * 28 * 28,
+    add("--max-pixels", type=count, default=512 * 28 * 28,
         help="larger images are scaled down to this; 28 x 28 pixels are one token (Qwen3-VL: 32 x 32)")
-    add("--max-length", type=int, default=4096, help="tokens of a prompt; the text of a longer post is shortened")
-    add("--max-new-tokens", type=int, default=512, help="an answer is cut off after this many tokens")
-    add("--workers", type=int, default=2, help="processes that read and prepare images")
+    add("--max-length", type=count, default=4096, help="tokens of a prompt; the text of a longer post is shortened")
+    add("--max-new-tokens", type=count, default=512, help="an answer is cut off after this many tokens")
+    add("--workers", type=natural, default=2, help="processes that read and prepare images")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
 
 
@@ -1049,13 +1062,6 @@ def fraction(text):
         value = -1
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def count(text):
-    """A whole number from 1 up, as argparse wants it told."""
-    if not (value := natural(text)):
-        raise argparse.ArgumentTypeError("at least 1 is needed")
     return value
 
 

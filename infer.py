@@ -28,7 +28,7 @@ def settings(arguments=None):
     add("--out", metavar="FILE", help="where the predictions of --data go (JSONL)")
     add("--model", default="out/run", help="a run's folder, one of its checkpoints, a model folder, or a hub name")
     add("--think", choices=["auto", "always", "never"], default="auto", help="whether the model reasons first")
-    add("--batch-size", type=int, default=8, help="posts generated at once with --data")
+    add("--batch-size", type=data.count, default=8, help="posts generated at once with --data")
     add("--json", action="store_true", help="print the one post's prediction as JSON")
     data.add_reading_options(parser)
     args = parser.parse_args(arguments)
@@ -49,18 +49,20 @@ def load_model(args):
     from model import load, pick_device
 
     device = pick_device(args.device)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, encoder, _ = load(name, device, dtype, args.prompt_file, args.max_pixels, args.max_length)
     return model, encoder
 
 
 def infer_one(args):
     """Predict the post on the command line and print it."""
-    import model
-
     image = None if args.image == "none" else Path(args.image)
+    if image is not None and not image.exists():
+        raise UserError(f"{image}: no such file; for a text-only post write none instead")
     record = {"id": "post", "text": args.text}
     vlm, encoder = load_model(args)
+    import model
+
     try:
         sample = encoder.encode(record, image, with_answers=False)
     except data.Unreadable as error:
@@ -79,15 +81,16 @@ def infer_one(args):
 
 def infer_file(args):
     """Predict the posts of --data that --out lacks; returns 1 if a post could not be read, else 0."""
-    import model
-
     posts = data.Posts(args.data)
     done = finished(args, posts)
     todo = [index for index in range(len(posts)) if posts[index]["id"] not in done]
     if todo:
         vlm, encoder = load_model(args)
+        import model
+
+        begin(args, done)
         steps = [todo[start:start + args.batch_size] for start in range(0, len(todo), args.batch_size)]
-        loader = data.loader(posts, encoder, steps, args.batch_size, args.workers, with_answers=False)
+        loader = data.Loader(posts, encoder, steps, args.batch_size, args.workers, with_answers=False)
         predictions = model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
         with open(args.out, "a", encoding="utf-8") as file:
             for prediction in data.progress(predictions, len(posts), "posts", done=len(done)):
@@ -99,37 +102,50 @@ def infer_file(args):
     return summary(args, ordered)
 
 
+def identity(args):
+    """What predictions depend on: settings, and the state of the files that they name. A resumed run must match."""
+    from model import find
+
+    now = {name: value for name, value in vars(args).items()
+           if name in ("think", "max_pixels", "max_length", "max_new_tokens")}
+    model = find(checkpoint.model_folder(args.model))
+    files = [args.data, *sorted(model.glob("*.safetensors")), args.prompt_file or model / "prompt.txt"]
+    files = [Path(file) for file in files if Path(file).exists()]
+    return now | {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
 def finished(args, posts):
-    """The predictions by id that --out already holds, those with an error left out; the file is cut to them.
+    """The predictions by id that --out already holds, those with an error left out.
 
     Raises UserError if they were made with other settings, which stand in a file beside it.
     """
-    settings_file = Path(f"{args.out}.settings.json")
-    now = {name: value for name, value in vars(args).items()
-           if name in ("data", "think", "prompt_file", "max_pixels", "max_length", "max_new_tokens")}
-    now["model"] = checkpoint.model_folder(args.model)
     out = Path(args.out)
-    done = {}
     if out.is_dir():
         raise UserError(f"{out}: a folder; --out is the file that the predictions go to")
-    if out.exists():
-        before = None
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(settings_file.read_text(encoding="utf-8"))
-        if before != now:
-            differ = sorted(name for name in now if before is None or before.get(name) != now[name])
-            raise UserError(f"{out}: was made with other settings ({', '.join(differ)}); name another --out, or remove it")
-        known = {posts[index]["id"] for index in range(len(posts))}
-        whole_lines = out.read_bytes().rpartition(b"\n")[0]  # a torn last line is predicted anew
+    if not out.exists() or not out.stat().st_size:
+        return {}
+    before, now = {}, identity(args)
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8"))
+    if before != now:
+        differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        raise UserError(f"{out}: was made with something else ({', '.join(differ)}); name another --out, or remove it")
+    known = {posts[index]["id"] for index in range(len(posts))}
+    whole_lines, _, torn = out.read_bytes().rpartition(b"\n")
+    if torn:  # predicted anew
         data.write_whole(out, whole_lines + b"\n" if whole_lines else b"")
-        done = {row["id"]: row for _, _, row in jsonl(out) if "error" not in row and row["id"] in known}
+    return {row["id"]: row for _, _, row in jsonl(out) if "error" not in row and row["id"] in known}
+
+
+def begin(args, done):
+    """Write --out anew with what is done, and beside it what it is made with. Raises UserError."""
+    out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        data.write_whole(settings_file, json.dumps(now, indent=1, ensure_ascii=False) + "\n")
+        data.write_whole(f"{out}.settings.json", json.dumps(identity(args), indent=1, ensure_ascii=False) + "\n")
         data.write_whole(out, "".join(map(data.to_line, done.values())))
     except OSError as error:
-        raise UserError(f"{out}: can't be written ({error.strerror})") from None
-    return done
+        raise UserError(f"{out}: can't be written ({error.strerror}); name another --out") from None
 
 
 def summary(args, predictions):

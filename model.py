@@ -142,7 +142,8 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
     model.eval()
     model.generation_config = settings
     try:
-        output = model.generate(**inputs, generation_config=settings)
+        with bf16_on_cuda(model.device):
+            output = model.generate(**inputs, generation_config=settings)
     finally:
         model.generation_config = inherited
         model.train(was_training)
@@ -156,18 +157,17 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
 
 
 def predict(model, encoder, loader, think="auto", max_new_tokens=512):
-    """Yield a prediction for every post of a `data.loader` without answers.
+    """Yield a prediction for every post of a `data.Loader` without answers.
 
     A prediction: {"id", "keyphrases", "think", "output", "tokens"}, with "cut" where the answer ran out of
     tokens, and with "error" (and no keyphrases) where the post's image could not be read.
     """
-    device = next(model.parameters()).device
     for micro_batches, skipped in loader:
         for post in skipped:
             yield {"id": post.id, "keyphrases": [], "think": None, "output": "", "tokens": 0,
                    "error": f"image {post.image}: {post.reason}"}
         for batch in micro_batches:
-            answers = generate(model, encoder, batch.to(device), think, max_new_tokens)
+            answers = generate(model, encoder, batch.to(model.device), think, max_new_tokens)
             for identity, (output, tokens, ended) in zip(batch.ids, answers):
                 keyphrases, reasoning = parse_answer(output)
                 prediction = {"id": identity, "keyphrases": keyphrases, "think": reasoning, "output": output,
@@ -250,10 +250,20 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
 
 
 def pick_device(name):
-    """`auto` is cuda where there is one, else cpu."""
+    """The torch.device of a name; `auto` is cuda where there is one, else cpu. Raises UserError."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # torch has an error of its own for each way in which a device is not there
+        raise UserError(f"--device {name}: not to be had here ({first_line(error)}); try auto or cpu") from None
+    return device
+
+
+def bf16_on_cuda(device):
+    """The autocast that training and generation run under: bf16 over float32 weights on CUDA, none on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def read_config(folder):
@@ -268,7 +278,7 @@ def first_line(error):
 
 
 def quiet():
-    """Keep transformers' loading bar and its known remarks on a machine without torchvision off the screen."""
+    """Keep transformers' loading bars off the screen."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

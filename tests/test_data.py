@@ -38,7 +38,7 @@ from tiny import qwen_tokenizer
     ("; ;;", [], None),
     ("", [], None),
     ('"quoted"; **bold**; end.', ["quoted", "bold", "end"], None),
-    ("3d printing; 1984", ["3d printing", "1984"], None),
+    ("3d printing; 1984; 2. bundesliga", ["3d printing", "1984", "2. bundesliga"], None),
     ("花见；春天", ["花见", "春天"], None),
     ("花见、春天，樱", ["花见", "春天", "樱"], None),
     ("خبر عاجل; أخبار", ["خبر عاجل", "أخبار"], None),
@@ -268,6 +268,12 @@ def test_targets(encoder):
     assert encoder.tokenizer.decode(sample.plain) == "a b; c<|im_end|>"
     assert encoder.tokenizer.decode(sample.cot) == "<think>why</think><answer>a b; c</answer><|im_end|>"
     assert encoder.encode(post(cot="  "), None, with_answers=True).cot is None
+
+
+def test_tags_are_the_same_tokens_wherever_they_stand(encoder):
+    sample = encoder.encode(post(keyphrases=["The foxes"], cot="The post"), None, with_answers=True)
+    assert sample.cot[:len(encoder.think)] == encoder.think
+    assert encoder.plain_ids("<think>The post")[:len(encoder.think)] != encoder.think  # what joining would give
 
 
 def test_a_long_text_is_shortened_and_the_rest_kept(tmp_path):

@@ -63,9 +63,10 @@ def test_penalties_of_the_models_folder_are_not_inherited(toy):
         vlm.generation_config.update(do_sample=False, temperature=None, repetition_penalty=None, top_k=None)
 
 
-def test_generation_after_a_training_step_and_the_reverse(toy):
+def test_generation_after_a_training_step_and_the_reverse(thinker, world):
     """The model remembers position offsets between calls; a stale one must not reach the next."""
-    vlm, encoder, posts = toy
+    vlm, encoder, _ = load(infer.checkpoint.model_folder(str(thinker)))
+    posts = data.Posts(world / "test.jsonl")
     batch = batch_of(encoder, posts, range(4))
     before = generate(vlm, encoder, batch, max_new_tokens=6)
     dataset = data.EncodedPosts(posts, encoder, with_answers=True)
@@ -133,7 +134,7 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "generate", lambda *a: asked.extend(a[2].ids) or one_batch(*a))
     assert infer_file(*arguments, "--out", out) == 0
     assert lines(out) == whole and len(asked) == 7 and not {p["id"] for p in whole[:5]} & set(asked)
-    with pytest.raises(UserError, match="other settings.*think"):
+    with pytest.raises(UserError, match="something else.*think"):
         infer_file(*arguments, "--out", out, "--think", "never")
 
 
@@ -153,6 +154,26 @@ def test_an_unreadable_post_is_recorded_and_tried_again(world, tmp_path):
     (tmp_path / "late.png").write_bytes(Path(lost).read_bytes())
     assert infer_file(*arguments) == 0
     assert "error" not in lines(tmp_path / "preds.jsonl")[3]
+
+
+def test_a_failed_start_and_a_changed_model_or_file(world, tmp_path):
+    import shutil
+
+    out, toy = tmp_path / "preds.jsonl", tmp_path / "toy"
+    shutil.copytree(world / "toy", toy)
+    arguments = ["--data", world / "test.jsonl", "--out", out]
+    with pytest.raises(UserError, match="no model here"):
+        infer_file(*arguments, "--model", tmp_path / "typo")
+    assert not out.exists() and infer_file(*arguments, "--model", toy) == 0
+    shutil.copy(world / "toy" / "model.safetensors", toy / "model.safetensors")
+    with pytest.raises(UserError, match="something else.*model.safetensors"):
+        infer_file(*arguments, "--model", toy)
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        infer.checkpoint.model_folder(str(tmp_path))
 
 
 def broken(world, folder, change):

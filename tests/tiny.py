@@ -107,6 +107,7 @@ def qwen_tokenizer():
         pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     page = [PROMPT, "user assistant system You are a helpful assistant", "the post names the foxes", "hello there"] * 3
+    page += ["<think>The post"] * 9  # the vocabulary then joins `>` and `The`, as published ones may
     tokenizer.train_from_iterator(page, trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
