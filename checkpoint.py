@@ -1,21 +1,32 @@
-"""A run's folder: checkpoints that are whole or not there at all, and going on from one.
+"""What a run needs besides its loop: checkpoints that are whole or not there at all, going on from one, a stop
+that loses nothing, and several processes that train one model.
 
     out/run/settings.json        what the run was started with
     out/run/log.jsonl            a line a step, a line an evaluation
     out/run/step-600/            a model folder in Hugging Face layout, and what resuming needs
     out/run/last, out/run/best   small files that name a checkpoint
+
+Processes are torchrun's: DDP where every GPU can hold the whole of model and optimizer, else FSDP2.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import sys
+import warnings
+from datetime import timedelta
 from pathlib import Path
 
-from data import write_whole
+from data import say, write_whole
 from evaluate import UserError
 
-OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
+OPTIMIZER, PROGRESS = "optimizer", "progress.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
+
+
+# ----------------------------------------------------------------------------------------- a run's folder
 
 
 def model_folder(name):
@@ -26,7 +37,8 @@ def model_folder(name):
         if pointer.name in ("best", "last") and pointer.is_file():
             return str(pointed_at(pointer))
     if (path / "settings.json").is_file():
-        raise UserError(f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch")
+        raise UserError(f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch, and "
+                        "with --save-every in between")
     return name
 
 
@@ -43,67 +55,106 @@ def pointed_at(pointer):
     return folder
 
 
-def open_run(folder, settings, resume):
+def step_of(folder):
+    """The N of a folder step-N."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(run):
+    """A run's whole checkpoints, the oldest first."""
+    return sorted((folder for folder in run.glob("step-*") if (folder / PROGRESS).is_file()), key=step_of)
+
+
+def open_run(folder, settings, resume=False, force=False, keep=("posts", "batch_size")):
     """Make or reopen a run's folder; `settings` is a dict that JSON can hold. Returns its Path.
 
     Raises UserError where there is a run already and `resume` wasn't asked for, or nothing to resume, or
-    where it was started with other settings.
+    where it was started with other settings. `force` goes on with other settings all the same, but not with
+    others of those in `keep`, without which a place in an epoch means nothing.
     """
     folder = Path(folder)
     file = folder / "settings.json"
     if resume:
-        if not file.is_file():
-            raise UserError(f"{folder}: no run to resume here; leave out --resume to start one")
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"{folder}: no run to resume here; leave out --resume to start one") from None
         changed = [name for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
+        differences = ", ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+        if changed and (not force or not set(keep).isdisjoint(changed)):
+            raise UserError(f"{folder}: can't resume with other settings: {differences}"
+                            + ("" if force else "; --force goes on all the same"))
         if changed:
-            differences = ", ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
-            raise UserError(f"{folder}: can't resume with other settings: {differences}")
-        return folder
-    if (folder / "last").exists():  # what stopped before its first checkpoint has nothing to lose
+            say(f"{folder}: going on with other settings: {differences}")
+    elif (folder / "last").exists() or checkpoints(folder):  # what stopped before its first has nothing to lose
         raise UserError(f"{folder}: there is a run already; go on with --resume, or name another folder with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: can't write a run there ({error.strerror}); name another with --out") from None
+    # A run that was killed right after a checkpoint was whole may not have come to name it.
+    if resume and (whole := checkpoints(folder)):
+        point(folder, "last", whole[-1].name)
     return folder
 
 
-def save(run, step, model, source, prompt, optimizer):
+def prune(run, keep=1):
+    """Remove every checkpoint but the newest `keep` and the one that `best` names, and what is left of cut saves."""
+    kept = {folder.name for folder in checkpoints(run)[-keep:]}
+    kept |= {pointed_at(run / pointer).name for pointer in ("last", "best") if (run / pointer).is_file()}
+    for folder in [*run.glob("step-*"), *run.glob(".step-*")]:
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------- saving and going on
+
+
+def save(run, step, model, source, prompt, optimizer, processes):
     """Save a checkpoint as run/step-N and let `last` name it.
 
-    model: saved under its source's weight names, beside the source's own side
-    files, so that it loads wherever its source does. A save that is cut short leaves only a hidden folder
-    that nothing names. Raises UserError (with the last checkpoint untouched) if a weight is not finite or the
-    disk won't take it.
+    model: saved under its source's weight names, whole, beside the source's own side files, so that it loads
+    wherever its source does; of the optimizer's state every process writes its own part, and any number of
+    processes can go on from it. A save that is cut short leaves only a hidden folder that nothing names. Raises
+    UserError (with the last checkpoint untouched) if a weight is not finite or the disk won't take it.
     """
-    from safetensors.torch import save_file
-
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(f"step {step}: there are weights that are not finite, which are not saved; the last "
+    if processes.any(not all(local(parameter).isfinite().all() for parameter in model.parameters())):
+        raise processes.shared(f"step {step}: there are weights that are not finite, which are not saved; the last "
                         "checkpoint is kept; try a lower --lr")
     name = f"step-{step}"
     folder, partial = run / name, run / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
+    if (folder / PROGRESS).is_file():  # --save-every and the end of an epoch may fall together
+        return
+
+    def begin():
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / OPTIMIZER).mkdir(parents=True)
+
+    def finish(weights):
+        model.save_pretrained(partial, state_dict=weights)
         # A resumed run's source is a checkpoint that pruning removes; the last one has the same files.
         copy_side_files(pointed_at(run / "last") if (run / "last").is_file() else source, partial)
         (partial / "prompt.txt").write_text(prompt, encoding="utf-8")
-        save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
         (partial / PROGRESS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-        for file in partial.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        if folder.exists():  # left by a run that stopped before `last` could name it
-            shutil.rmtree(folder)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
         os.rename(partial, folder)
         point(run, "last", name)
+
+    try:
+        processes.main_only(begin)
+        processes.together(write_state, optimizer_state(model, optimizer), partial / OPTIMIZER)
+        weights = whole_weights(model, processes.rank == 0)
+        processes.main_only(finish, weights)
     except Exception as error:  # safetensors has an error type of its own for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder}: the checkpoint could not be saved ({error}); the one before it is kept: "
-                        "make room and go on with --resume") from error
+        if processes.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = " ".join(str(error).split())[:300]
+        raise processes.shared(f"{folder}: the checkpoint could not be saved ({reason}); the one before it is kept: "
+                               "make room and go on with --resume") from error
 
 
 def copy_side_files(source, folder):
@@ -113,32 +164,312 @@ def copy_side_files(source, folder):
             shutil.copyfile(file, folder / file.name)
 
 
-def prune(run):
-    """Remove every checkpoint that neither `last` nor `best` names."""
-    named = {pointed_at(run / pointer).name for pointer in ("last", "best") if (run / pointer).is_file()}
-    for folder in [*run.glob("step-*"), *run.glob(".step-*.partial")]:
-        if folder.name not in named:
-            shutil.rmtree(folder, ignore_errors=True)
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
 
 
-def optimizer_tensors(model, optimizer):
-    """The optimizer's state as a flat dict of tensors, by parameter name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"{names[parameter]}/{key}": value.contiguous()
-            for parameter, state in optimizer.state.items() for key, value in state.items()}
+def local(tensor):
+    """The part of a tensor that this process holds: all of it where it isn't sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor):
+    """The whole of a tensor, on every process; where it is sharded all of them must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole_weights(model, keep):
+    """The model's state dict of whole tensors where `keep` is true, gathered one by one; {} in other processes.
+
+    What is tied stays one tensor; what was sharded is in the CPU's memory.
+    """
+    gathered, result = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            value = whole(tensor.detach())
+            gathered[id(tensor)] = (value.cpu() if is_sharded(tensor) else value) if keep else None
+        result[name] = gathered[id(tensor)]
+    return result if keep else {}
+
+
+def optimizer_state(model, optimizer):
+    """AdamW's state as a flat dict of tensors, `parameter/exp_avg`; made, all zeros, where it isn't there yet."""
+    import torch
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = optimizer.state[parameter]
+            if not own:
+                own["step"] = torch.zeros((), device=parameter.device)
+                own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state |= {f"{name}/{key}": value for key, value in own.items()}
+    return state
+
+
+@contextlib.contextmanager
+def quiet_single_process():
+    """torch.distributed.checkpoint remarks on every use by one process, which is all that many runs have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def write_state(state, folder):
+    """Write a dict of tensors, sharded or not, as safetensors that any number of processes can read."""
+    from torch.distributed import checkpoint
+    from torch.distributed import is_initialized
+
+    with quiet_single_process():
+        checkpoint.save(state, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                        no_dist=not is_initialized())
 
 
 def restore(run, model, optimizer):
-    """Read the run's last checkpoint's optimizer state into `optimizer`; returns its step.
+    """Read the last checkpoint's optimizer state into `optimizer`; returns its step.
 
     The weights are those of the model that was loaded from that checkpoint.
     """
-    from safetensors.torch import load_file
+    from torch.distributed import checkpoint
+    from torch.distributed import is_initialized
 
     folder = pointed_at(run / "last")
-    tensors = load_file(folder / OPTIMIZER)
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        name, _, key = key.rpartition("/")
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+    with quiet_single_process():
+        checkpoint.load(optimizer_state(model, optimizer), no_dist=not is_initialized(),
+                        storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)))
     return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["step"]
+
+
+# ------------------------------------------------------------------------------------------------ stopping
+
+
+class Stop:
+    """Turns the first SIGTERM or SIGINT into a wish, `asked`, that the loop grants between steps; a context manager.
+
+    Inside `at_once()`, where nothing can be lost, and at the second signal it is a KeyboardInterrupt.
+    """
+
+    def __init__(self):
+        self.asked, self.patient = None, True  # the signal's number; whether there is something to lose
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def take(self, number, frame):
+        again, self.asked = self.asked, number
+        if again or not self.patient:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def at_once(self):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.patient = False
+        try:
+            yield
+        finally:
+            self.patient = True
+
+    def leave(self, text, processes):
+        """End the process as the signal would have, with a word."""
+        if processes.rank == 0:
+            say(text)
+        sys.exit(128 + (self.asked or signal.SIGTERM))
+
+
+# ------------------------------------------------------------------------------------- several processes
+
+
+class Told(UserError):
+    """A mistake that the first process tells for all."""
+
+
+class Processes:
+    """The processes that train one model: torchrun's, each with its own device, or just this one.
+
+    rank and size are torchrun's RANK and WORLD_SIZE, device is this process's torch.device, and engine is "ddp",
+    "fsdp" or None for a single process. A context manager: it leaves the group at the end, and lets only the first process tell a
+    mistake that all have made.
+    """
+
+    def __init__(self, device, parallel="auto"):
+        from model import pick_device
+
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.parallel, self.engine, self.module = parallel, None, None
+        self.many = "RANK" in os.environ and self.size > 1
+        if self.many:
+            import torch
+
+            if device in ("auto", "cuda") and torch.cuda.is_available():
+                device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = pick_device(device)
+        if self.many:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            # Rank 0 may write a large checkpoint while the others wait.
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                                 timeout=timedelta(minutes=30))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None and self.many:
+            import torch
+
+            torch.distributed.destroy_process_group()
+        if isinstance(error, Told):
+            sys.exit(1)
+
+    def shared(self, text):
+        """The error to raise for a mistake that all processes find."""
+        return Told(text) if self.rank else UserError(text)
+
+    def together(self, function, *args, **kwargs):
+        """Call a function in every process at once; what one of them raises ends all of them."""
+        result = error = None
+        try:
+            result = function(*args, **kwargs)
+        except Exception as caught:
+            error = caught
+        told = next(filter(None, self.gather([error and (str(error) or repr(error))])), None)
+        if error is not None and (self.rank == 0 or not isinstance(error, UserError)):
+            raise error
+        if told:
+            raise self.shared(told)
+        return result
+
+    def main_only(self, function, *args, **kwargs):
+        """Call a function in the first process only and return its result there, None elsewhere; its error is all's."""
+        return self.together(function if self.rank == 0 else lambda *args, **kwargs: None, *args, **kwargs)
+
+    def main_first(self, function, *args, **kwargs):
+        """Call a function in every process, in the first one before the others: one mistake is found, and told, once."""
+        result = self.main_only(function, *args, **kwargs)
+        return result if self.rank == 0 else function(*args, **kwargs)
+
+    def seed(self, seed, step):
+        """Let what a model draws at random (dropout) depend on these alone: nothing of it has to be saved."""
+        import torch
+
+        torch.manual_seed(hash((seed, step, self.rank)))
+
+    def gather(self, items):
+        """The items of a list from every process, in the order of the processes."""
+        if not self.many:
+            return items
+        from torch.distributed import all_gather_object
+
+        lists = [None] * self.size
+        all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def sum(self, tensor):
+        """The sum of a tensor over all processes, in place."""
+        if self.many:
+            from torch.distributed import all_reduce
+
+            all_reduce(tensor)
+        return tensor
+
+    def count(self, number):
+        """The sum of a number over all processes, on the device; at least 1, since it is divided by."""
+        import torch
+
+        return self.sum(torch.tensor(number, device=self.device)).clamp(min=1)
+
+    def any(self, flag):
+        """Whether a flag is true in any process."""
+        import torch
+
+        return bool(flag) if not self.many else bool(self.sum(torch.tensor(int(bool(flag)), device=self.device)))
+
+    def spread(self, step_losses):
+        """Let the processes share a DynamicCoT module whose weights the first process has read; returns the module.
+
+        FSDP2 shards float32 weights, gradients and optimizer state, computes in bf16 on CUDA and adds gradients up in
+        float32.
+        """
+        if not self.many:
+            return step_losses.to(self.device)
+        import torch
+
+        parameters = sum(parameter.numel() for parameter in step_losses.parameters())
+        self.engine = self.parallel if self.parallel != "auto" else "ddp" if self.fits(16 * parameters) else "fsdp"
+        values = [tensor.detach() for tensor in tensors_of(step_losses)]
+        if self.engine == "ddp":
+            step_losses.to(self.device)
+        else:
+            shard(step_losses, self.device)
+        for tensor, value in zip(tensors_of(step_losses), values):
+            broadcast(tensor, value.to(self.device))
+        if self.engine == "ddp":
+            self.module = step_losses = torch.nn.parallel.DistributedDataParallel(
+                step_losses, gradient_as_bucket_view=True, init_sync=False)
+        return step_losses
+
+    def fits(self, size):
+        """Whether so many bytes take up no more than half of the device's memory."""
+        import torch
+
+        return self.device.type != "cuda" or size <= torch.cuda.get_device_properties(self.device).total_memory / 2
+
+    def passes(self, micro_batches):
+        """The micro-batches of a step on this process's device; DDP exchanges gradients only with the last one."""
+        for left, batch in zip(range(len(micro_batches) - 1, -1, -1), micro_batches):
+            if self.engine == "ddp":
+                self.module.require_backward_grad_sync = left == 0
+            yield batch.to(self.device)
+
+    def whole_model(self, model):
+        """A model to generate with, each process at its own pace: `model` itself, or where it is sharded a whole copy."""
+        if self.engine != "fsdp":
+            return model
+        import torch
+
+        from model import empty_model
+
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        copy = empty_model(model.config, dtype, self.device)
+        with torch.no_grad():
+            for own, sharded in zip(tensors_of(copy), tensors_of(model)):
+                own.copy_(whole(sharded))
+        return copy
+
+
+def tensors_of(module):
+    """A module's parameters and buffers, those that are tied once."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def shard(step_losses, device):
+    """FSDP2: each layer of the language model and of the vision tower by itself, and the rest together."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == "cuda" else None,
+                                  reduce_dtype=torch.float32)
+    inner = step_losses.model.model
+    for layer in (*inner.visual.blocks, *inner.language_model.layers, step_losses):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+
+
+def broadcast(tensor, value):
+    """Give a tensor, sharded or not, the first process's `value`."""
+    import torch
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():
+        if is_sharded(tensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.to_local().copy_(value.to_local())
+        else:
+            torch.distributed.broadcast(value, 0)
+            tensor.copy_(value)

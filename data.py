@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from array import array
 from concurrent.futures import ProcessPoolExecutor
@@ -106,6 +107,11 @@ class Posts:
     def __setstate__(self, state):
         self.__dict__.update(state)
         self.file = os.open(self.path, os.O_RDONLY)
+
+    def digest(self):
+        """A fingerprint of the file's content."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
     def image_path(self, record):
         """Where the record's image is, or None for a text-only post."""
@@ -287,6 +293,7 @@ class Encoder:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.end_of_turn = self._end_of_turn()
         self.think = self.plain_ids("<think>")
+        self.stand_in = Sample("", self.prompt_ids("", 0)[0], None, plain=self.answer_ids(""))  # where there is no post
 
     def plain_ids(self, text):
         """Token ids of `text`, in which nothing counts as a special token."""
@@ -441,9 +448,15 @@ class Batch:
 
 
 def collate(samples, encoder):
-    """Samples to one Batch: prompts padded on the left, answers on the right."""
+    """Samples to one Batch: prompts padded on the left, answers on the right.
+
+    No samples at all give a Batch of length 0 that a model can run on all the same: processes which share a step
+    must go through the same number of passes. Its one row stands for no post; what is made of it is to be dropped.
+    """
     import torch
 
+    ids = [sample.id for sample in samples]
+    samples = samples or [encoder.stand_in]
     width = max(len(sample.prompt) for sample in samples)
     input_ids = torch.full((len(samples), width), encoder.pad)
     attention_mask = torch.zeros_like(input_ids)
@@ -461,8 +474,7 @@ def collate(samples, encoder):
         plain = Answers.pad([sample.plain for sample in samples], encoder.pad)
         cot = Answers.pad([sample.cot or sample.plain for sample in samples], encoder.pad)
         with_cot = torch.tensor([sample.cot is not None for sample in samples])
-    return Batch([sample.id for sample in samples], prompt, plain, cot, with_cot,
-                 sum(sample.shortened for sample in samples))
+    return Batch(ids, prompt, plain, cot, with_cot, sum(sample.shortened for sample in samples))
 
 
 def epoch_order(count, batch_size, seed, epoch):
@@ -473,25 +485,54 @@ def epoch_order(count, batch_size, seed, epoch):
     return [order[start:start + batch_size] for start in range(0, count, batch_size)]
 
 
+def by_length(samples, parts):
+    """Samples in `parts` micro-batches of about equal size, each of samples of about equal length.
+
+    Only samples of one step are sorted among themselves: a step's posts stay a random draw, and micro-batches
+    decide nothing but how much is padded.
+    """
+    if parts > 1:
+        samples = sorted(samples, key=lambda sample: len(sample.prompt) + len(sample.cot or sample.plain))
+    edges = [len(samples) * part // parts for part in range(parts + 1)]
+    return [samples[start:end] for start, end in zip(edges, edges[1:])]
+
+
 class Loader:
     """Yields (micro-batches, skipped) for every list of indices in `steps`; workers read and encode the posts.
+
+    Of several processes, `rank` (from 0) of `size` gets its share of every step, in as many micro-batches as each of
+    the others. `waited` is how many seconds the last step's data took to come, after it was asked for.
 
     Only the posts' own tensors pass between processes, two an image, and few steps ahead: each holds an open file.
     """
 
-    def __init__(self, posts, encoder, steps, micro_batch, workers, with_answers):
+    def __init__(self, posts, encoder, steps, micro_batch, workers, with_answers, rank=0, size=1):
         from torch.utils.data import DataLoader
 
-        self.encoder, self.micro_batch = encoder, micro_batch
-        self.steps = DataLoader(EncodedPosts(posts, encoder, with_answers), batch_sampler=steps, num_workers=workers,
-                                collate_fn=list, prefetch_factor=2 if workers else None)
+        self.encoder, self.with_answers, self.waited = encoder, with_answers, 0.0
+        self.parts = [-(-len(step) // (size * micro_batch)) for step in steps]
+        self.steps = DataLoader(EncodedPosts(posts, encoder, with_answers), num_workers=workers, collate_fn=list,
+                                batch_sampler=[step[rank::size] for step in steps],
+                                prefetch_factor=2 if workers else None, worker_init_fn=leave_signals)
 
     def __iter__(self):
-        for items in self.steps:
+        steps, parts = iter(self.steps), iter(self.parts)
+        while True:
+            started = time.perf_counter()
+            items = next(steps, None)
+            if items is None:
+                return
             samples = [item for item in items if isinstance(item, Sample)]
-            chunks = [samples[i:i + self.micro_batch] for i in range(0, len(samples), self.micro_batch)]
-            yield ([collate(chunk, self.encoder) for chunk in chunks],
-                   [item for item in items if isinstance(item, Skipped)])
+            chunks = by_length(samples, next(parts)) if self.with_answers else [samples] if samples else []
+            micro_batches = [collate(chunk, self.encoder) for chunk in chunks]
+            self.waited = time.perf_counter() - started
+            yield micro_batches, [item for item in items if isinstance(item, Skipped)]
+
+
+def leave_signals(_):
+    """Ctrl-C and SIGTERM reach a whole group of processes; what they mean is the parent's to say."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -550,11 +591,12 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def progress(items, total, what, unit="post", done=0):
+def progress(items, total, what, unit="post", done=0, silent=False):
     """A tqdm bar on stderr around `items`, or to be updated by hand where `items` is None."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=what, unit=unit, initial=done, dynamic_ncols=True, mininterval=0.5)
+    return tqdm(items, total=total, desc=what, unit=unit, initial=done, dynamic_ncols=True, mininterval=0.5,
+                disable=silent)
 
 
 # ------------------------------------------------------------------------- tools for data sets: reading posts

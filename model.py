@@ -30,13 +30,16 @@ class DynamicCoT(nn.Module):
         once and every answer is laid upon the same keys and values. Without it each answer is a full pass of
         its own, as the method is written: the same gradient at a higher price, and the only way under
         gradient checkpointing, where no cache can be kept.
+    always_look: run the vision tower for a batch without images, too, so that processes which train together
+        go through the same layers.
     """
 
-    def __init__(self, model, mode="dynamic", gamma=0.4, share_prompt=True):
+    def __init__(self, model, mode="dynamic", gamma=0.4, share_prompt=True, always_look=False):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         self.model, self.mode, self.gamma, self.share_prompt = model, mode, gamma, share_prompt
+        self.always_look = always_look
 
     def forward(self, batch):
         """Per-sample losses of a Batch of B posts.
@@ -44,6 +47,13 @@ class DynamicCoT(nn.Module):
         Returns (loss, plain_loss, reasons): loss (B,) carries the gradient; plain_loss (B,) is L(y_s), None in
         mode cot; reasons (B,) bool says which samples were trained on y_c.
         """
+        results = self.losses(batch)
+        if not len(batch):  # the one row stands for no post
+            return tuple(None if result is None else result[:0].clone() for result in results)
+        return results
+
+    def losses(self, batch):
+        """The method itself; `forward`'s result for every row of the batch."""
         prompt = self.read_prompt(batch.prompt)
 
         if self.mode == "sft":
@@ -66,8 +76,7 @@ class DynamicCoT(nn.Module):
         prompt = {"inputs": inputs, "positions": positions}  # (3, B, P)
         if self.share_prompt:
             cache = new_cache()
-            prompt["last"] = self.model.model(**inputs, position_ids=positions, past_key_values=cache,
-                                              use_cache=True).last_hidden_state[:, -1:]
+            prompt["last"] = self.read(inputs, position_ids=positions, past_key_values=cache, use_cache=True)[:, -1:]
             prompt["cache"] = [(layer.keys, layer.values) for layer in cache.layers]
         return prompt
 
@@ -91,7 +100,7 @@ class DynamicCoT(nn.Module):
                 "attention_mask": attention_mask,
                 "position_ids": torch.cat([prompt["positions"], positions], dim=2),
             }
-            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state[:, -mask.shape[1]:]
+            hidden = self.read(inputs, use_cache=False)[:, -mask.shape[1]:]
 
         # The vocabulary is what a small step would spend most of its time on: logits at answer tokens only.
         at = mask.bool()
@@ -99,6 +108,23 @@ class DynamicCoT(nn.Module):
         token_loss = torch.zeros(mask.shape, device=mask.device).masked_scatter(
             at, cross_entropy(logits, answers.ids[at], reduction="none"))
         return token_loss.sum(1) / mask.sum(1)
+
+    def read(self, inputs, **options):
+        """The model's last hidden state (B, P, hidden) over images and text."""
+        if not self.always_look or "pixel_values" in inputs:
+            return self.model.model(**inputs, **options).last_hidden_state
+        nothing = self.look_at_nothing()  # first, as an image is: FSDP counts on one order of the layers
+        return self.model.model(**inputs, **options).last_hidden_state + nothing
+
+    def look_at_nothing(self):
+        """Zero, by way of the whole vision tower."""
+        vision = self.model.model.visual
+        config, merge = vision.config, vision.config.spatial_merge_size
+        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        blank = torch.zeros(merge**2, values, device=self.model.device)
+        seen = vision(blank, grid_thw=torch.tensor([[1, merge, merge]], device=blank.device), return_dict=True)
+        features = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
+        return 0 * sum(feature.float().sum() for feature in features)
 
 
 def new_cache(keys_and_values=None):
@@ -198,13 +224,15 @@ def find(name):
         raise UserError(f"{name}: neither a folder here nor to be had from the hub ({reason})") from None
 
 
-def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=512 * 28 * 28, max_length=4096):
+def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=512 * 28 * 28, max_length=4096,
+         weights=True):
     """(model, encoder, folder) of a Qwen-VL model in Hugging Face layout, a folder or a hub name.
 
-    The prompt is `prompt_file`'s, else the folder's own prompt.txt, else PROMPT. Raises UserError where
+    The prompt is `prompt_file`'s, else the folder's own prompt.txt, else PROMPT. Without `weights` the model has
+    whatever was in memory for its weights and buffers: they are to come from another process. Raises UserError where
     something is missing, torn, of another family, or only there as a pickle.
     """
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     quiet()
     folder = find(name)
@@ -230,6 +258,21 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         image_processor = AutoImageProcessor.from_pretrained(folder)
     except Exception as error:
         raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
+    model = read_weights(folder, dtype) if weights else empty_model(AutoConfig.from_pretrained(folder), dtype)
+    if prompt_file is None and (folder / "prompt.txt").is_file():
+        prompt_file = folder / "prompt.txt"
+    try:
+        prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
+    encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
+    return model.to(device), encoder, folder
+
+
+def read_weights(folder, dtype):
+    """The model of a folder. Raises UserError where weights are torn, missing or of another shape."""
+    from transformers import AutoModelForImageTextToText
+
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
@@ -239,14 +282,18 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the first {wrong[0]}; "
                         "is the copy whole?")
-    if prompt_file is None and (folder / "prompt.txt").is_file():
-        prompt_file = folder / "prompt.txt"
-    try:
-        prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
-    encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
-    return model.to(device), encoder, folder
+    return model
+
+
+def empty_model(config, dtype, device="cpu"):
+    """A model with memory for its weights and buffers, but nothing written there yet."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    return model.eval()
 
 
 def pick_device(name):

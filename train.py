@@ -2,12 +2,14 @@
 
     python train.py                                   # the club world and a toy model: minutes on a CPU
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --train train.jsonl --valid valid.jsonl --out out/run1
+    torchrun --nproc-per-node 8 train.py …            # the same on eight GPUs
 """
 
 import argparse
 import contextlib
 import json
 import math
+import os
 import shlex
 import time
 from pathlib import Path
@@ -33,6 +35,10 @@ def settings(arguments=None):
     add("--test", metavar="FILE", help="posts to predict and score with the final weights")
     add("--out", default="out/run", help="the run's folder")
     add("--resume", action="store_true", help="go on where the run in --out stopped")
+    add("--force", action="store_true", help="resume although settings or posts are others than before")
+    add("--save-every", metavar="N", type=natural, default=0,
+        help="save a checkpoint every N steps, too; 0: at the end of each epoch only")
+    add("--keep", metavar="K", type=data.count, default=1, help="keep the newest K checkpoints, and the best")
     add("--mode", choices=["sft", "cot", "multitask", "dynamic"], default="dynamic",
         help="plain answers; reasoning for all; the mean of both losses; each sample's choice by gamma")
     add("--gamma", type=float, default=0.4, help="a sample whose plain answer's loss is below this reasons")
@@ -47,6 +53,8 @@ def settings(arguments=None):
     add("--micro-batch", type=data.count, default=4, help="posts at once in memory; changes speed, not the result")
     add("--gradient-checkpointing", action="store_true", help="less memory for a slower, literal two-pass step")
     add("--freeze-vision", action="store_true", help="train the language model only")
+    add("--parallel", choices=["auto", "ddp", "fsdp"], default="auto",
+        help="under torchrun: the whole model on each GPU, shards of it, or ddp where that takes half of the memory")
     add("--valid-posts", type=data.count, default=500, help="at most this many posts of --valid, from its beginning")
     add("--seed", type=natural, default=0, help="decides the order of the posts, and the club world and toy model")
     data.add_reading_options(parser)
@@ -55,31 +63,14 @@ def settings(arguments=None):
     return parser.parse_args(arguments)
 
 
-def train(args):
+def train(args, processes):
     """The whole run; returns (model, encoder, run folder)."""
     import torch
 
-    from model import DynamicCoT, bf16_on_cuda, load, pick_device
+    from model import bf16_on_cuda
 
-    device = pick_device(args.device)
-    posts = data.Posts(args.train, for_training=True)
-    check_reasoning(posts, args.mode)
-    valid = data.Posts(args.valid, for_training=True) if args.valid else None
-    folder = checkpoint.open_run(args.out, run_settings(args), args.resume)
-    resumed = args.resume and (folder / "last").is_file()
-
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if device.type == "cpu":  # threads that must share their cores with the loader wait for one another at every step
-        torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
-    name = checkpoint.model_folder(str(folder / "last") if resumed else args.model)
-    model, encoder, source = load(name, device, prompt_file=args.prompt_file, max_pixels=args.max_pixels,
-                                  max_length=args.max_length)
-    model.train()
-    if args.gradient_checkpointing:
-        enable_checkpointing = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable_checkpointing({"use_reentrant": False})  # transformers is renaming it
-    model.model.visual.requires_grad_(not args.freeze_vision)
-    step_losses = DynamicCoT(model, args.mode, args.gamma, share_prompt=not args.gradient_checkpointing)
+    posts, valid, folder, resumed = open_files(args, processes)
+    model, encoder, source, step_losses = build_model(args, folder, resumed, processes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -90,37 +81,86 @@ def train(args):
     total = args.epochs * steps_an_epoch
     step = checkpoint.restore(folder, model, optimizer) if resumed else 0
 
-    with contextlib.closing(Log(folder, step, total, len(posts))) as log:
-        if valid and step > log.evaluated:  # stopped between saving and validating
-            validate(model, encoder, valid, step, args, log)
+    def save():
+        checkpoint.save(folder, step, model, source, encoder.prompt, optimizer, processes)
+        log.start_clock()
+
+    def validate():
+        with stop.at_once():  # the step is saved, and a resumed run validates first
+            _, scores = predict_and_score(model, encoder, valid, args.valid_posts, args, "validation", processes)
+        log.evaluation(step, scores)
+        log.start_clock()
+
+    with contextlib.closing(Log(folder, step, total, len(posts), processes)) as log, checkpoint.Stop() as stop:
+        if valid and step % steps_an_epoch == 0 and step > log.evaluated:
+            validate()
         for epoch in range(step // steps_an_epoch, args.epochs):
             order = data.epoch_order(len(posts), args.batch_size, args.seed, epoch)[step % steps_an_epoch:]
-            for micro_batches, skipped in data.Loader(posts, encoder, order, args.micro_batch, args.workers, True):
+            loader = data.Loader(posts, encoder, order, args.micro_batch, args.workers, True, processes.rank, processes.size)
+            for micro_batches, skipped in loader:
+                processes.seed(args.seed, step)
                 lr = learning_rate(step, total, args)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                samples = sum(len(batch) for batch in micro_batches)
-                for batch in micro_batches:
-                    batch = batch.to(device)
-                    with bf16_on_cuda(device):
+                samples = processes.count(sum(map(len, micro_batches)))
+                for batch in processes.passes(micro_batches):
+                    with bf16_on_cuda(processes.device):
                         loss, plain_loss, reasons = step_losses(batch)
-                    (loss.sum() / samples).backward()
+                    (loss.sum() * processes.size / samples).backward()  # gradients are averaged over the processes
                     log.add(batch, loss, plain_loss, reasons)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+                norm = checkpoint.whole(torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf))
                 if not norm.isfinite():
-                    raise UserError(f"step {step + 1}: the loss or its gradient is not finite; the last checkpoint is "
-                                    "kept; a lower --lr or a smaller --clip is what mostly helps")
+                    raise processes.shared(f"step {step + 1}: the loss or its gradient is not finite; the last checkpoint "
+                                           "is kept; a lower --lr or a smaller --clip is what mostly helps")
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-                log.step(step, epoch, lr, norm, skipped)
+                log.step(step, epoch, lr, norm, skipped, loader.waited)
 
-            checkpoint.save(folder, step, model, source, encoder.prompt, optimizer)
+                if processes.any(stop.asked):
+                    save()
+                    stop.leave(f"stopped after step {step} of {total}, which is saved; --resume goes on", processes)
+                if args.save_every and step % args.save_every == 0:
+                    save()
+                    processes.main_only(checkpoint.prune, folder, args.keep)
+            save()
             if valid:
-                validate(model, encoder, valid, step, args, log)
-            checkpoint.prune(folder)
-            log.start_clock()
+                validate()
+            processes.main_only(checkpoint.prune, folder, args.keep)
     return model, encoder, folder
+
+
+def open_files(args, processes):
+    """(posts, validation posts or None, run folder, whether to go on from its last checkpoint)."""
+    posts = processes.main_first(data.Posts, args.train, for_training=True)
+    valid = processes.main_first(data.Posts, args.valid, for_training=True) if args.valid else None
+    processes.main_only(check_reasoning, posts, args.mode)
+    folder = Path(args.out)
+    processes.main_only(checkpoint.open_run, folder, run_settings(args, posts), args.resume, args.force)
+    return posts, valid, folder, args.resume and (folder / "last").is_file()
+
+
+def build_model(args, folder, resumed, processes):
+    """(model, encoder, folder it was read from, the training step as a module that the processes share)."""
+    import torch
+
+    from model import DynamicCoT, find, load
+
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if processes.device.type == "cpu":  # threads that share their cores with the loader wait for one another every step
+        torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
+    source = processes.main_first(find, checkpoint.model_folder(str(folder / "last") if resumed else args.model))
+    model, encoder, _ = processes.together(
+        load, str(source), prompt_file=args.prompt_file, max_pixels=args.max_pixels, max_length=args.max_length,
+        weights=processes.rank == 0)
+    model.train()
+    if args.gradient_checkpointing:
+        enable_checkpointing = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable_checkpointing({"use_reentrant": False})  # transformers is renaming it
+    model.model.visual.requires_grad_(not args.freeze_vision)
+    step_losses = DynamicCoT(model, args.mode, args.gamma, share_prompt=not args.gradient_checkpointing,
+                             always_look=processes.size > 1)
+    return model, encoder, source, processes.spread(step_losses)
 
 
 def learning_rate(step, total, args):
@@ -132,28 +172,24 @@ def learning_rate(step, total, args):
     return args.lr * (args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def validate(model, encoder, posts, step, args, log):
-    """Score the model's own greedy answers to the first --valid-posts posts; let `best` name the best step's checkpoint."""
-    count = min(args.valid_posts, len(posts))
-    _, scores = predict_and_score(model, encoder, posts, count, args, "validation")
-    log.evaluation(step, scores)
-    if log.best[1] == step:
-        checkpoint.point(log.folder, "best", f"step-{step}")
+def predict_and_score(model, encoder, posts, most, args, what, processes):
+    """(predictions, scores) of the first `most` posts, with seen and unseen by the training file.
 
-
-def predict_and_score(model, encoder, posts, count, args, what):
-    """(predictions, scores) of the first `count` posts, with seen and unseen by the training file.
-
-    Beside the evaluator's classes, scores has "cut" and "unreadable": how many answers ran out of tokens, and
-    how many images could not be read.
+    The processes share the posts; the scores are None in all but the first. Beside the evaluator's classes they have
+    "cut" and "unreadable": how many answers ran out of tokens, and how many images could not be read.
     """
     from model import predict
 
     at_once = 4 * args.micro_batch  # without gradients there is room for more
-    steps = [list(range(start, min(start + at_once, count))) for start in range(0, count, at_once)]
+    count = min(most, len(posts))
+    share = range(processes.rank, count, processes.size)
+    steps = [list(share[start:start + at_once]) for start in range(0, len(share), at_once)]
     loader = data.Loader(posts, encoder, steps, at_once, args.workers, False)
-    predictions = list(data.progress(predict(model, encoder, loader, max_new_tokens=args.max_new_tokens), count, what))
-    by_id = {prediction["id"]: prediction for prediction in predictions}
+    predictions = predict(processes.whole_model(model), encoder, loader, max_new_tokens=args.max_new_tokens)
+    bar = data.progress(predictions, len(share), what, silent=processes.rank > 0)
+    by_id = {prediction["id"]: prediction for prediction in processes.gather(list(bar))}
+    if processes.rank > 0:
+        return None, None
     references = [posts[index] for index in range(count)]
     predictions = [by_id[reference["id"]] for reference in references]
     scores = score(predictions, references, train_keyphrases(args.train))
@@ -165,18 +201,22 @@ def predict_and_score(model, encoder, posts, count, args, what):
 
 
 class Log:
-    """log.jsonl, skipped.jsonl and the progress bar; what a step did is summed up on the device until its end."""
+    """log.jsonl, skipped.jsonl and the progress bar; what a step did is summed up on the device until its end.
 
-    def __init__(self, folder, step, total, posts):
-        self.folder, self.most_skipped = folder, posts // 100
-        self.file, lines = open_appended(folder / "log.jsonl", step)
-        self.skipped_file, skipped = open_appended(folder / "skipped.jsonl", step)
+    Only the first of several processes writes and shows.
+    """
+
+    def __init__(self, folder, step, total, posts, processes):
+        self.folder, self.most_skipped, self.processes = folder, posts // 100, processes
+        self.file, lines = processes.main_first(open_appended, folder / "log.jsonl", step, processes.rank == 0)
+        self.skipped_file, skipped = processes.main_first(
+            open_appended, folder / "skipped.jsonl", step, processes.rank == 0)
         self.skipped = {line["id"] for line in skipped}
         self.evaluated, self.best = 0, (-1.0, 0)  # the last evaluation's step; the best F1@1 and its step
         for line in lines:
             self.remember(line)
-        self.bar = data.progress(None, total, "training", "step", step)
-        self.sums, self.shortened = None, 0
+        self.bar = data.progress(None, total, "training", "step", step, silent=processes.rank > 0)
+        self.sums = None
         self.start_clock()
 
     def start_clock(self):
@@ -187,49 +227,62 @@ class Log:
         """Take in one micro-batch's per-sample losses (B,)."""
         import torch
 
+        count = len(batch)
         plain = loss.new_full((), float("nan")) if plain_loss is None else plain_loss.sum()
-        targets = torch.where(reasons, batch.cot.mask.sum(1), batch.plain.mask.sum(1))
-        sums = torch.stack([loss.detach().sum(), plain, reasons.sum(), loss.new_tensor(len(batch)),
-                            batch.prompt["attention_mask"].sum() + targets.sum()]).double()
+        targets = torch.where(reasons, batch.cot.mask[:count].sum(1), batch.plain.mask[:count].sum(1))
+        prompts = batch.prompt["attention_mask"][:count]
+        widest = targets.max() if count else targets.new_zeros(())
+        sums = torch.stack([loss.detach().sum(), plain, reasons.sum(), loss.new_tensor(count), loss.new_tensor(batch.shortened),
+                            prompts.sum() + targets.sum(), batch.prompt["mm_token_type_ids"][:count].sum(),
+                            prompts.numel() + count * widest]).double()
         self.sums = sums if self.sums is None else self.sums + sums
-        self.shortened += batch.shortened
 
-    def step(self, step, epoch, lr, norm, skipped):
+    def step(self, step, epoch, lr, norm, skipped, waited):
         """Write the step's line. Raises UserError once more than 1% of the posts had to be skipped."""
-        if self.sums is not None:
-            loss, plain, reasons, samples, tokens = self.sums.tolist()
+        loss, plain, reasons, samples, shortened, tokens, of_images, places = self.processes.sum(self.sums).tolist()
+        if samples:
             seconds = time.perf_counter() - self.started
             line = {"step": step, "epoch": epoch, "loss": loss / samples, "cot_share": reasons / samples,
                     "plain_loss": None if math.isnan(plain) else plain / samples, "lr": lr,
                     "grad_norm": norm.item(), "samples": int(samples), "tokens": int(tokens),
-                    "seconds": round(seconds, 3)}
-            if self.shortened:
-                line["shortened"] = self.shortened
+                    "padding": round((places - tokens) / (places - of_images), 4),
+                    "seconds": round(seconds, 3), "waited": round(waited, 3)}
+            if shortened:
+                line["shortened"] = int(shortened)
             write_line(self.file, line)
             self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['cot_share']:.0%} on CoT, lr {lr:.1e}, "
-                                     f"{tokens / seconds:.0f} tokens/s", refresh=False)
+                                     f"{tokens / seconds:.0f} tokens/s, {waited / seconds:.0%} waiting for data",
+                                     refresh=False)
         self.bar.update()
-        self.sums, self.shortened = None, 0
+        self.sums = None
+        if self.processes.any(skipped):
+            self.skip(step, self.processes.gather(skipped))
         self.start_clock()
+
+    def skip(self, step, skipped):
+        """List posts whose images could not be read. Raises UserError once they are more than 1%."""
         for post in skipped:
             self.skipped.add(post.id)
             write_line(self.skipped_file, {"step": step, "id": post.id, "image": post.image, "reason": post.reason})
         if len(self.skipped) > self.most_skipped:
-            raise UserError(f"{len(self.skipped)} images could not be read, more than 1% of the training posts; they "
-                            f"are listed in {self.folder / 'skipped.jsonl'}, the last: {skipped[-1].image} "
-                            f"(id {skipped[-1].id}): {skipped[-1].reason}")
+            raise self.processes.shared(
+                f"{len(self.skipped)} images could not be read, more than 1% of the training posts; they are listed in "
+                f"{self.folder / 'skipped.jsonl'}, the last: {post.image} (id {post.id}): {post.reason}")
 
     def evaluation(self, step, scores):
-        """Write an evaluation's line."""
+        """Write an evaluation's line, and let `best` name the best one's checkpoint."""
         line = {"step": step, "valid": scores}
-        write_line(self.file, line)
-        self.remember(line)
+        if scores:
+            write_line(self.file, line)
+            self.remember(line)
 
     def remember(self, line):
         """Take in a line of the log: only evaluations leave a trace."""
         if "valid" in line:
             self.evaluated = line["step"]
             self.best = max(self.best, (line["valid"]["all"]["F1@1"], line["step"]), key=lambda best: best[0])
+            if self.processes.rank == 0 and (self.folder / (best := f"step-{self.best[1]}")).is_dir():
+                checkpoint.point(self.folder, "best", best)
 
     def close(self):
         self.bar.close()
@@ -237,16 +290,20 @@ class Log:
         self.skipped_file.close()
 
 
-def open_appended(path, step):
-    """(file, its lines) of a JSONL file to go on after `step`: later steps' lines, and a torn last one, are dropped."""
+def open_appended(path, step, write):
+    """(file, its lines) of a JSONL file to go on after `step`: later steps' lines, and a torn last one, are dropped.
+
+    Without `write` the file is one that takes anything and keeps nothing.
+    """
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):
                 kept.append(json.loads(line))
     kept = [line for line in kept if line["step"] <= step]
-    data.write_whole(path, "".join(map(data.to_line, kept)))
-    return open(path, "a", encoding="utf-8"), kept
+    if write:
+        data.write_whole(path, "".join(map(data.to_line, kept)))
+    return open(path if write else os.devnull, "a", encoding="utf-8"), kept
 
 
 def write_line(file, record):
@@ -257,11 +314,12 @@ def write_line(file, record):
 # ------------------------------------------------------------------------------------- around the training
 
 
-def run_settings(args):
-    """The settings that a resumed run must share with its beginning: those that decide what is learned."""
-    free = ("resume", "out", "device", "workers", "micro_batch", "gradient_checkpointing", "valid", "valid_posts",
-            "test", "max_new_tokens")
-    return {name: value for name, value in vars(args).items() if name not in free}
+def run_settings(args, posts):
+    """What a resumed run must share with its beginning: the settings that decide what is learned, and the posts."""
+    free = ("resume", "force", "save_every", "keep", "out", "device", "workers", "micro_batch", "gradient_checkpointing",
+            "parallel", "valid", "valid_posts", "test", "max_new_tokens")
+    return {name: value for name, value in vars(args).items() if name not in free} | {
+        "posts": len(posts), "train_digest": posts.digest()}
 
 
 def check_reasoning(posts, mode):
@@ -276,20 +334,26 @@ def check_reasoning(posts, mode):
 
 
 def club_world(args):
-    """Write the embedded world and its toy model beside the run, and fill in the settings that name them."""
-    from clubworld import write_toy_model, write_world
-
+    """Fill in the settings that name the embedded world and its toy model, which stand beside the run."""
     world = Path(args.out).parent / f"clubworld-{args.seed}"
-    data.say(f"No --train given: the club world (seed {args.seed}) in {world}")
-    write_world(world, args.seed)
     args.model, args.train, args.valid, args.test = (
         str(world / name) for name in ("toy", "train.jsonl", "valid.jsonl", "test.jsonl"))
-    write_toy_model(args.model, args.seed)
+    return world
 
 
-def report(model, encoder, folder, posts, args):
+def write_club_world(world, seed):
+    from clubworld import write_toy_model, write_world
+
+    data.say(f"No --train given: the club world (seed {seed}) in {world}")
+    write_world(world, seed)
+    write_toy_model(world / "toy", seed)
+
+
+def report(model, encoder, folder, posts, args, processes):
     """Predict and score --test, show three predictions and what to try next; returns 1 if an image could not be read."""
-    predictions, scores = predict_and_score(model, encoder, posts, len(posts), args, "test")
+    predictions, scores = predict_and_score(model, encoder, posts, len(posts), args, "test", processes)
+    if processes.rank > 0:
+        return 0
     data.write_whole(folder / "test_preds.jsonl", "".join(map(data.to_line, predictions)))
     data.write_whole(folder / "test_scores.json", json.dumps(scores, indent=1) + "\n")
     cut, unreadable = scores.pop("cut"), scores.pop("unreadable")
@@ -315,16 +379,17 @@ def report(model, encoder, folder, posts, args):
 
 def main():
     args = settings()
-    if args.train is None:
-        if args.model or args.valid or args.test:
-            raise UserError("--train is missing: say which posts to train on, or leave out --model, --valid and --test "
-                            "too for the club world")
-        club_world(args)
-    elif args.model is None:
+    if args.train is None and (args.model or args.valid or args.test):
+        raise UserError("--train is missing: say which posts to train on, or leave out --model, --valid and --test "
+                        "too for the club world")
+    if args.train is not None and args.model is None:
         raise UserError("--model is missing: a folder or hub name of a Qwen-VL model, such as Qwen/Qwen2.5-VL-3B-Instruct")
-    test = data.Posts(args.test, for_training=True) if args.test else None
-    model, encoder, folder = train(args)
-    return report(model, encoder, folder, test, args) if test else 0
+    with checkpoint.Processes(args.device, args.parallel) as processes:
+        if args.train is None:
+            processes.main_only(write_club_world, club_world(args), args.seed)
+        test = processes.main_first(data.Posts, args.test, for_training=True) if args.test else None
+        model, encoder, folder = train(args, processes)
+        return report(model, encoder, folder, test, args, processes) if test else 0
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ def thinker(world, tmp_path_factory):
     import train
 
     out = tmp_path_factory.mktemp("thinker") / "run"
-    train.train(train.settings(["--train", str(world / "train.jsonl"), "--model", str(world / "toy"), "--out", str(out),
-                                "--mode", "cot", "--epochs", "8", "--batch-size", "8", "--lr", "3e-3", "--workers", "0"]))
+    args = train.settings(["--train", str(world / "train.jsonl"), "--model", str(world / "toy"), "--out", str(out),
+                           "--mode", "cot", "--epochs", "8", "--batch-size", "8", "--lr", "3e-3", "--workers", "0"])
+    with infer.checkpoint.Processes(args.device) as processes:
+        train.train(args, processes)
     return out
 
 

@@ -69,13 +69,13 @@ def test_the_split_into_micro_batches_changes_nothing_but_rounding(train_on):
 
 def test_an_interrupted_run_resumes_to_the_same_weights_and_log(train_on, monkeypatch):
     whole = train_on("whole", "--gamma", "5")
-    monkeypatch.setattr(train.checkpoint, "prune", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train_on("stopped", "--gamma", "5")
     monkeypatch.undo()
     stopped = train_on("stopped", "--gamma", "5", "--resume")
     assert same(weights(whole), weights(stopped))
-    timeless = lambda run: [{k: v for k, v in line.items() if k != "seconds"} for line in lines(run / "log.jsonl")]
+    timeless = lambda run: [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines(run / "log.jsonl")]
     assert timeless(whole) == timeless(stopped)
 
 
@@ -103,7 +103,7 @@ def test_steps_after_the_last_checkpoint_are_done_again(train_on, monkeypatch):
 
 
 def test_a_resumed_run_can_save_more_than_once(train_on, monkeypatch):
-    monkeypatch.setattr(train.checkpoint, "prune", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train_on("run", "--epochs", "3")
     monkeypatch.undo()
@@ -138,7 +138,8 @@ def test_a_finished_run_is_a_model_to_go_on_from(train_on, world, tmp_path):
     first = train_on("first")
     args = train.settings(["--train", str(world / "train.jsonl"), "--model", str(first), "--out", str(tmp_path / "second"),
                            "--epochs", "1", "--batch-size", "32", "--workers", "0", "--device", "cpu"])
-    _, _, second = train.train(args)
+    with checkpoint.Processes(args.device) as processes:
+        _, _, second = train.train(args, processes)
     assert lines(second / "log.jsonl")[0]["loss"] < lines(first / "log.jsonl")[0]["loss"] / 1.5
 
 
@@ -205,7 +206,7 @@ def test_weights_that_are_not_finite_are_not_saved(train_on, monkeypatch):
     model, encoder, source = load(str(run / "step-8"))
     model.lm_head.weight.data[0, 0] = math.nan
     with pytest.raises(UserError, match="not finite"):
-        checkpoint.save(run, 9, model, source, encoder.prompt, None)
+        checkpoint.save(run, 9, model, source, encoder.prompt, None, checkpoint.Processes("cpu"))
     assert (run / "last").read_text().strip() == "step-8"
 
 
@@ -239,18 +240,16 @@ def test_gradient_checkpointing_and_a_frozen_vision_tower(train_on, world, monke
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(train_on, monkeypatch):
-    import safetensors.torch
-
-    save_file = safetensors.torch.save_file
+    write_state = checkpoint.write_state
     calls = []
 
-    def fill_up(*args, **kwargs):
+    def fill_up(*args):
         calls.append(1)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        return save_file(*args, **kwargs)
+        return write_state(*args)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fill_up)
+    monkeypatch.setattr(checkpoint, "write_state", fill_up)
     with pytest.raises(UserError, match="No space left.*--resume"):
         train_on("run")
     monkeypatch.undo()
