@@ -293,7 +293,7 @@ class Encoder:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.end_of_turn = self._end_of_turn()
         self.think = self.plain_ids("<think>")
-        self.stand_in = Sample("", self.prompt_ids("", 0)[0], None, plain=self.answer_ids(""))  # where there is no post
+        self.stand_in = Sample("", self.prompt_ids("", 0)[0], None, plain=[*self.think, self.end_of_turn])
 
     def plain_ids(self, text):
         """Token ids of `text`, in which nothing counts as a special token."""
