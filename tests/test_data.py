@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import data
 from data import Encoder, Posts, Unreadable, load_image, parse_answer
 from evaluate import UserError
 from tiny import qwen_tokenizer
+
+CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
 
 # ------------------------------------------------------------------------------------------------- parser
 
@@ -337,6 +340,48 @@ def test_every_post_is_met_once_an_epoch():
     assert sorted(sum(steps, [])) == list(range(103)) and [len(step) for step in steps] == [10] * 10 + [3]
     assert steps == data.epoch_order(103, 10, seed=3, epoch=0)
     assert steps != data.epoch_order(103, 10, seed=3, epoch=1) != data.epoch_order(103, 10, seed=4, epoch=1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_share_every_step_in_as_many_micro_batches_each(world, tmp_path, size):
+    """No post lost or doubled, however uneven the last step is; a process without posts has a batch that is empty."""
+    encoder, posts = make_encoder(tmp_path), data.Posts(world / "train.jsonl")
+    steps = [list(range(start, min(start + 9, 47))) for start in range(0, 47, 9)] + [[47]]
+    shares = [list(data.Loader(posts, encoder, steps, 2, 0, True, rank, size)) for rank in range(size)]
+    for number, step in enumerate(steps):
+        batches = [share[number][0] for share in shares]
+        assert {len(of_rank) for of_rank in batches} == {-(-len(step) // (2 * size))}
+        assert all(len(batch) <= 2 and batch.plain.ids.shape[1] > 1 for of_rank in batches for batch in of_rank)
+        assert sorted(int(i.split("-")[1]) for of_rank in batches for batch in of_rank for i in batch.ids) == step
+
+
+def test_micro_batches_hold_posts_of_about_equal_length():
+    draw = random.Random(0)
+    samples = [data.Sample(str(i), [0] * draw.randrange(10, 60), None, plain=[0] * draw.randrange(2, 9)) for i in range(30)]
+    total = lambda sample: len(sample.prompt) + len(sample.plain)
+    chunks = data.by_length(samples, 8)
+    assert [len(chunk) for chunk in chunks] == [3, 4, 4, 4, 3, 4, 4, 4]
+    assert sorted(map(total, samples)) == [total(sample) for chunk in chunks for sample in chunk]
+    assert data.by_length(samples, 1) == [samples]
+
+
+@pytest.mark.skipif(not CMKP.exists(), reason="CMKP's posts are not here")
+def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
+    """Over text and answer tokens, with the default batch and micro-batch: under 10%."""
+    from evaluate import read_posts
+
+    records = [{"id": str(line), "text": post["text"], "keyphrases": post["keyphrases"]}
+               for line, post in read_posts(CMKP)][:960]
+    path = tmp_path / "posts.jsonl"
+    path.write_text("".join(map(data.to_line, records)), encoding="utf-8")
+    encoder = make_encoder(tmp_path)
+    order = data.epoch_order(960, 32, 0, 0)
+    places = tokens = 0
+    for micro_batches, _ in data.Loader(data.Posts(path), encoder, order, 4, 0, True):
+        for batch in micro_batches:
+            for mask in (batch.prompt["attention_mask"], batch.plain.mask):
+                places, tokens = places + mask.numel(), tokens + int(mask.sum())
+    assert 0.02 < 1 - tokens / places < 0.10
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

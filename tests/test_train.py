@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +78,6 @@ def test_an_interrupted_run_resumes_to_the_same_weights_and_log(train_on, monkey
     monkeypatch.undo()
     stopped = train_on("stopped", "--gamma", "5", "--resume")
     assert same(weights(whole), weights(stopped))
-    timeless = lambda run: [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines(run / "log.jsonl")]
     assert timeless(whole) == timeless(stopped)
 
 
@@ -100,6 +102,100 @@ def test_steps_after_the_last_checkpoint_are_done_again(train_on, monkeypatch):
     stopped = train_on("stopped", "--resume")
     assert same(weights(whole), weights(stopped))
     assert [line["step"] for line in lines(stopped / "log.jsonl")] == list(range(1, 17))
+
+
+def timeless(run):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines(run / "log.jsonl")]
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(train_on, world, tmp_path):
+    """Real processes: kill -9 in mid-epoch, kill -9 inside a save, SIGTERM, each resumed."""
+    options = ["--valid", world / "valid.jsonl", "--gamma", "5", "--save-every", "3"]
+    whole, run = train_on("whole", *options), tmp_path / "run"
+
+    def start(*more):
+        arguments = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", run, "--epochs", "2", "--batch-size",
+                     "8", "--lr", "2e-3", "--workers", "0", "--max-new-tokens", "16", *options, *more]
+        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+
+    logged = lambda count: lambda: (run / "log.jsonl").exists() and len(lines(run / "log.jsonl")) >= count
+    process = start()
+    wait_for(logged(4), process)
+    process.kill()
+    process.communicate()
+    assert (run / "last").read_text() == "step-3\n"
+
+    process = start("--resume")
+    wait_for(lambda: (run / ".step-9.partial").exists(), process)
+    process.kill()
+    process.communicate()
+    assert [folder.name for folder in checkpoint.checkpoints(run)][-1] in ("step-8", "step-9")
+
+    process = start("--resume")
+    wait_for(logged(13), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "--resume goes on" in errors and "Traceback" not in errors
+    step = int(checkpoint.pointed_at(run / "last").name.removeprefix("step-"))
+    assert 11 <= step < 16 and lines(run / "log.jsonl")[-1]["step"] == step
+
+    process = start("--resume")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert same(weights(whole), weights(run)) and timeless(whole) == timeless(run)
+    assert (whole / "best").read_text() == (run / "best").read_text() and not list(run.glob(".*"))
+
+
+def test_checkpoints_in_mid_epoch_and_how_many_are_kept(train_on, world):
+    run = train_on("run", "--save-every", "3", "--keep", "2", "--valid", world / "valid.jsonl")
+    names = {folder.name for folder in checkpoint.checkpoints(run)}
+    assert {"step-15", "step-16"} <= names <= {"step-15", "step-16", (run / "best").read_text().strip()}
+
+
+def test_a_signal_ends_validation_at_once_and_a_second_one_everything(train_on, world, monkeypatch):
+    options = ["--valid", world / "valid.jsonl", "--gamma", "5"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "predict_and_score", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        train_on("run", *options)
+    run = train_on("run", *options, "--resume")
+    assert timeless(run) == timeless(train_on("whole", *options))
+    with checkpoint.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resuming_with_other_posts_or_settings(train_on, world, tmp_path):
+    posts = tmp_path / "posts.jsonl"
+    text = (world / "train.jsonl").read_text().replace("images/", f"{world}/images/")
+    posts.write_text(text)
+    train_on("run", "--epochs", "1", posts=posts)
+    posts.write_text(text.replace("new kit", "old kit"))
+    with pytest.raises(UserError, match="epochs was 1, is 2, train_digest was"):
+        train_on("run", "--resume", posts=posts)
+    run = train_on("run", "--resume", "--force", posts=posts)
+    assert lines(run / "log.jsonl")[-1]["step"] == 16
+    posts.write_text("".join(text.splitlines(keepends=True)[:60]))
+    with pytest.raises(UserError, match="posts was 64, is 60"):
+        train_on("run", "--resume", "--force", posts=posts)
+
+
+def test_a_run_killed_before_a_checkpoint_had_its_name(train_on):
+    """Between the rename that makes a checkpoint whole and the pointer to it."""
+    whole = train_on("run")
+    (whole / "last").unlink()
+    with pytest.raises(UserError, match="there is a run already"):
+        train_on("run")
+    assert (train_on("run", "--resume") / "last").read_text() == "step-16\n"
 
 
 def test_a_resumed_run_can_save_more_than_once(train_on, monkeypatch):
