@@ -25,27 +25,36 @@ from tiny import batch_of, random_posts, tiny_model
 
 ROOT = Path(__file__).parent.parent
 BATCH = 12
-RUNS = [("dynamic", 1, "1000"), ("dynamic", 5, "1"), ("sft", 1, "1000"), ("sft", 1, "1"), ("cot", 1, "1000"),
-        ("cot", 1, "1"), ("multitask", 1, "1000"), ("multitask", 1, "1")]  # mode, epochs, most posts in a micro-batch
+SHORT = ("sft", "cot", "multitask", "dynamic")  # two steps of each mode; and twenty of dynamic, with validation
 
 
-def arguments(posts, out, mode="dynamic", epochs=5, micro_batch="1000", *options):
-    """Settings of a run over the 41 posts of the fixture, 4 steps an epoch, the last of them of 5 posts."""
+def arguments(posts, out, mode="dynamic", *options):
+    """Settings of a run over 41 posts for five epochs, or 17 for one; the last step of an epoch has 5 posts."""
     world = Path(posts).parent
-    return ["--train", str(posts), "--valid", str(world / "valid.jsonl"), "--model", str(world / "toy"), "--out", str(out),
-            "--mode", mode, "--epochs", str(epochs), "--micro-batch", micro_batch, "--batch-size", str(BATCH), "--lr", "2e-3",
-            "--gamma", "5", "--seed", "3", "--workers", "0", "--max-new-tokens", "4", *options]
+    length = ["--epochs", "5", "--valid", str(world / "valid.jsonl")] if Path(posts).name == "long.jsonl" else ["--epochs", "1"]
+    return ["--train", str(posts), "--model", str(world / "small"), "--out", str(out), "--mode", mode, *length,
+            "--micro-batch", "1000", "--batch-size", str(BATCH), "--lr", "2e-3", "--gamma", "5", "--seed", "3", "--workers",
+            "0", "--max-new-tokens", "4", *options]
 
 
 @pytest.fixture(scope="module")
 def posts(world):
-    """Posts with and without images, 41 of them: the last step of an epoch is uneven over 2 and over 4 processes."""
-    records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()][:41]
+    """Posts with and without images, and a model of few layers: gloo takes its time for each."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     for record in records[::3]:
         record["image"] = None
-    path = world / "mixed.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+    for name, count in (("long", 41), ("short", 17)):
+        (world / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:count]))
+    config = AutoConfig.from_pretrained(world / "toy")
+    config.text_config.num_hidden_layers, config.vision_config.depth = 2, 1
+    config.text_config.layer_types, config.vision_config.fullatt_block_indexes = config.text_config.layer_types[:2], [0]
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(world / "small")
+    checkpoint.copy_side_files(world / "toy", world / "small")
+    config.save_pretrained(world / "small")
+    return world / "long.jsonl"
 
 
 def lines(path):
@@ -82,38 +91,40 @@ def finished(process, code=0, limit=600):
 
 @pytest.fixture(scope="module")
 def alone(posts, tmp_path_factory):
-    """The runs of a single process, each mode with all posts of a step in one micro-batch."""
+    """The runs of a single process, with all posts of a step in one micro-batch."""
     out = tmp_path_factory.mktemp("alone")
-    for mode, epochs in {(mode, epochs) for mode, epochs, _ in RUNS}:
-        train_alone(posts, out / f"{mode}-{epochs}", mode, epochs)
+    train_alone(posts, out / "long")
+    for mode in SHORT:
+        train_alone(posts.with_name("short.jsonl"), out / mode, mode)
     return out
 
 
 @pytest.mark.parametrize("count, engine", [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
 def test_processes_give_a_single_ones_losses_and_choices(posts, alone, tmp_path, count, engine):
     finished(launch(count, "runs", engine, posts, tmp_path))
-    for mode, epochs, micro_batch in RUNS:
-        run, single = tmp_path / f"{mode}-{micro_batch}", alone / f"{mode}-{epochs}"
+    for run in sorted(tmp_path.iterdir()):
+        single = alone / run.name.partition("-")[0]
         expected = steps(single)
-        assert len(expected) == 4 * epochs and len(steps(run)) == 4 * epochs
+        assert len(expected) == len(steps(run)) == (20 if single.name == "long" else 2)
         for ours, theirs in zip(steps(run), expected):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
             assert [ours[key] for key in ("cot_share", "samples", "tokens")] == [
                 theirs[key] for key in ("cot_share", "samples", "tokens")]
         saved, right = weights(run), weights(single)
         assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in right.items()}
-        start = load_file(posts.parent / "toy" / "model.safetensors")
+        start = load_file(posts.parent / "small" / "model.safetensors")
         for name, weight in right.items():
             assert (saved[name] - weight).norm() <= 0.02 * (weight - start[name]).norm(), name
-        ours, theirs = ([line["valid"]["posts"] for line in lines(folder / "log.jsonl") if "valid" in line]
-                        for folder in (run, single))
-        assert ours == theirs == [8] * epochs
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * len(SHORT)
+    evaluations = [line["valid"] for line in lines(tmp_path / "long-3" / "log.jsonl") if "valid" in line]
+    assert [scores["posts"] for scores in evaluations] == [8] * 5
+    assert any(0 < line["cot_share"] < 1 for line in steps(alone / "long"))
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp_path):
     """Two sharded processes, then one, then four: together the run that was never stopped."""
     out, script = tmp_path / "run", ROOT / "train.py"
-    first = arguments(posts, out, "dynamic", 5, "1000", "--save-every", "3")
+    first = arguments(posts, out, "dynamic", "--save-every", "3")
     output = finished(launch(2, "until", 7, "fsdp", *first), 1)  # torchrun's code for a process that left with 143
     assert output.count("stopped after step 7 of 20") == 1 and "Traceback" not in output.partition("closing signal")[0]
     assert (out / "last").read_text() == "step-7\n"
@@ -123,7 +134,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp
     alone_again = subprocess.run([sys.executable, "-c", code, *first, "--resume"], cwd=ROOT, capture_output=True, text=True)
     assert alone_again.returncode == 143 and "stopped after step 8 of 20" in alone_again.stderr, alone_again.stderr
     finished(launch(4, *first, "--parallel", "fsdp", "--resume", script=script))
-    for ours, theirs in zip(steps(out), steps(alone / "dynamic-5"), strict=True):
+    for ours, theirs in zip(steps(out), steps(alone / "long"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5) and ours["cot_share"] == theirs["cot_share"]
 
 
@@ -171,11 +182,13 @@ def test_looking_at_nothing_changes_nothing(family):
 
 
 def runs(processes, posts, out):
-    """All of RUNS in one launch."""
-    for mode, epochs, micro_batch in RUNS:
-        # A third of a process's share, or all of it at once.
-        size = str(max(1, BATCH // processes.size // 3)) if micro_batch == "1" else micro_batch
-        train.train(train.settings(arguments(posts, Path(out) / f"{mode}-{micro_batch}", mode, epochs, size)), processes)
+    """All runs in one launch: a process's share of a step at once, and in three micro-batches."""
+    third = str(max(1, BATCH // processes.size // 3))
+    train.train(train.settings(arguments(posts, Path(out) / "long-3", "dynamic", "--micro-batch", third)), processes)
+    for mode in SHORT:
+        for name, size in ((f"{mode}-1", "1000"), (f"{mode}-3", third)):
+            short = arguments(Path(posts).with_name("short.jsonl"), Path(out) / name, mode, "--micro-batch", size)
+            train.train(train.settings(short), processes)
 
 
 def send(number, step, rank, processes):
