@@ -8,13 +8,14 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shlex
 import time
 from pathlib import Path
 
 import checkpoint
 import data
-from evaluate import UserError, natural, run, score, table, train_keyphrases
+from evaluate import UserError, natural, parse_line, read_lines, run, score, table, train_keyphrases
 
 # What the toy needs otherwise than a real model; every setting given on the command line still wins.
 TOY = {"lr": 2e-3, "warmup": 0.1, "epochs": 2, "micro_batch": 32, "max_new_tokens": 64, "valid_posts": 200,
@@ -48,6 +49,7 @@ def settings(arguments=None):
     add("--gradient-checkpointing", action="store_true", help="less memory for a slower, literal two-pass step")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add("--valid-posts", type=data.count, default=500, help="at most this many posts of --valid, from its beginning")
+    add("--log-choices", action="store_true", help="write each sample's L(y_s) and choice to choices.jsonl")
     add("--seed", type=natural, default=0, help="decides the order of the posts, and the club world and toy model")
     data.add_reading_options(parser)
     if parser.parse_known_args(arguments)[0].train is None:
@@ -90,7 +92,7 @@ def train(args):
     total = args.epochs * steps_an_epoch
     step = checkpoint.restore(folder, model, optimizer) if resumed else 0
 
-    with contextlib.closing(Log(folder, step, total, len(posts))) as log:
+    with contextlib.closing(Log(folder, step, total, len(posts), args.log_choices)) as log:
         if valid and step > log.evaluated:  # stopped between saving and validating
             validate(model, encoder, valid, step, args, log)
         for epoch in range(step // steps_an_epoch, args.epochs):
@@ -167,8 +169,9 @@ def predict_and_score(model, encoder, posts, count, args, what):
 class Log:
     """log.jsonl, skipped.jsonl and the progress bar; what a step did is summed up on the device until its end."""
 
-    def __init__(self, folder, step, total, posts):
+    def __init__(self, folder, step, total, posts, log_choices):
         self.folder, self.most_skipped = folder, posts // 100
+        self.choices = Choices(folder / "choices.jsonl", step, log_choices)
         self.file, lines = open_appended(folder / "log.jsonl", step)
         self.skipped_file, skipped = open_appended(folder / "skipped.jsonl", step)
         self.skipped = {line["id"] for line in skipped}
@@ -193,6 +196,7 @@ class Log:
                             batch.prompt["attention_mask"].sum() + targets.sum()]).double()
         self.sums = sums if self.sums is None else self.sums + sums
         self.shortened += batch.shortened
+        self.choices.add(batch, plain_loss, reasons)
 
     def step(self, step, epoch, lr, norm, skipped):
         """Write the step's line. Raises UserError once more than 1% of the posts had to be skipped."""
@@ -206,6 +210,7 @@ class Log:
             if self.shortened:
                 line["shortened"] = self.shortened
             write_line(self.file, line)
+            self.choices.write(step)
             self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['cot_share']:.0%} on CoT, lr {lr:.1e}, "
                                      f"{tokens / seconds:.0f} tokens/s", refresh=False)
         self.bar.update()
@@ -235,6 +240,51 @@ class Log:
         self.bar.close()
         self.file.close()
         self.skipped_file.close()
+        self.choices.close()
+
+
+class Choices:
+    """choices.jsonl, if wanted: a line a sample, its step, id, L(y_s) (null in mode cot) and whether it reasons.
+
+    What the file has after `step`, where the run goes on, is dropped in any case.
+    """
+
+    def __init__(self, path, step, wanted):
+        if path.exists():
+            cut_back(path, step)
+        self.file = open(path, "a", encoding="utf-8") if wanted else None
+        self.added = []
+
+    def add(self, batch, plain_loss, reasons):
+        """Keep one micro-batch's L(y_s) (B,), None in mode cot, and choices (B,), on their device."""
+        if self.file:
+            self.added.append((batch.ids, reasons.float() * math.nan if plain_loss is None else plain_loss, reasons))
+
+    def write(self, step):
+        """Write the lines of all that was added since the last time; they leave the device together."""
+        import torch
+
+        if self.added:
+            ids, plain_loss, reasons = zip(*self.added)
+            rows = torch.stack([torch.cat(plain_loss), torch.cat(reasons)]).tolist()
+            self.file.writelines(
+                data.to_line({"step": step, "id": identity, "plain_loss": None if math.isnan(loss) else round(loss, 6),
+                              "reasons": bool(reasoned)})
+                for identity, loss, reasoned in zip(sum(ids, []), *rows))
+            self.file.flush()
+            self.added = []
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+def cut_back(path, step):
+    """Drop the lines after `step`, and a torn last one, of a JSONL file that may be too large for memory."""
+    for number, offset, raw in read_lines(path):
+        if not raw.endswith(b"\n") or parse_line(path, number, raw)["step"] > step:
+            os.truncate(path, offset)
+            break
 
 
 def open_appended(path, step):
@@ -260,7 +310,7 @@ def write_line(file, record):
 def run_settings(args):
     """The settings that a resumed run must share with its beginning: those that decide what is learned."""
     free = ("resume", "out", "device", "workers", "micro_batch", "gradient_checkpointing", "valid", "valid_posts",
-            "test", "max_new_tokens")
+            "test", "max_new_tokens", "log_choices")
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
@@ -324,7 +374,10 @@ def main():
         raise UserError("--model is missing: a folder or hub name of a Qwen-VL model, such as Qwen/Qwen2.5-VL-3B-Instruct")
     test = data.Posts(args.test, for_training=True) if args.test else None
     model, encoder, folder = train(args)
-    return report(model, encoder, folder, test, args) if test else 0
+    code = report(model, encoder, folder, test, args) if test else 0
+    run_folder, page = (shlex.quote(str(path)) for path in (folder, folder / "curves.html"))
+    print(f"Curves:    python pages.py curves {run_folder} --out {page}")
+    return code
 
 
 if __name__ == "__main__":
