@@ -27,8 +27,8 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import data
-from evaluate import (INVALID_WORDS, UserError, align, first_few, jsonl, normalize, parse_line, read_lines,
-                      read_predictions, read_references, read_rows, run, score, shown, train_keyphrases)
+from evaluate import (INVALID_WORDS, UserError, align, normalize, parse_line, read_lines, read_predictions,
+                      read_references, read_rows, run, score, train_keyphrases)
 
 # ------------------------------------------------------------------------------------------------- any page
 
@@ -40,8 +40,11 @@ def esc(value):
     return html.escape(NOT_TEXT.sub("\ufffd", str(value)))
 
 
-def page(title, mark, style, body, script):
-    """A whole page, with the `mark` of what made it. Its policy lets it load nothing, and run no script but this one."""
+MADE_BY = '<meta name="generator" content="pages.py {tool}">'
+
+
+def page(tool, title, style, body, script):
+    """A whole page. Its policy lets it load nothing, and run no script but this one."""
     style = STYLE + style
     allowed = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
                for text in (style, script)]
@@ -54,7 +57,7 @@ def page(title, mark, style, body, script):
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-{mark}
+{MADE_BY.format(tool=tool)}
 <title>{esc(title)}</title>
 <style>{style}</style>
 </head>
@@ -64,6 +67,16 @@ def page(title, mark, style, body, script):
 </body>
 </html>
 """
+
+
+def check_out(pages, inputs):
+    """Raise UserError where a page to write is a folder, or one of the files that are read."""
+    inputs = {Path(file).resolve() for file in inputs}
+    for path in pages:
+        if path.is_dir():
+            raise UserError(f"{path}: a folder; --out is the page to write")
+        if path.resolve() in inputs:
+            raise UserError(f"{path}: one of the files to read; choose another --out")
 
 
 STYLE = """
@@ -93,7 +106,8 @@ a { color: var(--accent); text-underline-offset: .15em; }
 .scroll { overflow-x: auto; margin: 1.5rem 0; }
 table { border-collapse: collapse; font-size: clamp(.84rem, 3.4vw, .9rem); font-variant-numeric: tabular-nums; }
 caption { padding-bottom: .35rem; text-align: left; font-size: .85rem; color: var(--quiet); }
-th, td { padding: .35rem 0 .35rem clamp(.7rem, 2vw, 1.5rem); text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .35rem 0 .35rem clamp(.7rem, 2vw, 1.5rem); text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
 th:first-child { padding-left: 0; text-align: left; }
 thead th { color: var(--quiet); font-weight: 500; }
 tbody th { font-weight: 500; }
@@ -125,7 +139,12 @@ def marks(prediction, reference, known):
     def marked(phrases, counts, hit, miss):
         before = set()
         for phrase, words in phrases:
-            kind = "ignored" if not counts(words) else "repeated" if words in before else hit if words in right else miss
+            if not counts(words):
+                kind = "ignored"
+            elif words in before:
+                kind = "repeated"
+            else:
+                kind = hit if words in right else miss
             before.add(words)
             yield Mark(phrase, kind, known is not None and not (words and words in known))
 
@@ -152,7 +171,7 @@ def kinds(prediction, reference, known):
 
 # --------------------------------------------------------------------------------------- the gallery: pictures
 
-LONGEST = 320  # pixels of a small copy: sharp on a phone, some 10 kB
+LONGEST = 320  # pixels of a small copy: sharp on a phone, about 10 kB
 
 
 def small_copy(path):
@@ -160,12 +179,13 @@ def small_copy(path):
     from PIL import Image
 
     try:
-        image = data.load_image(path, LONGEST * LONGEST)
+        image = data.load_image(path, LONGEST * LONGEST // 4)  # four times this is what it keeps of a large JPEG
     except data.Unreadable as error:
-        return None, str(error).replace(str(path), path.name)  # a page may go where the folders are nobody's business
+        # Pillow's own words name the whole path; a page may go where the folders are nobody's business.
+        return None, f"{path.name}: {str(error).partition(':')[0]}"
     image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    image.save(file, "WEBP", quality=72)
+    image.save(file, "WEBP", quality=72, method=2)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}", None
 
 
@@ -205,7 +225,9 @@ def post_html(number, post, prediction, picture, known):
         figure = f'<p class="blank">image can’t be read <small dir="auto">{esc(reason)}</small></p>'
     else:
         figure = '<p class="blank">no image</p>'
-    text = f'<p class="text" dir="auto">{esc(post["text"])}</p>' if post["text"].strip() else '<p class="none">no text</p>'
+    text = f'<p class="text" dir="auto">{esc(post["text"])}</p>'
+    if not post["text"].strip():
+        text = '<p class="none">no text</p>'
     reasoning = ""
     if think := (prediction.get("think") or "").strip():
         reasoning = f'<details><summary>Reasoning</summary><p dir="auto">{esc(think)}</p></details>'
@@ -235,7 +257,9 @@ def scores_html(scores):
     def cell(entry, key):
         if key not in entry:
             return "–"
-        return f"{entry[key]:,}" if key == "posts" else f"{entry[key]:.1f}" if key == "tokens" else f"{100 * entry[key]:.1f}"
+        if key == "posts":
+            return f"{entry[key]:,}"
+        return f"{entry[key] if key == 'tokens' else 100 * entry[key]:.1f}"
 
     rows = [(name.replace("_", " + "), entry) for name, entry in scores.items() if name != "posts" and entry["posts"]]
     columns = [key for key in COLUMNS if any(key in entry for _, entry in rows)]
@@ -271,13 +295,20 @@ def filters_html(counts):
     return f'<form class="filters" hidden>{"".join(groups)}<p role="status"></p></form>'
 
 
+def href(name):
+    return esc(quote(os.fsencode(name)))
+
+
 def step_html(names, current):
     """Links to the pages before and behind."""
     if len(names) == 1:
         return ""
-    link = lambda to, rel, text: f'<a rel="{rel}" href="{esc(quote(names[to]))}">{text}</a>' if 0 <= to < len(names) else ""
-    return (f'<p class="step">{link(current - 1, "prev", "← Previous")}<span>Page {current + 1} of {len(names)}</span>'
-            f'{link(current + 1, "next", "Next →")}</p>')
+
+    def link(to, rel, text):
+        return f'<a rel="{rel}" href="{href(names[to])}">{text}</a>' if 0 <= to < len(names) else ""
+
+    before, behind = link(current - 1, "prev", "← Previous"), link(current + 1, "next", "Next →")
+    return f'<p class="step">{before}<span>Page {current + 1} of {len(names)}</span>{behind}</p>'
 
 
 def pages_html(names, counts, current):
@@ -286,7 +317,7 @@ def pages_html(names, counts, current):
     for index, (name, count) in enumerate(zip(names, counts)):
         held = ",".join(" ".join([str(posts), *found]) for found, posts in count.items())
         here = ' aria-current="page"' if index == current else ""
-        links.append(f'<li><a href="{esc(quote(name))}" data-counts="{held}"{here}>{index + 1}</a></li>')
+        links.append(f'<li><a href="{href(name)}" data-counts="{held}"{here}>{index + 1}</a></li>')
     return f'<ol class="pages"{"" if len(names) > 1 else " hidden"}>{"".join(links)}</ol>'
 
 
@@ -321,7 +352,8 @@ fieldset input:focus-visible + span { outline: 2px solid var(--accent); outline-
   .post { grid-template: "picture head" auto "picture words" auto "picture answers" auto "picture foot" 1fr
     / 10rem minmax(0, 1fr); gap: .5rem 1.25rem; }
 }
-.post h2 { grid-area: head; max-height: 4rem; overflow-y: auto; margin: 0; font-size: .8rem; font-weight: 400; color: var(--quiet); }
+.post h2 { grid-area: head; max-height: 4rem; overflow-y: auto; margin: 0; font-size: .8rem; font-weight: 400;
+  color: var(--quiet); }
 .post h2 b { font-weight: 600; color: var(--ink); margin-right: .35rem; }
 .picture { grid-area: picture; }
 .picture img, .blank { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: .4rem; }
@@ -330,14 +362,14 @@ fieldset input:focus-visible + span { outline: 2px solid var(--accent); outline-
   text-align: center; font-size: .85rem; line-height: 1.35; color: var(--quiet); border: 1px dashed var(--line); }
 .words { grid-area: words; min-width: 0; }
 .words p { margin: 0; }
-.text { max-height: 15rem; overflow-y: auto; white-space: pre-line; }
+.text { max-height: 24rem; overflow-y: auto; white-space: pre-line; }
 .none { margin: 0; color: var(--quiet); font-style: italic; }
 .answers { grid-area: answers; display: grid; grid-template-columns: 5.2rem minmax(0, 1fr); gap: .35rem .5rem;
   align-items: baseline; }
 h3 { margin: 0; font-size: .8rem; font-weight: 400; color: var(--quiet); }
 .phrases { display: flex; flex-wrap: wrap; gap: .3rem; margin: 0; padding: 0; list-style: none; }
-.phrases li { max-width: 100%; max-height: 8rem; overflow-y: auto; padding: .05rem .5rem .1rem; border: 1px solid var(--line); border-radius: .4rem;
-  font-size: .92rem; }
+.phrases li { max-width: 100%; max-height: 8rem; overflow-y: auto; padding: .05rem .5rem .1rem;
+  border: 1px solid var(--line); border-radius: .4rem; font-size: .92rem; }
 .phrases li > span:first-child { margin-right: .35em; font-size: .85em; }
 .phrases .right { color: var(--good); background: var(--good-ground); border-color: currentColor; font-weight: 600; }
 .phrases .wrong { color: var(--bad); background: var(--bad-ground); border: 1px dashed currentColor; }
@@ -399,9 +431,6 @@ read();
 # --------------------------------------------------------------------------------------------- the gallery's files
 
 
-GALLERY = '<meta name="generator" content="pages.py gallery">'
-
-
 def page_name(out, number):
     """gallery.html, gallery-2.html, …"""
     return out.name if number == 1 else f"{out.stem}-{number}{out.suffix}"
@@ -444,8 +473,11 @@ def head_html(args, scores, counts):
 
 def remove_rest(out, pages):
     """Remove what an earlier gallery of the same name left behind the last page."""
-    name = lambda number: out.parent / page_name(out, number)
-    while (rest := name(pages + 1)).is_file() and GALLERY in rest.read_bytes()[:1000].decode("utf-8", "replace"):
+    mark = MADE_BY.format(tool="gallery").encode()
+    while (rest := out.parent / page_name(out, pages + 1)).is_file():
+        with open(rest, "rb") as file:
+            if mark not in file.read(1000):
+                break
         rest.unlink()
         pages += 1
 
@@ -463,14 +495,12 @@ def gallery(args):
 
     starts = range(0, len(posts), args.page_size)
     names = [page_name(out, number) for number in range(1, len(starts) + 1)]
-    inputs = {Path(file).resolve() for file in (args.predictions, args.posts, args.train) if file}
-    for name in names:
-        if (out.parent / name).resolve() in inputs:
-            raise UserError(f"{out.parent / name}: one of the files to read; choose another --out")
+    check_out([out.parent / name for name in names], filter(None, [args.predictions, args.posts, args.train]))
     found = [kinds(prediction, post, known) for prediction, post in zip(predictions, posts)]
     counts = [Counter(found[start:start + args.page_size]) for start in starts]
     first_head, other_head = head_html(args, score(predictions, posts, train), sum(counts, Counter()))
 
+    title = f"Predicted keyphrases: {short_name(args.predictions)}"
     pool = ProcessPoolExecutor(args.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     bar = data.progress(None, len(posts), "gallery")
     try:
@@ -478,15 +508,14 @@ def gallery(args):
             for current, start in enumerate(starts):
                 at = range(start, min(start + args.page_size, len(posts)))
                 pictures = small_copies(pool, [images[index] for index in at])
-                articles = [post_html(index + 1, posts[index], predictions[index], picture, known)
-                            for index, picture in zip(at, pictures)]
+                articles = "".join(post_html(index + 1, posts[index], predictions[index], picture, known)
+                                   for index, picture in zip(at, pictures))
                 bar.update(len(at))
-                step = step_html(names, current)
-                body = (f'{other_head if current else first_head}{step}\n<main class="posts">\n{"".join(articles)}</main>\n'
+                head, step = other_head if current else first_head, step_html(names, current)
+                body = (f'{head}{step}\n<main class="posts">\n{articles}</main>\n'
                         f"{step}{pages_html(names, counts, current)}")
-                whole = page(f"Predicted keyphrases: {short_name(args.predictions)}", GALLERY, GALLERY_STYLE, body,
-                             GALLERY_SCRIPT)
-                data.write_whole(Path(temporary) / names[current], whole)
+                data.write_whole(Path(temporary) / names[current],
+                                 page("gallery", title, GALLERY_STYLE, body, GALLERY_SCRIPT))
             for name in names:  # nothing can fail for want of space here
                 os.replace(Path(temporary) / name, out.parent / name)
             remove_rest(out, len(names))
@@ -496,7 +525,7 @@ def gallery(args):
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-    data.say(f"{out}: {len(posts):,} posts" + (f" on {len(names)} pages, the last {names[-1]}" if len(names) > 1 else ""))
+    data.say(f"{out}: {len(posts):,} posts" + (f" on {len(names)} pages, to {names[-1]}" if len(names) > 1 else ""))
 
 
 # ------------------------------------------------------------------------------------ curves: what runs have logged
@@ -523,7 +552,7 @@ def number(value):
 
 
 def log_lines(path):
-    """Iterate over (where, line as a dict with a "step") of a run's log; a torn last line is left out. Raises UserError."""
+    """Iterate over (where, dict with a "step") of a run's log; a torn last line is left out. Raises UserError."""
     for line, _, raw in read_lines(path):
         if raw.endswith(b"\n") and raw.strip():
             record, where = parse_line(path, line, raw), f"{path} line {line}"
@@ -738,7 +767,8 @@ def chart_html(title, note, said, x, y, inside):
                     f'text-anchor="middle">{tick_text(tick)}</text>')
     return f"""<figure>
 <figcaption><h3>{title}</h3><p>{note}</p></figcaption>
-<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{esc(said)}" data-x="{x}" data-y="{y}">
+<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{esc(said)}"
+  data-x="{x}" data-y="{y}">
 {"".join(grid)}<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>
 <text x="{RIGHT}" y="{HEIGHT - 5}" text-anchor="end">step</text>
 {inside}
@@ -793,8 +823,8 @@ def panel_html(panel, runs, x):
     else:
         y = Axis(min(0, low), high, BOTTOM, TOP)
     title = re.sub("<.*?>", "", panel.title)
-    said = "; ".join(f"{runs[index].name} from {points[0][1]:.3g} at step {points[0][0]:.0f} to {points[-1][1]:.3g} at step "
-                     f"{points[-1][0]:.0f}" for index, points in lines.items())
+    said = "; ".join(f"{runs[index].name} from {points[0][1]:.3g} at step {points[0][0]:.0f} "
+                     f"to {points[-1][1]:.3g} at step {points[-1][0]:.0f}" for index, points in lines.items())
     inside = "".join(line_svg(index, runs[index].name, points, x, y, dots=panel.source == "valid")
                      for index, points in lines.items())
     return chart_html(panel.title, panel.note, f"{title}, {panel.note}: {said}", x, y, inside)
@@ -804,7 +834,7 @@ SHADES = 8
 
 
 def losses_html(index, run, choices, y):
-    """L(y_s) of a run's samples over training: cells of a colour that grows with the number of samples, their median, and gamma."""
+    """L(y_s) of a run's samples over training: cells whose colour tells how many there are, the median, and gamma."""
     last = max(run.steps["step"])
     x = Axis(0, last, LEFT, RIGHT, snug=True)
     shares = [[count / max(1, sum(column)) for count in column] for column in choices.losses]
@@ -822,15 +852,16 @@ def losses_html(index, run, choices, y):
                    for shade, paths in enumerate(cells) if paths)
     middle = [(step, median(column)) for step, column in zip(choices.steps, choices.losses) if any(column)]
     inside = heat + f'<polyline class="median" data-name="median" points="{places(middle, x, y)}"/>'
-    note, gamma = "training; the stronger the colour, the more samples; the line is their median", number(run.settings.get("gamma"))
+    note = "training; the stronger the colour, the more samples; the line is their median"
+    gamma = number(run.settings.get("gamma"))
     if run.settings.get("mode") == "dynamic" and y.low < gamma < y.high:
         at = f"{y.place(gamma):.1f}"
-        inside += (f'<path class="gamma" d="M{LEFT} {at}H{RIGHT}"/><text class="gamma" x="{RIGHT - 4}" y="{at}" dy="-.4em" '
-                   f'text-anchor="end">gamma {tick_text(gamma)}</text>')
+        inside += (f'<path class="gamma" d="M{LEFT} {at}H{RIGHT}"/><text class="gamma" x="{RIGHT - 4}" y="{at}" '
+                   f'dy="-.4em" text-anchor="end">gamma {tick_text(gamma)}</text>')
     said = (f"Distribution of the plain answer's loss in {run.name}: the median goes from {middle[0][1]:.3g} to "
             f"{middle[-1][1]:.3g} at step {last:.0f}")
-    html_ = chart_html(f"L(y<sub>s</sub>) of the samples: <bdi>{esc(run.name)}</bdi>", note, said, x, y, inside)
-    return f'<div class="run-{index}">{html_}</div>'
+    figure = chart_html(f"L(y<sub>s</sub>) of the samples: <bdi>{esc(run.name)}</bdi>", note, said, x, y, inside)
+    return f'<div class="run-{index}">{figure}</div>'
 
 
 def switches_html(runs, all_choices, x):
@@ -846,8 +877,8 @@ def switches_html(runs, all_choices, x):
             said = "; ".join(f"{runs[index].name} up to {max(share for _, share in points):.3g}"
                              for index, points in lines.items())
             inside = "".join(line_svg(index, runs[index].name, points, x, y) for index, points in lines.items())
-            charts.append(chart_html(title, "since the epoch before, percent of the samples", f"{title}, percent: {said}",
-                                     x, y, inside))
+            charts.append(chart_html(title, "since the epoch before, percent of the samples",
+                                     f"{title}, percent: {said}", x, y, inside))
     return "".join(charts)
 
 
@@ -856,18 +887,20 @@ def runs_html(runs):
     def last(points, show):
         return show(points[-1][1]) if points else "–"
 
+    def percent(share):
+        return f"{100 * share:.1f}"
+
     rows = []
     for index, run in enumerate(runs):
         steps, valid = run.steps, run.valid
         seconds = sum(second for second in steps["seconds"] if second == second)
-        share = "{:.1f}".format
         mode = run.settings.get("mode", "–")
         cells = [esc(mode), esc(run.settings.get("gamma", "–")) if mode == "dynamic" else "–",
                  f"{max(steps['step'], default=0):,.0f}", f"{seconds / 60:,.1f}",
                  last(thin(steps["step"], steps["loss"]), "{:.3f}".format),
-                 last(thin(steps["step"], steps["cot_share"]), lambda value: share(100 * value)),
-                 *(last(thin(valid["step"], valid[key]), lambda value: share(100 * value)) for key in ("all", "unseen")),
-                 last(thin(valid["step"], valid["tokens"]), share)]
+                 last(thin(steps["step"], steps["cot_share"]), percent),
+                 *(last(thin(valid["step"], valid[key]), percent) for key in ("all", "unseen")),
+                 last(thin(valid["step"], valid["tokens"]), "{:.1f}".format)]
         swatch = (f'<svg class="swatch" viewBox="0 0 34 8" aria-hidden="true"><path class="c{index % COLOURS}" '
                   f'stroke-dasharray="{dash(index)}" d="M0 4H34"/></svg>')
         rows.append(f'<tr><th scope="row"><label><input type="checkbox" checked data-run="run-{index}" hidden>{swatch}'
@@ -882,9 +915,15 @@ def runs_html(runs):
 
 
 CURVES_STYLE = """
-:root { --c0: #1f6fb2; --c1: #c2571a; --c2: #2d8045; --c3: #a13d8e; --c4: #8a6d00; --c5: #b3273a; --c6: #0f7f86; --c7: #5b54c0; }
+:root {
+  --c0: #1f6fb2; --c1: #c2571a; --c2: #2d8045; --c3: #a13d8e;
+  --c4: #8a6d00; --c5: #b3273a; --c6: #0f7f86; --c7: #5b54c0;
+}
 @media (prefers-color-scheme: dark) {
-  :root { --c0: #6db3f2; --c1: #f2975c; --c2: #6fcb8a; --c3: #e58fd3; --c4: #d9bc4a; --c5: #f2808d; --c6: #5fc9cf; --c7: #a9a3f5; }
+  :root {
+    --c0: #6db3f2; --c1: #f2975c; --c2: #6fcb8a; --c3: #e58fd3;
+    --c4: #d9bc4a; --c5: #f2808d; --c6: #5fc9cf; --c7: #a9a3f5;
+  }
 }
 .c0 { --line-colour: var(--c0); } .c1 { --line-colour: var(--c1); } .c2 { --line-colour: var(--c2); }
 .c3 { --line-colour: var(--c3); } .c4 { --line-colour: var(--c4); } .c5 { --line-colour: var(--c5); }
@@ -894,8 +933,8 @@ th label { display: inline-flex; align-items: center; gap: .5rem; cursor: pointe
 th input { margin: 0; accent-color: var(--accent); }
 .swatch { width: 2.1rem; height: .5rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-figure { position: relative; margin: 0; padding: .9rem .75rem .6rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .75rem; }
+figure { position: relative; margin: 0; padding: .9rem .75rem .6rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: .75rem; }
 figcaption { padding: 0 .25rem .35rem; }
 h3 { margin: 0; font-size: 1rem; font-weight: 600; }
 h3 sub { font-size: .75em; line-height: 0; }
@@ -911,7 +950,7 @@ circle { fill: var(--line-colour); }
 .median { stroke: var(--ink); stroke-width: 1.4; }
 path.gamma { stroke: var(--bad); stroke-width: 1.4; stroke-dasharray: 6 3; }
 .plot text.gamma { fill: var(--bad); font-weight: 600; paint-order: stroke; stroke: var(--card); stroke-width: 3; }
-.readout { position: absolute; z-index: 1; inset: auto .75rem auto; top: calc(100% - .75rem); margin: 0; padding: .4rem .6rem;
+.readout { position: absolute; z-index: 1; inset: calc(100% - .75rem) .75rem auto; margin: 0; padding: .4rem .6rem;
   background: var(--card); border: 1px solid var(--line); border-radius: .5rem; font-size: .85rem;
   font-variant-numeric: tabular-nums; box-shadow: 0 2px 8px rgb(0 0 0 / .12); white-space: pre-line; }
 .missing { color: var(--quiet); font-size: .9rem; }
@@ -967,8 +1006,11 @@ for (const plot of document.querySelectorAll('.plot')) {
 
 def curves(args):
     """Write the page of curves."""
-    out, last_names = Path(args.out), [Path(os.path.abspath(folder)).name for folder in args.runs]
-    names = last_names if len(set(last_names)) == len(last_names) else args.runs
+    out, names = Path(args.out), [Path(os.path.abspath(folder)).name for folder in args.runs]
+    if len(set(names)) < len(names):
+        names = args.runs
+    check_out([out], [Path(folder) / name for folder in args.runs
+                      for name in ("log.jsonl", "settings.json", "choices.jsonl")])
     runs = [read_run(folder, name) for folder, name in zip(args.runs, names)]
     last = max((step for run in runs for step in run.steps["step"]), default=0)
     if not last:
@@ -976,20 +1018,23 @@ def curves(args):
     x = Axis(0, last, LEFT, RIGHT, snug=True)
     charts = [panel_html(panel, runs, x) for panel in PANELS]
     absent = [panel.title for panel, chart in zip(PANELS, charts) if not chart]
-    body = (f"<header><h1>Training curves</h1>\n<p>A line has at most {POINTS} points, each the mean of a stretch of steps.</p>"
-            f"</header>\n{runs_html(runs)}<main>\n<h2>Curves</h2>\n<div class=\"charts\">\n{''.join(charts)}</div>\n")
+    body = ("<header><h1>Training curves</h1>\n"
+            f"<p>A line has at most {POINTS} points, each the mean of a stretch of steps.</p></header>\n"
+            f'<main>\n{runs_html(runs)}<h2>Curves</h2>\n<div class="charts">\n{"".join(charts)}</div>\n')
     if absent:
         body += f'<p class="missing">Nothing was logged of: {"; ".join(absent)}.</p>\n'
     all_choices = {index: found for index, run in enumerate(runs) if (found := read_choices(run))}
     if all_choices:
-        rows = [row for found in all_choices.values() for column in found.losses for row, count in enumerate(column) if count]
+        rows = [row for found in all_choices.values() for column in found.losses
+                for row, count in enumerate(column) if count]
         y = Axis(edge(min(rows)), edge(max(rows) + 1), BOTTOM, TOP, log=True)
         body += (f'<h2>Choices</h2>\n<div class="charts">\n'
                  f"{''.join(losses_html(index, runs[index], found, y) for index, found in all_choices.items())}"
                  f"{switches_html(runs, all_choices, x)}</div>\n")
     with data.made(out.parent, out):
-        data.write_whole(out, page("Training curves: " + ", ".join(names), "", CURVES_STYLE, body + "</main>", CURVES_SCRIPT))
-    data.say(f"{out}: {len(runs)} runs")
+        title = f"Training curves: {', '.join(names)}"
+        data.write_whole(out, page("curves", title, CURVES_STYLE, f"{body}</main>", CURVES_SCRIPT))
+    data.say(f"{out}: {', '.join(names)}")
 
 
 # ------------------------------------------------------------------------------------------- the command line
