@@ -931,7 +931,8 @@ CURVES_STYLE = """
 h2 { margin: 2rem 0 .75rem; font-size: 1.1rem; font-weight: 600; }
 th label { display: inline-flex; align-items: center; gap: .5rem; cursor: pointer; }
 th input { margin: 0; accent-color: var(--accent); }
-.swatch { width: 2.1rem; height: .5rem; }
+th bdi { display: inline-block; width: max-content; max-width: 12rem; white-space: normal; }
+.swatch { flex: none; width: 2.1rem; height: .5rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { position: relative; margin: 0; padding: .9rem .75rem .6rem; background: var(--card);
   border: 1px solid var(--line); border-radius: .75rem; }
@@ -982,7 +983,7 @@ for (const plot of document.querySelectorAll('.plot')) {
     if (!lines.length) return hide();
     guide.setAttribute('transform', `translate(${at})`);
     readout.textContent = [`step ${Math.round(value(x, at)).toLocaleString('en')}`,
-      ...lines.map(([name, point]) => `${name}: ${shown(value(y, point.y))}`)].join('\\n');
+      ...lines.map(([name, point]) => `\\u2068${name}\\u2069: ${shown(value(y, point.y))}`)].join('\\n');
     for (const part of [guide, readout]) part.toggleAttribute('hidden', false);
   };
   const pointed = event => {

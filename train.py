@@ -266,7 +266,7 @@ class Choices:
 
         if self.added:
             ids, plain_loss, reasons = zip(*self.added)
-            rows = torch.stack([torch.cat(plain_loss), torch.cat(reasons)]).tolist()
+            rows = torch.stack([torch.cat(plain_loss), torch.cat(reasons).float()]).tolist()
             self.file.writelines(
                 data.to_line({"step": step, "id": identity, "plain_loss": None if math.isnan(loss) else round(loss, 6),
                               "reasons": bool(reasoned)})

@@ -105,7 +105,7 @@ def test_marks_and_counts_are_the_evaluators(gallery, tmp_path):
     posts, predictions = random_posts(300)
     train = ["cat", "new kit", "", "東京"]
     write(tmp_path / "train.jsonl", [{"id": "t", "text": "", "keyphrases": train}])
-    page, = gallery(posts, predictions, "--train", tmp_path / "train.jsonl")
+    page, = gallery(posts, predictions[::-1], "--train", tmp_path / "train.jsonl")
     scores = score(predictions, posts, train)
 
     html = (tmp_path / "gallery.html").read_text(encoding="utf-8")
