@@ -74,8 +74,8 @@ def gallery(tmp_path, monkeypatch):
     def make(posts, predictions, *options, out="gallery.html"):
         write(tmp_path / "test.jsonl", posts)
         write(tmp_path / "preds.jsonl", predictions)
-        run(monkeypatch, "gallery", tmp_path / "preds.jsonl", tmp_path / "test.jsonl", "--out", tmp_path / out, "--workers", 1,
-            *options)
+        run(monkeypatch, "gallery", tmp_path / "preds.jsonl", tmp_path / "test.jsonl", "--out", tmp_path / out,
+            "--workers", 1, *options)
         stem = Path(out).stem
         names = [out] + [f"{stem}-{number}.html" for number in range(2, 9)]
         return [Page(tmp_path / name) for name in names if (tmp_path / name).exists()]
@@ -89,7 +89,8 @@ def gallery(tmp_path, monkeypatch):
 def random_posts(count, seed=0):
     """Posts and predictions with plurals, repetitions, empty phrases, invalid words and posts without keyphrases."""
     draw = random.Random(seed)
-    words = ["cat", "cats", "running", "run", "blue flower", "blue flowers", "a , b", "<unk>", "", " ", "東京", "東 京", "new kit"]
+    words = ["cat", "cats", "running", "run", "blue flower", "blue flowers", "a , b", "<unk>", "", " ", "東京", "東 京",
+             "new kit"]
     posts, predictions = [], []
     for number in range(count):
         phrases = [draw.choice(words) for _ in range(draw.randint(0, 4))]
@@ -114,10 +115,10 @@ def test_marks_and_counts_are_the_evaluators(gallery, tmp_path):
     count = lambda article, kind: article.count(f'<li class="{kind}">')
     scored = [article for article in articles if count(article, "found") + count(article, "missed")]
     assert len(scored) == scores["all"]["posts"] < 300
-    ratio = lambda article, hit, miss: count(article, hit) / max(1, count(article, hit) + count(article, miss))
-    assert sum(ratio(article, "right", "wrong") for article in scored) / len(scored) == pytest.approx(scores["all"]["P@M"])
-    assert sum(ratio(article, "found", "missed") for article in scored) / len(scored) == pytest.approx(scores["all"]["R@M"])
-    assert sum(count(article, "found") + count(article, "missed") for article in articles) == scores["all"]["keyphrases"]
+    for measure, hit, miss in (("P@M", "right", "wrong"), ("R@M", "found", "missed")):
+        shares = [count(article, hit) / max(1, count(article, hit) + count(article, miss)) for article in scored]
+        assert sum(shares) / len(shares) == pytest.approx(scores["all"][measure])
+    assert html.count('<li class="found">') + html.count('<li class="missed">') == scores["all"]["keyphrases"]
     unseen = [item for item in re.findall('<li class="(?:found|missed)">.*?</li>', html) if ">unseen<" in item]
     assert len(unseen) == scores["unseen"]["keyphrases"] > 0
 
@@ -136,21 +137,24 @@ def test_marks_and_counts_are_the_evaluators(gallery, tmp_path):
     cells = [text for _, text in page.all("td")]
     for name in ("all", "present", "absent", "seen", "unseen", "absent_unseen"):
         entry = scores[name]
-        row = [str(entry["posts"]), f"{100 * entry['F1@1']:.1f}", f"{100 * entry['F1@M']:.1f}", f"{entry['tokens']:.1f}",
-               f"{100 * entry['reasoned']:.1f}"]
-        assert row == cells[:5]
+        percent = [f"{100 * entry[key]:.1f}" for key in ("F1@1", "F1@M", "reasoned")]
+        assert cells[:5] == [str(entry["posts"]), *percent[:2], f"{entry['tokens']:.1f}", percent[2]]
         cells = cells[5:]
     assert not cells
+    # A phrase without words is never a seen one, whatever the training file holds.
+    empty, cat = pages.marks({"keyphrases": ["", "cat"]}, {"keyphrases": []}, {(), ("cat",)})[0]
+    assert empty == ("", "wrong", True) and cat == ("cat", "wrong", False)
 
 
 HOSTILE = ["</script><script>alert(1)</script>", "\" onmouseover=\"alert(1)\" x='", "<img src=https://x.example/y.png>",
-           "&lt;b&gt; &amp; &#60;", "--> <!-- ]]> <![CDATA[", "</article></main></body>", "\u202eright to left", "\u2067\u2066 isolates",
-           "x" * 10_000, "nul \0 bell \a escape \x1b[31m", "half \ud800 pair \udfff", "שלום עולם", "مرحبا", "a\n\nb\u2028c", "{{x}} ${x} `"]
+           "&lt;b&gt; &amp; &#60;", "--> <!-- ]]> <![CDATA[", "</article></main></body>", "\u202eright to left",
+           "\u2067\u2066 isolates", "x" * 10_000, "nul \0 bell \a escape \x1b[31m", "half \ud800 pair \udfff", "שלום עולם",
+           "مرحبا", "a\n\nb\u2028c", "{{x}} ${x} `"]
 
 
 def hostile_posts(texts, broken="broken.png"):
-    posts = [{"id": f"{number} {text}", "text": text, "image": broken if number % 2 else None, "keyphrases": [text, "a"]}
-             for number, text in enumerate(texts)]
+    posts = [{"id": f"{number} {text}", "text": text, "image": broken if number % 2 else None,
+              "keyphrases": [text, "a"]} for number, text in enumerate(texts)]
     predictions = [{"id": post["id"], "keyphrases": [post["text"]], "think": post["text"], "tokens": 3, "output": ""}
                    | ({"cut": True} if number % 3 else {}) for number, post in enumerate(posts)]
     predictions[-1] |= {"error": texts[-1]}
@@ -178,7 +182,8 @@ def test_images_are_small_copies_inside_the_page(gallery, tmp_path):
     red.save(tmp_path / "red.jpg")
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "red.jpg").read_bytes()[:300])
     images = ["red.jpg", "broken.jpg", "none.jpg", None, str(tmp_path / "red.jpg")]
-    posts = [{"id": str(number), "text": "t", "image": image, "keyphrases": ["k"]} for number, image in enumerate(images)]
+    posts = [{"id": str(number), "text": "t", "image": image, "keyphrases": ["k"]}
+             for number, image in enumerate(images)]
     page, = gallery(posts, [{"id": post["id"], "keyphrases": ["k"]} for post in posts])
     pictures = page.all("img")
     assert len(pictures) == 2 and all(attrs["alt"] for attrs, _ in pictures)
@@ -188,21 +193,24 @@ def test_images_are_small_copies_inside_the_page(gallery, tmp_path):
         picture = Image.open(io.BytesIO(base64.b64decode(code)))
         assert picture.size == (320, 192) and picture.convert("RGB").resize((1, 1)).getpixel((0, 0))[0] > 240
     blank = [text for _, text in page.all("p", **{"class": "blank"})]
-    assert blank == ["image can’t be read broken.jpg: not a readable image", "image can’t be read none.jpg: no such file",
-                     "no image"]
+    assert blank == ["image can’t be read broken.jpg: not a readable image",
+                     "image can’t be read none.jpg: no such file", "no image"]
 
 
 def test_the_page_loads_nothing_and_runs_only_its_own_script(gallery, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    posts = [{"id": str(number), "text": "see https://x.example", "image": "a.png", "keyphrases": ["k"]} for number in range(5)]
+    posts = [{"id": str(number), "text": "see https://x.example", "image": "a.png", "keyphrases": ["k"]}
+             for number in range(5)]
     for page in gallery(posts, [{"id": post["id"], "keyphrases": []} for post in posts], "--page-size", "2"):
         for tag, attrs, _ in page.elements:
-            assert not {"style", "srcset", "action", "onclick"} & set(attrs) and tag not in ("link", "iframe", "object", "base")
+            assert not {"style", "srcset", "action", "onclick"} & set(attrs)
+            assert tag not in ("link", "iframe", "object", "base")
             if "src" in attrs:
                 assert attrs["src"].startswith("data:image/webp;base64,")
             if "href" in attrs:
                 assert re.fullmatch(r"gallery(-[23])?\.html", attrs["href"])
-        policy, = [attrs["content"] for attrs, _ in page.all("meta") if attrs.get("http-equiv") == "Content-Security-Policy"]
+        (attrs, _), = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+        policy = attrs["content"]
         assert policy.startswith("default-src 'none'; img-src data:;")
         for tag in ("style", "script"):
             (_, text), = page.all(tag)
@@ -218,7 +226,8 @@ def test_pages_add_up_to_all_posts(gallery, tmp_path):
     foreign.write_text("<p>mine</p>")
     found = gallery(posts, predictions, "--page-size", "3", out=name)[:3]
     # Pages 4 to 7 of the longer gallery are gone; what is not a page of ours stays.
-    assert [(tmp_path / f"gal <1> #%20-{number}.html").exists() for number in range(2, 9)] == [True] * 2 + [False] * 4 + [True]
+    left = [number for number in range(2, 9) if (tmp_path / f"gal <1> #%20-{number}.html").exists()]
+    assert left == [2, 3, 8]
     assert [len(page.all("article")) for page in found] == [3, 3, 2]
     assert [text for page in found for _, text in page.all("h2")] == [f"Post {n + 1} post {n}" for n in range(8)]
     assert [len(page.all("table")) for page in found] == [1, 0, 0]
@@ -236,10 +245,12 @@ def test_text_files_have_a_gallery_too(tmp_path, monkeypatch):
     """CMKP's formats tell neither images nor reasoning nor tokens."""
     (tmp_path / "src.txt").write_text("a cat<sep>cats;pets<sep>https://x.example/abc.jpg\nb<sep>dogs\n")
     (tmp_path / "pred.txt").write_text("cat;dog\n\n")
-    run(monkeypatch, "gallery", tmp_path / "pred.txt", tmp_path / "src.txt", "--out", tmp_path / "g.html", "--workers", 1)
-    page = Page(tmp_path / "g.html")
+    out = tmp_path / "g.html"
+    run(monkeypatch, "gallery", tmp_path / "pred.txt", tmp_path / "src.txt", "--out", out, "--workers", 1)
+    page = Page(out)
     assert [attrs["data-kinds"] for attrs, _ in page.all("article")] == ["right", "wrong"]
-    assert [attrs["class"] for attrs, _ in page.all("li") if attrs.get("class")] == ["found", "missed", "right", "wrong", "missed"]
+    found = [attrs["class"] for attrs, _ in page.all("li") if "class" in attrs]
+    assert found == ["found", "missed", "right", "wrong", "missed"]
     assert [text for _, text in page.all("h2")] == ["Post 1 abc", "Post 2"]
 
 
@@ -303,11 +314,12 @@ def test_curves_are_what_was_logged(curves, tmp_path):
     steps = range(1, 31)
     one = make_run(tmp_path / "one", [step_line(step) for step in steps]
                    + [evaluation(15, 0.25, 9, 0.5), evaluation(30, 0.75, 12, 0.125)])
-    two = make_run(tmp_path / "two", [step_line(step, plain_loss=None, cot_share=1) for step in steps] + [evaluation(30, 0.5, 7)],
-                   {"mode": "cot"})
+    two = make_run(tmp_path / "two", [step_line(step, plain_loss=None, cot_share=1) for step in steps]
+                   + [evaluation(30, 0.5, 7)], {"mode": "cot"})
     charts, page = curves(one, two)
-    assert list(charts) == ["Loss", "Loss of the plain answer, L(ys)", "Samples on CoT", "F1@1", "F1@1, unseen keyphrases",
-                            "Tokens generated per post", "Tokens trained on per post", "Learning rate"]
+    assert list(charts) == ["Loss", "Loss of the plain answer, L(ys)", "Samples on CoT", "F1@1",
+                            "F1@1, unseen keyphrases", "Tokens generated per post", "Tokens trained on per post",
+                            "Learning rate"]
     for title, of_one, of_two in (
             ("Loss", [(s, 8 / s) for s in steps], [(s, 8 / s) for s in steps]),
             ("Loss of the plain answer, L(ys)", [(s, 4 / s) for s in steps], None),
@@ -325,14 +337,15 @@ def test_curves_are_what_was_logged(curves, tmp_path):
     cells = [text for _, text in page.all("td")]
     assert cells == ["dynamic", "0.4", "30", "30.0", f"{8 / 30:.3f}", "25.0", "75.0", "12.5", "12.0",
                      "cot", "–", "30", "30.0", f"{8 / 30:.3f}", "100.0", "50.0", "–", "7.0"]
-    dashes = {attrs.get("stroke-dasharray") for attrs, _ in page.all("path", **{"class": "c0"}) + page.all("path", **{"class": "c1"})}
-    assert len(dashes) == 2  # told apart without colours
+    swatches = [attrs["stroke-dasharray"] for attrs, _ in page.all("path") if "stroke-dasharray" in attrs]
+    assert len(set(swatches)) == 2  # told apart without colours
 
 
 def test_long_logs_are_thinned_to_means(curves, tmp_path):
     draw = random.Random(0)
     losses = [draw.uniform(1, 5) for _ in range(10_000)]
-    charts, _ = curves(make_run(tmp_path / "run", [step_line(step, loss=loss) for step, loss in enumerate(losses, start=1)]))
+    log = [step_line(step, loss=loss) for step, loss in enumerate(losses, start=1)]
+    charts, _ = curves(make_run(tmp_path / "run", log))
     points = charts["Loss"]["run"]
     assert len(points) == 200
     for number, (step, value) in enumerate(points):
@@ -374,10 +387,11 @@ def test_axes_have_ticks_that_a_reader_can_use():
 
 
 def test_choices_show_losses_gamma_and_switches(curves, tmp_path):
-    """Three epochs of four samples, two a step: a is taught to reason in the second epoch, b turns back in the third."""
+    """Three epochs of four samples, two a step: a and b reason in the second epoch, b turns back in the third."""
     told = [{"a": False, "b": False, "c": False, "d": False}, {"a": True, "b": True, "c": False, "d": False},
             {"a": True, "b": False, "c": False, "d": False}]
-    choices = [{"step": 2 * epoch + 1 + number // 2, "id": identity, "plain_loss": 0.2 if reasons else 2.0, "reasons": reasons}
+    choices = [{"step": 2 * epoch + 1 + number // 2, "id": identity, "plain_loss": 0.2 if reasons else 2.0,
+                "reasons": reasons}
                for epoch, of_epoch in enumerate(told) for number, (identity, reasons) in enumerate(of_epoch.items())]
     log = [step_line(step) for step in range(1, 7)]
     run_folder = make_run(tmp_path / "run", log, choices=choices)
@@ -385,7 +399,8 @@ def test_choices_show_losses_gamma_and_switches(curves, tmp_path):
     with open(run_folder / "choices.jsonl", "a") as file:
         file.write('{"step": 6, "id": "a", "plain')
     charts, page = curves(run_folder, plain)
-    assert list(charts)[-3:] == ["L(ys) of the samples: run", "Switched to reasoning", "Switched back to the plain answer"]
+    assert list(charts)[-3:] == ["L(ys) of the samples: run", "Switched to reasoning",
+                                 "Switched back to the plain answer"]
     near(charts["Switched to reasoning"]["run"], [(3, 100), (4, 0), (5, 0), (6, 0)], 6)
     near(charts["Switched back to the plain answer"]["run"], [(3, 0), (4, 0), (5, 50), (6, 0)], 6)
     median = [value for _, value in charts["L(ys) of the samples: run"]["median"]]
@@ -403,13 +418,15 @@ def test_choices_show_losses_gamma_and_switches(curves, tmp_path):
 
 
 def test_hostile_runs_stay_text(curves, tmp_path):
-    name = "</title><script>alert('1')<"
+    name = "<∕title><script x=\"1\" y='2'>alert(1)"
     log = [step_line(1), step_line(2), evaluation(2, 0.5, 3)]
     choice = {"step": 1, "plain_loss": 1, "reasons": True}
-    _, hostile = curves(make_run(tmp_path / name.replace("/", "∕"), log, {"mode": "<b>\u202e", "gamma": "\"x"}, [choice | {"id": "</svg>"}]))
+    settings = {"mode": "</td></table><b>\u202e", "gamma": "\"x"}
+    _, hostile = curves(make_run(tmp_path / name, log, settings, [choice | {"id": "</svg>"}]))
     _, harmless = curves(make_run(tmp_path / "harmless", log, {"mode": "sft"}, [choice | {"id": "x"}]))
     assert hostile.shape() == harmless.shape()
-    assert hostile.all("td")[0][1] == "<b>\u202e" and name.replace("/", "∕") in hostile.all("th", scope="row")[0][1]
+    assert hostile.all("td")[0][1] == "</td></table><b>\u202e" and name in hostile.all("th", scope="row")[0][1]
+    assert {attrs["data-name"] for attrs, _ in hostile.all("polyline")} == {name, "median"}
     assert not [attrs for _, attrs, _ in hostile.elements if "href" in attrs or "src" in attrs or "style" in attrs]
 
 
@@ -454,16 +471,20 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys):
 
 def test_the_command_line_needs_no_torch(tmp_path):
     root = Path(pages.__file__).parent
-    helped = subprocess.run([sys.executable, str(root / "pages.py"), "gallery", "--help"], capture_output=True, text=True)
+
+    def python(*arguments, folder=root):
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder)
+
+    helped = python("pages.py", "gallery", "--help")
     assert helped.returncode == 0 and "(default: 500)" in helped.stdout
-    loaded = subprocess.run([sys.executable, "-c", "import pages, sys; print([m for m in ('torch', 'PIL', 'numpy') if m in "
-                             "sys.modules])"], capture_output=True, text=True, cwd=root)
+    loaded = python("-c", "import pages, sys; print([m for m in ('torch', 'PIL', 'numpy') if m in sys.modules])")
     assert loaded.stdout.strip() == "[]"
-    failed = subprocess.run([sys.executable, str(root / "pages.py"), "curves", "none"], capture_output=True, text=True, cwd=tmp_path)
-    assert failed.returncode == 1 and failed.stderr.startswith("error: none: no log.jsonl") and failed.stderr.count("\n") == 1
+    failed = python(str(root / "pages.py"), "curves", "none", folder=tmp_path)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: none: no log.jsonl")
+    assert failed.stderr.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------- what train.py --log-choices writes
+# ----------------------------------------------------------------------------- what train.py --log-choices writes
 
 
 def lines(path):
@@ -473,9 +494,7 @@ def lines(path):
 @pytest.fixture
 def few(world):
     """A file of 24 training posts: three steps of eight an epoch."""
-    path = world / "few.jsonl"
-    path.write_text("".join((world / "train.jsonl").read_text(encoding="utf-8").splitlines(True)[:24]), encoding="utf-8")
-    return path
+    return write(world / "few.jsonl", lines(world / "train.jsonl")[:24])
 
 
 def test_logged_choices_add_up_to_the_log(train_on, few, curves):
@@ -525,4 +544,5 @@ def test_a_resumed_run_has_the_choices_of_the_whole_one(train_on, few, monkeypat
     choices.add(None, None, None)
     choices.write(4)
     choices.close()
-    assert lines(stopped / "choices.jsonl") == [choice for choice in lines(whole / "choices.jsonl") if choice["step"] <= 3]
+    first_epoch = [choice for choice in lines(whole / "choices.jsonl") if choice["step"] <= 3]
+    assert lines(stopped / "choices.jsonl") == first_epoch
