@@ -461,12 +461,13 @@ def short_name(path):
 
 def head_html(args, scores, counts):
     """(head of the first page, head of the others)."""
+    predictions, posts = (f"<bdi>{esc(short_name(file))}</bdi>" for file in (args.predictions, args.posts))
     title = f"""<header><h1>Predicted keyphrases</h1>
-<p>{esc(short_name(args.predictions))} for the {scores["posts"]:,} posts of {esc(short_name(args.posts))}</p></header>
+<p>{predictions} for the {scores["posts"]:,} posts of {posts}</p></header>
 """
     signs = ["✓ right, or found", "✗ wrong", "○ missed", "– not counted, or a repetition"]
     if args.train:
-        signs.append(f"unseen: not a keyphrase of {esc(short_name(args.train))}")
+        signs.append(f"unseen: not a keyphrase of <bdi>{esc(short_name(args.train))}</bdi>")
     legend = f'<ul class="legend">{"".join(f"<li>{sign}</li>" for sign in signs)}</ul>' + filters_html(counts)
     return title + scores_html(scores) + legend, title + legend
 
