@@ -16,7 +16,7 @@ from pathlib import Path
 
 import checkpoint
 import data
-from evaluate import UserError, natural, run, score, table, train_keyphrases
+from evaluate import UserError, natural, parse_line, read_lines, run, score, table, train_keyphrases
 
 # What the toy needs otherwise than a real model; every setting given on the command line still wins.
 TOY = {"lr": 2e-3, "warmup": 0.1, "epochs": 2, "micro_batch": 32, "max_new_tokens": 64, "valid_posts": 200,
@@ -56,6 +56,7 @@ def settings(arguments=None):
     add("--parallel", choices=["auto", "ddp", "fsdp"], default="auto",
         help="under torchrun: the whole model on each GPU, shards of it, or ddp where that takes half of the memory")
     add("--valid-posts", type=data.count, default=500, help="at most this many posts of --valid, from its beginning")
+    add("--log-choices", action="store_true", help="write each sample's L(y_s) and choice to choices.jsonl")
     add("--seed", type=natural, default=0, help="decides the order of the posts, and the club world and toy model")
     data.add_reading_options(parser)
     if parser.parse_known_args(arguments)[0].train is None:
@@ -91,7 +92,7 @@ def train(args, processes):
         log.evaluation(step, scores)
         log.start_clock()
 
-    with contextlib.closing(Log(folder, step, total, len(posts), processes)) as log, checkpoint.Stop() as stop:
+    with contextlib.closing(Log(folder, step, total, len(posts), args.log_choices, processes)) as log, checkpoint.Stop() as stop:
         if valid and step % steps_an_epoch == 0 and step > log.evaluated:
             validate()
         for epoch in range(step // steps_an_epoch, args.epochs):
@@ -206,8 +207,9 @@ class Log:
     Only the first of several processes writes and shows.
     """
 
-    def __init__(self, folder, step, total, posts, processes):
+    def __init__(self, folder, step, total, posts, log_choices, processes):
         self.folder, self.most_skipped, self.processes = folder, posts // 100, processes
+        self.choices = Choices(folder / "choices.jsonl", step, log_choices, processes)
         self.file, lines = processes.main_first(open_appended, folder / "log.jsonl", step, processes.rank == 0)
         self.skipped_file, skipped = processes.main_first(
             open_appended, folder / "skipped.jsonl", step, processes.rank == 0)
@@ -236,6 +238,7 @@ class Log:
                             prompts.sum() + targets.sum(), batch.prompt["mm_token_type_ids"][:count].sum(),
                             prompts.numel() + count * widest]).double()
         self.sums = sums if self.sums is None else self.sums + sums
+        self.choices.add(batch, plain_loss, reasons)
 
     def step(self, step, epoch, lr, norm, skipped, waited):
         """Write the step's line. Raises UserError once more than 1% of the posts had to be skipped."""
@@ -250,6 +253,7 @@ class Log:
             if shortened:
                 line["shortened"] = int(shortened)
             write_line(self.file, line)
+            self.choices.write(step)
             self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['cot_share']:.0%} on CoT, lr {lr:.1e}, "
                                      f"{tokens / seconds:.0f} tokens/s, {waited / seconds:.0%} waiting for data",
                                      refresh=False)
@@ -288,6 +292,50 @@ class Log:
         self.bar.close()
         self.file.close()
         self.skipped_file.close()
+        self.choices.close()
+
+
+class Choices:
+    """choices.jsonl, if wanted: a line a sample, its step, id, L(y_s) (null in mode cot) and whether it reasons.
+
+    What the file has after `step`, where the run goes on, is dropped in any case.
+    """
+
+    def __init__(self, path, step, wanted, processes):
+        self.processes, self.added = processes, []
+        if processes.rank == 0 and path.exists():
+            cut_back(path, step)
+        self.file = open(path if processes.rank == 0 else os.devnull, "a", encoding="utf-8") if wanted else None
+
+    def add(self, batch, plain_loss, reasons):
+        """Keep one micro-batch's L(y_s) (B,), None in mode cot, and choices (B,), on their device."""
+        if self.file:
+            self.added.append((batch.ids, reasons.float() * math.nan if plain_loss is None else plain_loss, reasons))
+
+    def write(self, step):
+        """Write the lines of all that was added since the last time; they leave the device together."""
+        import torch
+
+        if self.file:
+            ids, plain_loss, reasons = zip(*self.added)
+            rows = torch.stack([torch.cat(plain_loss), torch.cat(reasons).float()]).tolist()
+            lines = [data.to_line({"step": step, "id": identity, "plain_loss": None if math.isnan(loss) else round(loss, 6),
+                                   "reasons": bool(reasoned)}) for identity, loss, reasoned in zip(sum(ids, []), *rows)]
+            self.file.writelines(self.processes.gather(lines))
+            self.file.flush()
+            self.added = []
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+def cut_back(path, step):
+    """Drop the lines after `step`, and a torn last one, of a JSONL file that may be too large for memory."""
+    for number, offset, raw in read_lines(path):
+        if not raw.endswith(b"\n") or parse_line(path, number, raw)["step"] > step:
+            os.truncate(path, offset)
+            break
 
 
 def open_appended(path, step, write):
@@ -317,7 +365,7 @@ def write_line(file, record):
 def run_settings(args, posts):
     """What a resumed run must share with its beginning: the settings that decide what is learned, and the posts."""
     free = ("resume", "force", "save_every", "keep", "out", "device", "workers", "micro_batch", "gradient_checkpointing",
-            "parallel", "valid", "valid_posts", "test", "max_new_tokens")
+            "parallel", "valid", "valid_posts", "test", "max_new_tokens", "log_choices")
     return {name: value for name, value in vars(args).items() if name not in free} | {
         "posts": len(posts), "train_digest": posts.digest()}
 
@@ -389,7 +437,11 @@ def main():
             processes.main_only(write_club_world, club_world(args), args.seed)
         test = processes.main_first(data.Posts, args.test, for_training=True) if args.test else None
         model, encoder, folder = train(args, processes)
-        return report(model, encoder, folder, test, args, processes) if test else 0
+        code = report(model, encoder, folder, test, args, processes) if test else 0
+        if processes.rank == 0:
+            run_folder, page = (shlex.quote(str(path)) for path in (folder, folder / "curves.html"))
+            print(f"Curves:    python pages.py curves {run_folder} --out {page}")
+        return code
 
 
 if __name__ == "__main__":

@@ -394,6 +394,7 @@ def test_the_command_line(world, tmp_path):
                "--workers", 1, "--max-new-tokens", 4, "--out", "run2")
     assert done.returncode == 0, done.stderr
     assert "F1@1" in done.stdout and "python infer.py" in done.stdout and "--model run2" in done.stdout
+    assert "python pages.py curves run2 --out run2/curves.html" in done.stdout
     assert len(lines(tmp_path / "run2" / "test_preds.jsonl")) == 12
     assert math.isfinite(json.loads((tmp_path / "run2" / "test_scores.json").read_text())["all"]["F1@1"])
     shutil.rmtree(tmp_path / "run2")
