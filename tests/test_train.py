@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -298,6 +299,8 @@ def test_the_command_line(world, tmp_path):
     done = run("--train", world / "train.jsonl", "--test", world / "test.jsonl", "--model", world / "toy", "--epochs", 1,
                "--workers", 1, "--max-new-tokens", 4, "--out", "run2")
     assert done.returncode == 0, done.stderr
+    shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
+    assert shown and not [line for line in shown if not re.match(r"(training|test): +\d+%\|", line)]  # no library's
     assert "F1@1" in done.stdout and "python infer.py" in done.stdout and "--model run2" in done.stdout
     assert len(lines(tmp_path / "run2" / "test_preds.jsonl")) == 12
     assert math.isfinite(json.loads((tmp_path / "run2" / "test_scores.json").read_text())["all"]["F1@1"])
