@@ -82,6 +82,7 @@ def build(args):
         text_config=dict(
             vocab_size=args.vocabulary or vocabulary, hidden_size=hidden, intermediate_size=mlp,
             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-6,
+            bos_token_id=None, eos_token_id=None,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6,
                              "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}),
         vision_config=dict(
@@ -125,7 +126,8 @@ def full_pass(model, prompt, answers):
     ids = torch.cat([prompt["input_ids"], answers.ids], dim=1)
     inputs = prompt | {"input_ids": ids, "attention_mask": torch.cat([prompt["attention_mask"], answers.mask], dim=1),
                        "mm_token_type_ids": (ids == model.config.image_token_id).int()}
-    labels = torch.cat([torch.full_like(prompt["input_ids"], -100), answers.ids.masked_fill(answers.mask == 0, -100)], dim=1)
+    labels = torch.cat([torch.full_like(prompt["input_ids"], -100),
+                        answers.ids.masked_fill(answers.mask == 0, -100)], dim=1)
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     losses = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
     return losses.view(len(ids), -1).sum(1) / answers.mask.sum(1)
@@ -168,7 +170,8 @@ def make_step(way, model, optimizer, batch):
 def model_flops(model, batch):
     """Model FLOPs of one step of c and d, by the formula at the top of this file: {"c": …, "d": …}."""
     text, vision = model.config.text_config, model.config.vision_config
-    linear = lambda module: sum(m.weight.numel() for m in module.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d)))
+    products = (torch.nn.Linear, torch.nn.Conv3d)
+    linear = lambda module: sum(m.weight.numel() for m in module.modules() if isinstance(m, products))
     tower, merger = model.model.visual, linear(model.model.visual.merger)
     head = text.hidden_size * text.vocab_size
 
@@ -220,11 +223,44 @@ def print_profile(step, device):
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as profiled:
         step()
     spent = lambda event: event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-    events = sorted(profiled.key_averages(), key=spent, reverse=True)
+    operators = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    events = sorted(operators, key=spent, reverse=True)  # a kernel's time is that of the operator that started it
     total = sum(map(spent, events))
     print(f"one step of c: {total / 1e3:.0f} ms\n\n| operator | calls | ms | share |\n|---|---|---|---|")
     for event in events[:10]:
         print(f"| {event.key[:60]} | {event.count} | {spent(event) / 1e3:.1f} | {spent(event) / total:.1%} |")
+
+
+def time_in_turns(steps, rounds, device):
+    """(seconds, CPU seconds) by way, a list of one step a round each; every round begins with another way."""
+    losses = [step() for step in steps.values()]
+    for loss in losses[1:]:  # all ways do the same work; bfloat16 rounds each one's sums otherwise
+        torch.testing.assert_close(loss, losses[0], rtol=0, atol=1e-3 if device == "cpu" else 0.1)
+    seconds, busy = ({way: [] for way in steps} for _ in range(2))
+    ways = "".join(steps)
+    turns = [ways[number % len(ways):] + ways[:number % len(ways)] for number in range(rounds)]
+    for way in progress("".join(turns), rounds * len(ways), "timing", "step"):
+        start, start_busy = time.perf_counter(), time.process_time()
+        steps[way]()
+        seconds[way].append(time.perf_counter() - start)
+        busy[way].append(time.process_time() - start_busy)
+    return seconds, busy
+
+
+def print_table(seconds, busy, memory, tokens, flops, peak):
+    print("\n| | ms a step, median (range) | CPU s a step | tokens/s | utilisation | peak memory, GB |")
+    print("|---" * 6 + "|")
+    for way, times in seconds.items():
+        median = statistics.median(times)
+        used = f"{flops[way] / median / peak:.1%}" if peak and way in flops else ""
+        print(f"| {way}: {WAYS[way]} | {1e3 * median:.0f} ({1e3 * min(times):.0f}–{1e3 * max(times):.0f}) | "
+              f"{statistics.median(busy[way]):.2f} | {tokens / median:.0f} | {used} | {memory[way]:.2f} |")
+    print(f"\nmodel FLOPs of one step: c {flops['c']:.3g}, d {flops['d']:.3g}")
+    ratio = lambda of, one, other: statistics.median(x / y for x, y in zip(of[one], of[other]))
+    for one, other in (("a", "c"), ("b", "c"), ("c", "d")):
+        if one in seconds and other in seconds:
+            print(f"{one} / {other}: time {ratio(seconds, one, other):.2f} (median over the rounds), "
+                  f"CPU time {ratio(busy, one, other):.2f}, memory {memory[one] / memory[other]:.2f}")
 
 
 def main():
@@ -238,42 +274,20 @@ def main():
     if args.profile:
         return print_profile(make_step("c", model, optimizer, batch), args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
-    print(f"{args.shape}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million weights in {args.weights}, {name}; "
-          f"{args.posts} posts of {args.prompt} prompt tokens ({args.image} image), answers of {args.plain} and "
-          f"{args.cot}, {args.cot_share:.0%} reason; {args.rounds} rounds")
-
+    weights = sum(weight.numel() for weight in model.parameters())
+    print(f"{args.shape}, {weights / 1e6:.0f} million weights in {args.weights}, {name}; {args.posts} posts "
+          f"of {args.prompt} prompt tokens ({args.image} image), answers of {args.plain} and {args.cot}, "
+          f"{args.cot_share:.0%} reason; {args.rounds} rounds", flush=True)
     flops = model_flops(model, batch)
-    steps = {way: make_step(way, model, optimizer, batch) for way in args.ways}
-    losses = {way: step() for way, step in steps.items()}
-    for loss in losses.values():  # all ways do the same work; bfloat16 rounds each one's sums otherwise
-        torch.testing.assert_close(loss, losses[args.ways[0]], rtol=0, atol=1e-3 if args.device == "cpu" else 0.1)
-    seconds, busy = ({way: [] for way in steps} for _ in range(2))
-    turns = [args.ways[number % len(steps):] + args.ways[:number % len(steps)] for number in range(args.rounds)]
-    for way in progress("".join(turns), args.rounds * len(steps), "timing", "step"):
-        start, start_busy = time.perf_counter(), time.process_time()
-        steps[way]()
-        seconds[way].append(time.perf_counter() - start)
-        busy[way].append(time.process_time() - start_busy)
-    steps = set(steps)
-    del model, optimizer, losses
+    seconds, busy = time_in_turns({way: make_step(way, model, optimizer, batch) for way in args.ways}, args.rounds,
+                                  args.device)
+    del model, optimizer
     if args.device == "cuda":
         torch.cuda.empty_cache()  # the processes that measure memory need it
-
+    memory = {way: peak_memory(way) for way in progress(args.ways, len(args.ways), "memory", "process")}
     tokens = batch.prompt["input_ids"].numel() + int(batch.cot.where(batch.has_cot, batch.plain).mask.sum())
     peak = next((flops_a_second for part, flops_a_second in PEAKS.items() if part in name), None)
-    memory = {way: peak_memory(way) for way in progress(args.ways, len(args.ways), "memory", "process")}
-    print("\n| | ms a step, median (range) | CPU s a step | tokens/s | utilisation | peak memory, GB |\n|---" + "|---" * 5 + "|")
-    for way, times in seconds.items():
-        median = statistics.median(times)
-        used = f"{flops[way] / median / peak:.1%}" if peak and way in flops else ""
-        print(f"| {way}: {WAYS[way]} | {1e3 * median:.0f} ({1e3 * min(times):.0f}–{1e3 * max(times):.0f}) | "
-              f"{statistics.median(busy[way]):.2f} | {tokens / median:.0f} | {used} | {memory[way]:.2f} |")
-    print(f"\nmodel FLOPs of one step: c {flops['c']:.3g}, d {flops['d']:.3g}")
-    ratio = lambda of, one, other: statistics.median(x / y for x, y in zip(of[one], of[other]))  # of a round's neighbours
-    for one, other in (("a", "c"), ("b", "c"), ("c", "d")):
-        if one in steps and other in steps:
-            print(f"{one} / {other}: time {ratio(seconds, one, other):.2f} (median over the rounds), "
-                  f"CPU time {ratio(busy, one, other):.2f}, memory {memory[one] / memory[other]:.2f}")
+    print_table(seconds, busy, memory, tokens, flops, peak)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ KINDS = {
     "Qwen3-VL-4B": ("qwen3_vl", True, "4.57.0.dev0", 262144),
 }
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-            "<|image_pad|>", "<|video_pad|>"]
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+            "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 # Tokens of their own too, but not marked as special.
 TOOLS = {"qwen2_vl": [],
          "qwen2_5_vl": ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
@@ -75,7 +75,8 @@ def write(folder, kind, seed=0, shards=3):
                 "qwen3_vl": {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.0, "temperature": 0.7}}
     write_json(folder / "generation_config.json", {
         "bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"], "do_sample": True,
-        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], **sampling[family], "transformers_version": "4.49.0"})
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], **sampling[family],
+        "transformers_version": "4.49.0"})
     write_image_processor(folder, family)
     write_weights(folder, model, family, tied, shards)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
