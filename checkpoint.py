@@ -437,6 +437,7 @@ class Processes:
 
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         copy = empty_model(model.config, dtype, self.device)
+        copy.generation_config = model.generation_config
         with torch.no_grad():
             for own, sharded in zip(tensors_of(copy), tensors_of(model)):
                 own.copy_(whole(sharded))

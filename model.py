@@ -159,12 +159,15 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
                              ("mm_token_type_ids", [0] * len(begun))):
             added = torch.tensor(values, dtype=inputs[name].dtype, device=inputs[name].device)
             inputs[name] = torch.cat([inputs[name], added.expand(len(batch), -1)], dim=1)
-    # Every field is set, none inherited: published checkpoints ask for sampling and a repetition penalty.
+    was_training, inherited = model.training, model.generation_config
+    # Published models may also end with a second token. No other field is inherited: they ask for sampling and a
+    # repetition penalty.
+    ends = inherited.eos_token_id if isinstance(inherited.eos_token_id, list) else [inherited.eos_token_id]
+    ends = sorted({encoder.end_of_turn, *ends} - {None})
     settings = GenerationConfig(
         do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=encoder.end_of_turn, pad_token_id=encoder.pad,
+        eos_token_id=ends, pad_token_id=encoder.pad,
         begin_suppress_tokens=[encoder.think[0]] if think == "never" else None)
-    was_training, inherited = model.training, model.generation_config
     model.eval()
     model.generation_config = settings
     try:
@@ -175,8 +178,9 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
         model.train(was_training)
     answers = []
     for row in output[:, inputs["input_ids"].shape[1]:].tolist():
-        ended = encoder.end_of_turn in row
-        tokens = begun + row[:row.index(encoder.end_of_turn) if ended else len(row)]
+        length = next((place for place, token in enumerate(row) if token in ends), len(row))
+        ended = length < len(row)
+        tokens = begun + row[:length]
         text = encoder.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         answers.append((text, len(tokens) + ended, ended))
     return answers
@@ -232,11 +236,11 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     whatever was in memory for its weights and buffers: they are to come from another process. Raises UserError where
     something is missing, torn, of another family, or only there as a pickle.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
     quiet()
     folder = find(name)
-    config = read_config(folder)
+    config = read_json(folder / "config.json")
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
@@ -251,6 +255,8 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     except Exception as error:
         raise UserError(f"{folder}: its tokenizer can't be loaded ({first_line(error)}); copy the tokenizer's files "
                         "from the model it was trained from") from None
+    if not tokenizer.chat_template and (folder / "chat_template.json").is_file():  # transformers' tokenizers pass it by
+        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: its tokenizer has no chat template; copy chat_template.jinja (or the "
                         "tokenizer_config.json that holds it) from the model it was trained from")
@@ -258,7 +264,12 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         image_processor = AutoImageProcessor.from_pretrained(folder)
     except Exception as error:
         raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
-    model = read_weights(folder, dtype) if weights else empty_model(AutoConfig.from_pretrained(folder), dtype)
+    if weights:
+        model = read_weights(folder, dtype)
+    else:
+        model = empty_model(AutoConfig.from_pretrained(folder), dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     if prompt_file is None and (folder / "prompt.txt").is_file():
         prompt_file = folder / "prompt.txt"
     try:
@@ -313,11 +324,15 @@ def bf16_on_cuda(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def read_config(folder):
+def read_json(path):
+    """The JSON object in a file, as a dict. Raises UserError."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
     except ValueError as error:
-        raise UserError(f"{folder}/config.json: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def first_line(error):

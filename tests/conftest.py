@@ -23,15 +23,12 @@ def world(tmp_path_factory):
 @pytest.fixture
 def train_on(world, tmp_path):
     """train_on(out, *options): `python train.py` on the small world, ten steps of eight; returns the run's folder."""
-    import train
-    from checkpoint import Processes
+    from tiny import train_alone
 
     def run(out, *options, posts=world / "train.jsonl"):
         arguments = ["--train", str(posts), "--model", str(world / "toy"), "--out", str(tmp_path / out),
                      "--epochs", "2", "--batch-size", "8", "--lr", "2e-3", "--workers", "0", "--max-new-tokens", "16"]
-        args = train.settings([*arguments, *map(str, options)])
-        with Processes(args.device, args.parallel) as processes:
-            train.train(args, processes)
+        train_alone(*arguments, *options)
         return tmp_path / out
 
     return run

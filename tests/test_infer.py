@@ -13,6 +13,7 @@ import infer
 import model as model_file
 from evaluate import UserError
 from model import generate, load
+from tiny import train_alone
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,13 +27,9 @@ def toy(world):
 @pytest.fixture(scope="module")
 def thinker(world, tmp_path_factory):
     """A toy trained just long enough to write tags."""
-    import train
-
     out = tmp_path_factory.mktemp("thinker") / "run"
-    args = train.settings(["--train", str(world / "train.jsonl"), "--model", str(world / "toy"), "--out", str(out),
-                           "--mode", "cot", "--epochs", "8", "--batch-size", "8", "--lr", "3e-3", "--workers", "0"])
-    with infer.checkpoint.Processes(args.device) as processes:
-        train.train(args, processes)
+    train_alone("--train", world / "train.jsonl", "--model", world / "toy", "--out", out, "--mode", "cot", "--epochs", 8,
+                "--batch-size", 8, "--lr", 3e-3, "--workers", 0)
     return out
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import checkpoint
 import train
 from evaluate import UserError
+from tiny import train_alone
 
 ROOT = Path(__file__).parent.parent
 
@@ -232,10 +234,8 @@ def test_a_wrong_validation_or_test_file_is_told_before_training(world, tmp_path
 
 def test_a_finished_run_is_a_model_to_go_on_from(train_on, world, tmp_path):
     first = train_on("first")
-    args = train.settings(["--train", str(world / "train.jsonl"), "--model", str(first), "--out", str(tmp_path / "second"),
-                           "--epochs", "1", "--batch-size", "32", "--workers", "0", "--device", "cpu"])
-    with checkpoint.Processes(args.device) as processes:
-        _, _, second = train.train(args, processes)
+    _, _, second = train_alone("--train", world / "train.jsonl", "--model", first, "--out", tmp_path / "second", "--epochs", 1,
+                               "--batch-size", 32, "--workers", 0, "--device", "cpu")
     assert lines(second / "log.jsonl")[0]["loss"] < lines(first / "log.jsonl")[0]["loss"] / 1.5
 
 
@@ -393,6 +393,8 @@ def test_the_command_line(world, tmp_path):
     done = run("--train", world / "train.jsonl", "--test", world / "test.jsonl", "--model", world / "toy", "--epochs", 1,
                "--workers", 1, "--max-new-tokens", 4, "--out", "run2")
     assert done.returncode == 0, done.stderr
+    shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
+    assert shown and not [line for line in shown if not re.match(r"(training|test): +\d+%\|", line)]  # no library's
     assert "F1@1" in done.stdout and "python infer.py" in done.stdout and "--model run2" in done.stdout
     assert "python pages.py curves run2 --out run2/curves.html" in done.stdout
     assert len(lines(tmp_path / "run2" / "test_preds.jsonl")) == 12

@@ -2,40 +2,51 @@
 
 import torch
 
+import checkpoint
+import train
 from data import Answers, Batch
 
 VOCABULARY, IMAGE_TOKEN = 97, 90
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.3)
+            num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.3, rms_norm_eps=1e-6,
+            bos_token_id=None, eos_token_id=None)
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 TOKENS = dict(image_token_id=IMAGE_TOKEN, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
 PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
-def tiny_model(family, seed=0):
+def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
     """A float32 model of `family` with random weights large enough that its losses differ from post to post."""
     import transformers
 
     torch.manual_seed(seed)
+    text = TEXT | {"vocab_size": vocabulary, "rope_parameters": ROPE}
     if family == "qwen2_vl":
         config = transformers.Qwen2VLConfig(
-            text_config=TEXT | {"rope_parameters": ROPE},
+            text_config=text,
             vision_config=dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14),
-            tie_word_embeddings=True, **TOKENS)
+            tie_word_embeddings=tied, **tokens)
         return transformers.Qwen2VLForConditionalGeneration(config)
     if family == "qwen2_5_vl":
         config = transformers.Qwen2_5_VLConfig(
-            text_config=TEXT | {"rope_parameters": ROPE},
+            text_config=text,
             vision_config=dict(depth=2, hidden_size=16, num_heads=2, intermediate_size=24, out_hidden_size=32,
                                patch_size=14, fullatt_block_indexes=[1], window_size=56),
-            tie_word_embeddings=True, **TOKENS)
+            tie_word_embeddings=tied, **tokens)
         return transformers.Qwen2_5_VLForConditionalGeneration(config)
     config = transformers.Qwen3VLConfig(
-        text_config=TEXT | {"head_dim": 8, "num_hidden_layers": 3, "rope_parameters": ROPE | {"mrope_interleaved": True}},
+        text_config=text | {"head_dim": 8, "num_hidden_layers": 3, "rope_parameters": ROPE | {"mrope_interleaved": True}},
         vision_config=dict(depth=3, hidden_size=16, num_heads=2, intermediate_size=24, out_hidden_size=32,
                            patch_size=16, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-        tie_word_embeddings=True, **TOKENS)
+        tie_word_embeddings=tied, **tokens)
     return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def train_alone(*arguments):
+    """`python train.py ARGUMENTS` in this process; returns (model, encoder, run folder)."""
+    args = train.settings([*map(str, arguments)])
+    with checkpoint.Processes(args.device) as processes:
+        return train.train(args, processes)
 
 
 def random_posts(family, grids, seed=0, text=(3, 9), plain=(2, 5), cot=(8, 14), without_cot=()):
@@ -92,10 +103,9 @@ You are a helpful assistant.<|im_end|>
 """
 
 
-def qwen_tokenizer():
-    """A byte-level BPE of the published kind (its pattern, its special tokens, a system turn), trained on a page."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def byte_level_bpe():
+    """A byte-level BPE with the published models' pattern, trained on a page; no special tokens yet."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     from data import PROMPT
 
@@ -110,6 +120,15 @@ def qwen_tokenizer():
     page += ["<think>The post"] * 9  # the vocabulary then joins `>` and `The`, as published ones may
     tokenizer.train_from_iterator(page, trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return tokenizer
+
+
+def qwen_tokenizer():
+    """A tokenizer of the published kind: its pattern, its special tokens, a system turn."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = byte_level_bpe()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
