@@ -351,8 +351,12 @@ def endpoint(base_url):
 
     The hub's client would put /v1 behind every path that doesn't end so (/api/v3, /v1beta/openai).
     """
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and base_url.isprintable()
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable or " " in base_url:
         raise UserError(f"--base-url: {base_url!r} is no address; one is like http://localhost:8000/v1")
     if "@" in parts.netloc:
         raise UserError("--base-url: take name and password out of it; a key comes from the environment")
@@ -434,6 +438,7 @@ def image_part(path, max_pixels):
     if shrink > 1:
         size = [max(FACTOR, int(side / shrink / FACTOR) * FACTOR) for side in image.size]
         image = image.resize(size, Image.Resampling.BICUBIC)
+    image.info = {}  # a comment would be written again
     buffer = io.BytesIO()
     try:
         image.save(buffer, "JPEG", quality=90)
@@ -628,10 +633,11 @@ class Results:
         before = []
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(self.settings.read_text(encoding="utf-8"))
+        before = [old for old in before if isinstance(old, dict)]
         if teacher not in before and not mix:
-            other = " and ".join(name for name in teacher if all(teacher[name] != old.get(name) for old in before))
-            raise UserError(f"{self.out}: was made with {f'another {other}' if before else 'an unknown teacher'}; "
-                            "name another --out, or allow both in one file with --mix")
+            new = [name for name in teacher if teacher[name] not in [old.get(name) for old in before]]
+            other = f"another {' and '.join(new) or 'teacher or prompt'}" if before else "an unknown teacher"
+            raise UserError(f"{self.out}: was made with {other}; name another --out, or allow both in one with --mix")
         self.teachers = before + [teacher] * (teacher not in before)
         index_of = {hash(self.posts[index]["id"]): index for index in range(len(self.posts))}
         for line, offset, index, record in self.good.load(index_of):
@@ -682,7 +688,7 @@ class Results:
         """How many posts failed for each kind of reason."""
         kinds = Counter()
         for _, line in self.failed.lines():
-            kinds[Failed(json.loads(line)["reason"]).kind] += 1
+            kinds[Failed(json.loads(line).get("reason", "unknown")).kind] += 1
         return kinds
 
     def moved(self, record):

@@ -29,7 +29,8 @@ def settings(arguments=None):
     add("text", nargs="?", help="the post's text")
     add("--data", metavar="FILE", help="predict all posts of this file (JSONL)")
     add("--out", metavar="FILE", help="where the predictions of --data go (JSONL)")
-    add("--model", default="out/run", help="a run's folder, one of its checkpoints, a model folder, or a hub name")
+    add("--model", default="out/run", help="a run's folder, one of its checkpoints, a model folder, or a hub name; "
+        "with --base-url what the server calls it")
     add("--think", choices=["auto", "always", "never"], default="auto", help="whether the model reasons first")
     add("--batch-size", type=data.count, default=8, help="posts generated at once with --data")
     add("--json", action="store_true", help="print the one post's prediction as JSON")
@@ -167,6 +168,8 @@ def ask(args, client, prompt, record, image):
     """A served model's prediction for one post, as `model.predict` yields it. Raises data.Unreadable, Failed."""
     text = gen_cot.fill(prompt, text=record["text"].strip())
     reply = client.ask(gen_cot.make_request(args.model, text, image, args.max_pixels, args.max_new_tokens, 0))
+    if reply.finish == "content_filter":
+        raise gen_cot.Failed("content filter: the reply was cut off")
     keyphrases, think = data.parse_answer(reply.text)
     prediction = {"id": record["id"], "keyphrases": keyphrases, "think": think, "output": reply.text,
                   "tokens": reply.tokens}

@@ -84,7 +84,7 @@ def test_a_record_and_a_request(tmp_path):
 def test_images_are_upright_small_ones_keep_their_size_and_metadata_is_not_sent(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "secret camera"
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg", exif=exif, comment="secret place")
     url = gen_cot.image_part(tmp_path / "a.jpg", 512 * 28 * 28)["image_url"]["url"]
     sent = base64.b64decode(url.partition(",")[2])
     assert Image.open(io.BytesIO(sent)).size == (20, 40) and b"secret" not in sent
@@ -156,11 +156,12 @@ def test_addresses(base_url, address):
     assert gen_cot.endpoint(base_url) == address
 
 
-@pytest.mark.parametrize("base_url", ["localhost:8000/v1", "htp://a/v1", "http://", "http://me:word@host/v1"])
+@pytest.mark.parametrize("base_url", ["localhost:8000/v1", "htp://a/v1", "http://", "http://me:word@host/v1",
+                                      "http://host:port/v1", "http://host:99999/v1", "http://[::1/v1", "http://a b/v1"])
 def test_addresses_that_are_none(base_url):
     with pytest.raises(UserError, match="--base-url") as told:
         gen_cot.endpoint(base_url)
-    assert "word" not in str(told.value).replace("password", "")
+    assert "me:word" not in str(told.value)
 
 
 def test_requests_and_replies_hold_against_openais_types(tmp_path):
@@ -173,18 +174,20 @@ def test_requests_and_replies_hold_against_openais_types(tmp_path):
     with Server() as server:
         assert gen(posts, server, "--temperature", 1) == 0
         ours = [request for request, _, _ in server.log]
+        ours.append(gen_cot.make_request("served", "as infer.py asks", tmp_path / "1.jpg", 784, 512, 0))
         path = server.log[0][1][":path"]
         client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+        types = TypeAdapter(CompletionCreateParamsNonStreaming)
         for request in ours:
-            checked = TypeAdapter(CompletionCreateParamsNonStreaming).validate_python(request, strict=True)
+            checked = types.validate_python(request)
+            checked["messages"] = list(checked["messages"])  # what is iterable is checked only when it is read
             for message in checked["messages"]:
-                message["content"] = list(message["content"])  # what is iterable is checked only when it is read
-            checked["messages"] = list(checked["messages"])
+                message["content"] = list(message["content"])
             assert checked == request and request.keys() <= CompletionCreateParamsNonStreaming.__annotations__.keys()
             reply = client.chat.completions.create(**request)
-            assert reply.choices[0].message.content == right(request)
+            assert reply.choices[0].message.content == right(request) and reply.usage.completion_tokens == 20
             ChatCompletion.model_validate(completion(request, "a"), strict=True)
-        assert [request for request, _, _ in server.log[len(ours):]] == ours
+        assert [request for request, _, _ in server.log[-len(ours):]] == ours
         assert server.log[-1][1][":path"] == path
 
 
@@ -351,7 +354,7 @@ FAULTS = {  # a name, what the server does, and the reason that a post which alw
     "429 with Retry-After": (lambda request: error(429, "slow down", {"Retry-After": "1"}), "rate limit: 429 slow down"),
     "500": (lambda request: error(500, "oh no"), "server error: 500 oh no"),
     "cut": (cut, "connection lost: "),
-    "hang": (lambda request: HANG, "time-out: no reply in 1 s"),
+    "hang": (lambda request: HANG, "time-out: no reply in 3 s"),
     "HTML": (lambda request: HTML, "malformed reply: not the JSON of a chat completion"),
     "wrong": (lambda request: written(REASONING, "something else"), "other keyphrases: something else"),
     "long": (lambda request: written("word " * 300, right(request).split("answer>")[1][:-2]), "too long: 300 words"),
@@ -389,11 +392,11 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
                 rejected, in_a_row = rejected + 1, 0
             elif name is not None:
                 in_a_row += 1
-            if name in (None, "filter", "bad") or rejected == 4 or in_a_row == 4:
+            if name in (None, "filter", "bad") or rejected == 3 or in_a_row == 3:
                 return used, name
 
     with Server(reply) as server:
-        assert gen(posts, server, "--timeout", 1, "--max-retries", 3) == 1
+        assert gen(posts, server, "--timeout", 3, "--max-retries", 2) == 1
     assert 0.22 < sum(faulty) / len(faulty) < 0.33 and len(faulty) == len(server.log)
     good, failed = lines(tmp_path / "cot.jsonl"), lines(tmp_path / "cot.failed.jsonl")
     fates = {index: fate(index) if record["image"] != "lost.jpg" else (0, "lost") for index, record in enumerate(records)}
@@ -405,14 +408,16 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
         name = fates[index][1]
         expected = FAULTS[name][1] if name in FAULTS else "unreadable image: no such file"
         assert record["reason"].startswith(expected), record
-        assert ("(4 tries)" in record["reason"]) == (name in PASSING[:6])
-        assert record["reply"] is not None if name in ("wrong", "long") else "(4" in record["reason"] or not record["reply"]
+        assert ("(3 tries)" in record["reason"]) == (name in PASSING[:6])
+        assert record["reply"] is not None if name in ("wrong", "long") else "(3" in record["reason"] or not record["reply"]
         assert {field: record[field] for field in records[index]} == records[index]
     tries = Counter(server.asked())
     assert {record["id"]: fates[index][0] for index, record in enumerate(records)} == {i: tries[i] for i in ids(records)}
     told = capsys.readouterr().err
     assert f"{len(good)} of 500 posts have reasoning; 23 to 23 words, median 23" in told
-    assert f"{len(failed)} posts failed: 3 unreadable image" in told and "1 refused" in told and f"{len(server.log)} requests" in told
+    assert f"{len(failed)} posts failed: " in told and f"{len(server.log)} requests" in told
+    kinds = Counter(record["reason"].partition(":")[0] for record in failed)
+    assert kinds["unreadable image"] == 3 and all(f" {count} {kind}" in told for kind, count in kinds.items())
 
 
 def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
@@ -430,7 +435,7 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
         assert gen(posts, server) == 0
     for index, least in ((0, 1), (1, 1.5)):
         first, second = (when for request, _, when in server.log if number(request) == index)
-        assert least <= second - first < 5
+        assert least <= second - first < 60
 
 
 @pytest.mark.parametrize("answer, told", [
@@ -445,10 +450,9 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
 def test_what_no_post_can_pass_stops_the_run_at_once_in_one_line(tmp_path, answer, told):
     posts = write_posts(tmp_path, 300)
     with Server(lambda request, tries: answer if len(server.log) > 20 else right(request)) as server:
-        started = time.monotonic()
         with pytest.raises(UserError, match=told) as stopped:
             gen(posts, server, "--workers", 4)
-    assert time.monotonic() - started < 4 and len(server.log) < 30 and "\n" not in str(stopped.value)
+    assert len(server.log) < 30 and "\n" not in str(stopped.value)
     assert 16 <= len(lines(tmp_path / "cot.jsonl")) <= 20 and not lines(tmp_path / "cot.failed.jsonl")
 
 
@@ -516,27 +520,56 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("answer, seconds, twice", [
-    (lambda request: error(429, "later", {"Retry-After": "300"}), 2, False),
-    (lambda request: HANG, gen_cot.GRACE + 2, False),
-    (lambda request: HANG, 2, True),
-], ids=["while all wait", "while all hang", "twice"])
-def test_ctrl_c(tmp_path, answer, seconds, twice):
+@pytest.mark.parametrize("answer, times", [
+    (lambda request: error(429, "later", {"Retry-After": "300"}), 1), (lambda request: HANG, 2),
+], ids=["once while all wait", "twice while all hang"])
+def test_ctrl_c_ends_the_process(tmp_path, answer, times):
     posts = write_posts(tmp_path, 50)
     with Server(lambda request, tries: right(request) if number(request) < 5 else answer(request)) as server:
         process = python(posts, "--out", "cot.jsonl", "--model", "m", "--base-url", server.url, "--workers", 8, cwd=tmp_path)
         wait_for(lambda: len(server.log) >= 5 + 8 and len(lines(tmp_path / "cot.jsonl")) == 5)
-        started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        if twice:
-            time.sleep(0.5)
+        for _ in range(times):
             process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=30)
-    assert process.returncode == 130 and time.monotonic() - started < seconds
+            time.sleep(0.5)
+        _, told = process.communicate(timeout=30)  # the server's own patience is 60 s
+    assert process.returncode == 130
     assert "Traceback" not in told and "stopped: 5 of 50 posts are in cot.jsonl" in told
     with Server() as server:
         assert gen(posts, server, "--model", "m") == 0
     assert sorted(server.asked()) == sorted(ids(lines(posts))[5:]) and ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
+
+
+@pytest.mark.parametrize("grace, times", [(1, 1), (60, 2)])
+def test_what_hangs_is_waited_for_seconds_and_not_after_a_second_ctrl_c(tmp_path, monkeypatch, grace, times):
+    monkeypatch.setattr(gen_cot, "GRACE", grace)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)  # even where Ctrl-C is ignored
+    posts = write_posts(tmp_path, 20)
+
+    def interrupt():
+        wait_for(lambda: len(server.log) >= 8)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    with Server(lambda *_: HANG) as server:
+        threading.Thread(target=interrupt).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            gen(posts, server, "--workers", 8)
+        assert time.monotonic() - started < 30 and len(server.log) == 8
+
+
+def test_few_items_are_begun_ahead_and_errors_of_the_work_come_out():
+    begun = []
+    client = gen_cot.Client("http://127.0.0.1:1", "m", workers=4)
+    done = client.each(lambda item: begun.append(item) or item, range(1000))
+    first = [next(done) for _ in range(10)]
+    time.sleep(0.2)
+    assert len(begun) <= 10 + 2 * 4 and set(first) <= set(begun)
+    assert sorted([*first, *done]) == list(range(1000))
+    client = gen_cot.Client("http://127.0.0.1:1", "m", workers=4)
+    with pytest.raises(ZeroDivisionError):
+        list(client.each(lambda item: 1 / (item - 50), range(1000)))
 
 
 def test_replies_under_way_at_ctrl_c_are_kept(tmp_path):
@@ -592,9 +625,11 @@ def test_teachers_and_prompts_are_not_mixed_unless_told_to(tmp_path):
         assert len(server.log) == 2
         assert gen(posts, server, "--model", "other", "--mix", "--limit", 4) == 0
         assert gen(posts, server, "--limit", 6) == 0
-        (tmp_path / "cot.jsonl.settings.json").unlink()
-        with pytest.raises(UserError, match="was made with an unknown teacher"):
-            gen(posts, server)
+        for left in (None, "{}", "[3]", "no JSON"):
+            sidecar = tmp_path / "cot.jsonl.settings.json"
+            sidecar.unlink() if left is None else sidecar.write_text(left)
+            with pytest.raises(UserError, match="was made with an unknown teacher"):
+                gen(posts, server)
     assert [record["teacher"] for record in lines(tmp_path / "cot.jsonl")] == ["teacher"] * 2 + ["other"] * 2 + ["teacher"] * 2
 
 
