@@ -208,7 +208,7 @@ class Client:
                 self.prompt_tokens += usage.get("prompt_tokens") or 0
                 self.reply_tokens += tokens or 0
             choice = answer.choices[0]  # by attribute: the items of the hub's dict lack what its types don't know
-            return Reply(self.hide(written(choice.message)), choice.finish_reason, tokens)
+            return Reply(self.hide(written(choice.message, choice.finish_reason)), choice.finish_reason, tokens)
         except (TypeError, IndexError, AttributeError):
             said = message_of(answer) or "not the JSON of a chat completion"
             raise Fault(self.clean(f"malformed reply: {said}")) from None
@@ -391,15 +391,17 @@ def message_of(answer):
     return error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
 
 
-def written(message):
+def written(message, finish):
     """What a model wrote, from the message of a reply. A server with a reasoning parser splits off the reasoning."""
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content)
     split_off = message.get("reasoning_content") or message.get("reasoning")
-    if split_off and "</think>" not in content:
-        content = f"<think>{split_off.strip()}</think>{content}"
-    return content
+    if not split_off or "</think>" in content:
+        return content
+    if not content and finish == "stop":  # an answer without tags, which some parsers take for reasoning as a whole
+        return split_off
+    return f"<think>{split_off.strip()}</think>{content}"
 
 
 def retry_after(headers):

@@ -127,7 +127,7 @@ def write_posts(folder, count, images=4, size=(60, 40), start=0):
         for index in range(start, start + count):
             image = f"{index % images}.jpg" if images and index % 5 else None
             file.write(json.dumps({"id": f"post-{index}", "text": f"post-{index} some tiny blümchen 花", "image": image,
-                                   "keyphrases": [f"wildflower hour {index}", "flowers"], "lang": "en"}) + "\n")
+                                   "keyphrases": [f"wildflower hour {index % 1000}", "flowers"], "lang": "en"}) + "\n")
     return folder / "posts.jsonl"
 
 

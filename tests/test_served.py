@@ -100,15 +100,17 @@ def reply_with(text, finish="stop", **message):
 
 
 def test_outputs_of_every_kind(tmp_path):
-    posts = write_posts(tmp_path, 5)
+    posts = write_posts(tmp_path, 7)
 
     def reply(request, tries):
         number = int(re.search(r"post-(\d)", text_of(request))[1])
         answer = completion(request, *[
             ("flower; blue",), ("<think>It is blue.</think><answer>flower; blue</answer>",), ("<think>It is bl", "length"),
-            ("<answer>flower; blue</answer>",), (None,)][number])
+            ("<answer>flower; blue</answer>",), (None,), (None,), (None, "length")][number])
         if number == 3:
             answer["choices"][0]["message"]["reasoning_content"] = "It is blue."
+        if number in (5, 6):  # parsers that take all up to </think> for reasoning
+            answer["choices"][0]["message"]["reasoning_content"] = "flower; blue"
         if number == 4:
             del answer["usage"]
         return answer
@@ -121,8 +123,10 @@ def test_outputs_of_every_kind(tmp_path):
         blank | {"id": "post-1", "think": "It is blue.", "output": "<think>It is blue.</think><answer>flower; blue</answer>"},
         blank | {"id": "post-2", "think": "It is bl", "output": "<think>It is bl", "keyphrases": [], "cut": True},
         blank | {"id": "post-3", "think": "It is blue.", "output": "<think>It is blue.</think><answer>flower; blue</answer>"},
-        {"id": "post-4", "keyphrases": [], "think": None, "output": "", "tokens": None}]
-    assert len(read_predictions(tmp_path / "preds.jsonl")) == 5
+        {"id": "post-4", "keyphrases": [], "think": None, "output": "", "tokens": None},
+        blank | {"id": "post-5", "think": None, "output": "flower; blue"},
+        blank | {"id": "post-6", "think": "flower; blue", "output": "<think>flower; blue</think>", "keyphrases": [], "cut": True}]
+    assert len(read_predictions(tmp_path / "preds.jsonl")) == 7
 
 
 def test_the_prompt_is_the_option_then_the_folders_then_the_default(tmp_path):
