@@ -15,7 +15,6 @@ import contextlib
 import copy
 import email.utils
 import errno
-import fcntl
 import io
 import itertools
 import json
@@ -56,11 +55,11 @@ Post: {text}
 Keyphrases: {keyphrases}
 """
 
-# Reasoning with one of these in it speaks of keyphrases that it should not know. `#` is any word for a keyphrase.
+# Reasoning with one of these in it speaks of keyphrases that it should not know. `#` is any word for them.
 GIVE_AWAYS = [
-    "given #", "provided #", "supplied #", "listed #", "target #", "reference #", "gold #", "expected #", "correct #",
-    "chosen #", "# given", "# are given", "# were given", "# provided", "# are provided", "# were provided",
-    "# listed", "# are listed", "# chosen by", "author's keyphrase", "author chose", "given answer", "provided answer",
+    "given #", "provided #", "supplied #", "target #", "reference #", "gold #", "expected #", "correct #", "chosen #",
+    "# are given", "# were given", "# are provided", "# were provided", "keyphrases given", "keyphrases provided",
+    "keywords given", "keywords provided", "author's keyphrase", "author chose these", "given answer", "provided answer",
     "ground truth", "as instructed", "给定的关键词", "所给的关键词", "给出的关键词", "提供的关键词", "给定的标签",
     "提供的标签", "标准答案",
 ]
@@ -563,7 +562,9 @@ class Lines:
 
     def open(self):
         """Get ready to add lines. Raises UserError where another run does so, too."""
-        self.file, busy = open(self.path, "ab+", buffering=0), False  # unbuffered: a line is one call, written or not
+        import fcntl  # not on Windows, where infer.py may import this file all the same
+
+        self.file, busy = open(self.path, "ab+", buffering=0), False
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -727,6 +728,8 @@ def settings(arguments=None):
     args = parser.parse_args(arguments)
     if args.min_words > args.max_words:
         parser.error("--min-words is more than --max-words")
+    if args.temperature is not None and not 0 <= args.temperature <= 2:
+        parser.error("--temperature goes from 0 to 2")
     return args
 
 

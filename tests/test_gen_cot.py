@@ -288,6 +288,7 @@ def written(cot, answer="wildflower hour; flowers"):
     (written(REASONING + " It is the author’s keyphrase."), "gives away: author's keyphrase"),
     (written(REASONING * 2 + "因此符合给定的关键词。"), "gives away: 给定的关键词"),
     (written("I was given a flower and a hashtag is seen on the ground, in truth a well known one."), None),
+    (written("The author chose a blue flower and the hashtag given in the text is the expected one."), None),
 ])
 def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
     def judge():
@@ -484,7 +485,7 @@ def test_no_server(tmp_path):
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
-    posts, moment = write_posts(tmp_path, 200), random.randrange(1, 190)
+    posts, moment = write_posts(tmp_path, 200), random.randrange(1, 150)
     print("killed once", moment, "lines were written")
 
     def reply(request, tries):
@@ -514,7 +515,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -682,21 +683,23 @@ def test_an_out_in_another_folder_finds_its_images(tmp_path):
 
 
 def test_two_runs_do_not_share_an_out(tmp_path):
-    posts, inside = write_posts(tmp_path, 3), threading.Event()
+    posts, inside, over = write_posts(tmp_path, 3), threading.Event(), threading.Event()
 
     def reply(request, tries):
         inside.set()
-        time.sleep(2)
+        over.wait(60)
         return right(request)
 
     with Server(reply) as server:
         command = [posts, "--out", "cot.jsonl", "--model", "m", "--base-url", server.url]
         first = python(*command, cwd=tmp_path)
-        inside.wait(30)
+        inside.wait(60)
         second = python(*command, cwd=tmp_path)
-        told = [process.communicate(timeout=30)[1] for process in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 1) and len(server.log) == 3, told
-    assert told[1].startswith("error: cot.jsonl: another run is writing to it")
+        told = second.communicate(timeout=60)[1]
+        over.set()
+        first.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 1) and len(server.log) == 3
+    assert told.startswith("error: cot.jsonl: another run is writing to it") and len(told.splitlines()) == 1
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path):
