@@ -59,8 +59,8 @@ Keyphrases: {keyphrases}
 GIVE_AWAYS = [
     "given #", "provided #", "supplied #", "target #", "reference #", "gold #", "expected #", "correct #", "chosen #",
     "# are given", "# were given", "# are provided", "# were provided", "keyphrases given", "keyphrases provided",
-    "keywords given", "keywords provided", "author's keyphrase", "author chose these", "given answer", "provided answer",
-    "ground truth", "as instructed", "给定的关键词", "所给的关键词", "给出的关键词", "提供的关键词", "给定的标签",
+    "keywords given", "keywords provided", "author's keyphrase", "author chose these", "given answer",
+    "provided answer", "ground truth", "as instructed", "给定的关键词", "所给的关键词", "给出的关键词", "提供的关键词", "给定的标签",
     "提供的标签", "标准答案",
 ]
 KEYPHRASE = r"(?:keyphrase|key phrase|keyword|hash ?tag|tag)s?"
@@ -677,7 +677,7 @@ class Results:
                 self.failed.remove(index)
                 self.words.append(count_words(record["cot"]))
             else:
-                self.failed.add(index, record)
+                self.failed.add(index, record | {"reason": str(failed), "reply": failed.reply})
 
     def put_in_order(self):
         """Put both files in the input's order. Raises UserError."""
@@ -794,7 +794,8 @@ def write_reasoning(args, first_wait=2):
                         args.timeout, first_wait)
     with results.open():
         if client:
-            ask_teacher(args, client, results, partial(reason, client, posts, prompt, args), todo, len(asked), done, skipped)
+            ask = partial(reason, client, posts, prompt, args)
+            ask_teacher(args, client, results, ask, todo, len(asked), done, skipped)
         results.put_in_order()
     return summary(args, results, asked, skipped, client)
 
@@ -804,8 +805,7 @@ def ask_teacher(args, client, results, ask, todo, total, done, failures):
     with data.progress(None, total, "posts", done=done + failures) as bar:
         try:
             for index, record, failed in client.each(ask, todo):
-                record = results.moved(record) | {"teacher": args.model}
-                results.add(index, record | {"reason": str(failed), "reply": failed.reply} if failed else record, failed)
+                results.add(index, results.moved(record) | {"teacher": args.model}, failed)
                 failures += failed is not None
                 done += failed is None
                 bar.set_postfix_str(f"{done} done, {failures} failed, {client.rate():.1f} requests/s, "

@@ -30,8 +30,9 @@ def photo(path, size=(1152, 864)):
 def gen_cot(posts, server, workers):
     """Run gen_cot.py as a process: (seconds, its own CPU seconds, its peak memory in MB)."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, ROOT / "gen_cot.py", posts, "--out", posts.parent / "cot.jsonl", "--model",
-                                "m", "--base-url", server, "--workers", str(workers)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, ROOT / "gen_cot.py", posts, "--out", posts.parent / "cot.jsonl", "--model", "m",
+               "--base-url", server, "--workers", str(workers)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     last = process.stderr.read().splitlines()[-2:]
     _, code, used = os.wait4(process.pid, 0)
     assert code == 0, last
@@ -84,8 +85,8 @@ def main():
                 server.kill()
                 server.wait()
             server_cpu = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - cpu
-            print(f"{count} posts: {seconds:.1f} s, {count / seconds:.1f} posts/s; {1000 * cpu / count:.1f} ms of CPU a post "
-                  f"(the server's own about {1000 * server_cpu / count:.1f}); {memory:.0f} MB at the peak", flush=True)
+            print(f"{count} posts: {seconds:.1f} s, {count / seconds:.1f} posts/s; {1000 * cpu / count:.1f} ms of CPU "
+                  f"a post (the server's own about {1000 * server_cpu / count:.1f}); {memory:.0f} MB at the peak", flush=True)
             if what == "speed":
                 stages(posts)
 

@@ -1,4 +1,4 @@
-"""A real HTTP server on 127.0.0.1 that speaks the chat-completions protocol, with faults at will, and posts to ask about.
+"""A real HTTP server on 127.0.0.1 that speaks the chat-completions protocol, with faults at will; posts to ask about.
 
 By hand, as a teacher that is always right: python tests/server.py [SECONDS A REPLY]
 """
@@ -76,7 +76,7 @@ class Server:
                         server.log.append((request, dict(self.headers) | {":path": self.path}, time.time()))
                 answer = server.reply(request, tries)
                 if answer is HANG:
-                    server.closing.wait(60)
+                    server.closing.wait(300)
                     self.close_connection = True
                     return
                 answer = completion(request, answer) if isinstance(answer, str) else answer

@@ -124,9 +124,10 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tmp_path, capsys):
         assert not server.log and sorted(path.name for path in tmp_path.iterdir()) == [
             "0.jpg", "1.jpg", "2.jpg", "3.jpg", "posts.jsonl"]
         gen(posts, server, "--workers", 1)
-    first, request, count = shown.split("\n", 1)[0], shown.partition("\n")[2].rpartition("}")[0] + "}", shown.splitlines()[-1]
-    assert first == f"POST {server.url}/chat/completions" == f"POST http://{server.log[0][1]['Host']}{server.log[0][1][':path']}"
-    assert json.loads(request) == server.log[0][0]
+    first, request, count = shown.splitlines()[0], shown.partition("\n")[2].rpartition("}")[0], shown.splitlines()[-1]
+    sent, headers, _ = server.log[0]
+    assert first == f"POST {server.url}/chat/completions" == f"POST http://{headers['Host']}{headers[':path']}"
+    assert json.loads(request + "}") == sent
     assert count.startswith("3 requests to come (0 posts done, 0 failed before)")
     (tmp_path / "cot.jsonl").write_text("".join((tmp_path / "cot.jsonl").read_text().splitlines(keepends=True)[1:]))
     (tmp_path / "0.jpg").write_bytes(b"no image")
@@ -305,8 +306,8 @@ def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
 
 @pytest.mark.parametrize("keyphrases, answer", [
     (["red, white"], "red, white"), (["red, white", "blue"], "red, white; blue"), (["U.S."], "U.S."), (["#tag"], "tag"),
-    (["running shoes"], "run shoe"), (["野花 时间"], "野花时间"), (['"quoted"'], "quoted"), (["2. bundesliga"], "2. bundesliga"),
-    (["café"], "cafe\u0301"), (["a", "a"], "a"),
+    (["running shoes"], "run shoe"), (["野花 时间"], "野花时间"), (['"quoted"'], "quoted"),
+    (["2. bundesliga"], "2. bundesliga"), (["café"], "cafe\u0301"), (["a", "a"], "a"),
 ])
 def test_keyphrases_are_compared_as_the_parser_of_answers_reads_them(keyphrases, answer):
     assert gen_cot.accepted(gen_cot.Reply(written(REASONING, answer), "stop", 9), keyphrases, 1, 99) == REASONING
@@ -352,7 +353,7 @@ def test_replies_of_servers_that_split_off_the_reasoning(tmp_path):
 
 FAULTS = {  # a name, what the server does, and the reason that a post which always meets it ends with
     "429": (lambda request: error(429, "slow down"), "rate limit: 429 slow down"),
-    "429 with Retry-After": (lambda request: error(429, "slow down", {"Retry-After": "1"}), "rate limit: 429 slow down"),
+    "429 with Retry-After": (lambda request: error(429, "slow", {"Retry-After": "1"}), "rate limit: 429 slow"),
     "500": (lambda request: error(500, "oh no"), "server error: 500 oh no"),
     "cut": (cut, "connection lost: "),
     "hang": (lambda request: HANG, "time-out: no reply in 3 s"),
@@ -372,7 +373,7 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
         records[index + 1]["image"] = "lost.jpg"
     posts.write_text("".join(data.to_line(record) for record in records), encoding="utf-8")
     lasting = dict(zip(draw.sample([i for i in range(500) if records[i]["image"] != "lost.jpg"], len(FAULTS)), FAULTS))
-    passing = {index: [draw.choice(PASSING) if draw.random() < 0.25 else None for _ in range(16)] for index in range(500)}
+    passing = [[draw.choice(PASSING) if draw.random() < 0.25 else None for _ in range(16)] for _ in records]
     faulty = []
 
     def fault(index, tries):
@@ -400,7 +401,7 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
         assert gen(posts, server, "--timeout", 3, "--max-retries", 2) == 1
     assert 0.22 < sum(faulty) / len(faulty) < 0.33 and len(faulty) == len(server.log)
     good, failed = lines(tmp_path / "cot.jsonl"), lines(tmp_path / "cot.failed.jsonl")
-    fates = {index: fate(index) if record["image"] != "lost.jpg" else (0, "lost") for index, record in enumerate(records)}
+    fates = [(0, "lost") if record["image"] == "lost.jpg" else fate(index) for index, record in enumerate(records)]
     assert good == [record | {"cot": REASONING, "teacher": "teacher"}
                     for index, record in enumerate(records) if fates[index][1] is None]
     assert len(good) > 470 and ids(failed) == [record["id"] for i, record in enumerate(records) if fates[i][1]]
@@ -410,13 +411,15 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
         expected = FAULTS[name][1] if name in FAULTS else "unreadable image: no such file"
         assert record["reason"].startswith(expected), record
         assert ("(3 tries)" in record["reason"]) == (name in PASSING[:6])
-        assert record["reply"] is not None if name in ("wrong", "long") else "(3" in record["reason"] or not record["reply"]
+        if name in ("wrong", "long", "filter", "bad", "lost"):
+            assert (record["reply"] is not None) == (name in ("wrong", "long"))
         assert {field: record[field] for field in records[index]} == records[index]
     tries = Counter(server.asked())
-    assert {record["id"]: fates[index][0] for index, record in enumerate(records)} == {i: tries[i] for i in ids(records)}
+    assert [used for used, _ in fates] == [tries[identity] for identity in ids(records)]
     told = capsys.readouterr().err
     assert f"{len(good)} of 500 posts have reasoning; 23 to 23 words, median 23" in told
     assert f"{len(failed)} posts failed: " in told and f"{len(server.log)} requests" in told
+    assert re.search(r"\d+ done, \d+ failed, \d+\.\d requests/s, [\d,]+ tokens", told)
     kinds = Counter(record["reason"].partition(":")[0] for record in failed)
     assert kinds["unreadable image"] == 3 and all(f" {count} {kind}" in told for kind, count in kinds.items())
 
@@ -442,8 +445,8 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
 @pytest.mark.parametrize("answer, told", [
     (error(401, "Incorrect API key"), r"/v1/chat/completions: 401 Incorrect API key; it wants a key: put it in"),
     (error(403, "no access"), "403 no access; this key may not use the model teacher"),
-    (error(404, "The model does not exist"), "404 The model does not exist; check --base-url, and whether it has a model teacher"),
-    (error(429, "You exceeded your quota", code="insufficient_quota"), "429 You exceeded your quota; its account needs credit"),
+    (error(404, "No such model"), "404 No such model; check --base-url, and whether it has a model teacher"),
+    (error(429, "Quota exceeded", code="insufficient_quota"), "429 Quota exceeded; its account needs credit"),
     (Raw(404, "<html>nothing here</html>", kind="text/html"), "404 ?; check --base-url"),
     (Raw(307, "", {"Location": "https://elsewhere.example/v1"}), "307 ?; it has moved to https://elsewhere.example/v1"),
     (Raw(403, ["a list"]), r'403 \["a list"\]; this key'),
@@ -457,8 +460,8 @@ def test_what_no_post_can_pass_stops_the_run_at_once_in_one_line(tmp_path, answe
     assert 16 <= len(lines(tmp_path / "cot.jsonl")) <= 20 and not lines(tmp_path / "cot.failed.jsonl")
 
 
-@pytest.mark.parametrize("answer", [error(500, "broken"), error(422, "no such field: max_tokens"), Raw(200, "null"), Raw(200, "[]"),
-                                    Raw(200, '{"choices": [{"message": 5}]}'), Raw(200, b"\xff\xfe".decode("latin-1")),
+@pytest.mark.parametrize("answer", [error(500, "broken"), error(422, "no such field: max_tokens"),
+                                    Raw(200, "null"), Raw(200, "[]"), Raw(200, '{"choices": [{"message": 5}]}'), Raw(200, b"\xff\xfe".decode("latin-1")),
                                     Raw(200, {"choices": [], "usage": 7}), Raw(500, "[1]"), Raw(200, "[" * 100_000)])
 def test_a_server_that_answers_no_post_stops_the_run(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(gen_cot, "GIVE_UP_AFTER", 10)
@@ -526,21 +529,23 @@ def wait_for(condition):
 ], ids=["once while all wait", "twice while all hang"])
 def test_ctrl_c_ends_the_process(tmp_path, answer, times):
     posts = write_posts(tmp_path, 50)
+    arguments = [posts, "--out", "cot.jsonl", "--model", "m", "--workers", 8]
     with Server(lambda request, tries: right(request) if number(request) < 5 else answer(request)) as server:
-        process = python(posts, "--out", "cot.jsonl", "--model", "m", "--base-url", server.url, "--workers", 8, cwd=tmp_path)
+        process = python(*arguments, "--base-url", server.url, cwd=tmp_path)
         wait_for(lambda: len(server.log) >= 5 + 8 and len(lines(tmp_path / "cot.jsonl")) == 5)
         for _ in range(times):
             process.send_signal(signal.SIGINT)
             time.sleep(0.5)
-        _, told = process.communicate(timeout=30)  # the server's own patience is 60 s
+        _, told = process.communicate(timeout=100)  # the server's own patience is 300 s
     assert process.returncode == 130
     assert "Traceback" not in told and "stopped: 5 of 50 posts are in cot.jsonl" in told
     with Server() as server:
         assert gen(posts, server, "--model", "m") == 0
-    assert sorted(server.asked()) == sorted(ids(lines(posts))[5:]) and ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
+    assert sorted(server.asked()) == sorted(ids(lines(posts))[5:])
+    assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
 
 
-@pytest.mark.parametrize("grace, times", [(1, 1), (60, 2)])
+@pytest.mark.parametrize("grace, times", [(1, 1), (200, 2)])
 def test_what_hangs_is_waited_for_seconds_and_not_after_a_second_ctrl_c(tmp_path, monkeypatch, grace, times):
     monkeypatch.setattr(gen_cot, "GRACE", grace)
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)  # even where Ctrl-C is ignored
@@ -557,7 +562,7 @@ def test_what_hangs_is_waited_for_seconds_and_not_after_a_second_ctrl_c(tmp_path
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             gen(posts, server, "--workers", 8)
-        assert time.monotonic() - started < 30 and len(server.log) == 8
+        assert time.monotonic() - started < 100 and len(server.log) == 8
 
 
 def test_few_items_are_begun_ahead_and_errors_of_the_work_come_out():
@@ -575,13 +580,14 @@ def test_few_items_are_begun_ahead_and_errors_of_the_work_come_out():
 
 def test_replies_under_way_at_ctrl_c_are_kept(tmp_path):
     posts = write_posts(tmp_path, 50)
+    arguments = [posts, "--out", "cot.jsonl", "--model", "m", "--workers", 8]
 
     def reply(request, tries):
         time.sleep(1)
         return right(request)
 
     with Server(reply) as server:
-        process = python(posts, "--out", "cot.jsonl", "--model", "m", "--base-url", server.url, "--workers", 8, cwd=tmp_path)
+        process = python(*arguments, "--base-url", server.url, cwd=tmp_path)
         wait_for(lambda: len(server.log) >= 8)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
@@ -631,7 +637,8 @@ def test_teachers_and_prompts_are_not_mixed_unless_told_to(tmp_path):
             sidecar.unlink() if left is None else sidecar.write_text(left)
             with pytest.raises(UserError, match="was made with an unknown teacher"):
                 gen(posts, server)
-    assert [record["teacher"] for record in lines(tmp_path / "cot.jsonl")] == ["teacher"] * 2 + ["other"] * 2 + ["teacher"] * 2
+    teachers = [record["teacher"] for record in lines(tmp_path / "cot.jsonl")]
+    assert teachers == ["teacher"] * 2 + ["other"] * 2 + ["teacher"] * 2
 
 
 def test_an_out_of_other_posts_is_left_alone(tmp_path):
@@ -642,7 +649,7 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
         changed = lines(posts)
         changed[2]["keyphrases"] = ["else"]
         posts.write_text("".join(map(data.to_line, changed)), encoding="utf-8")
-        with pytest.raises(UserError, match=r"cot.jsonl line 3 \(id post-2\): .*posts.jsonl has no such post, or it was changed"):
+        with pytest.raises(UserError, match=r"cot.jsonl line 3 \(id post-2\): .*posts.jsonl has no such post"):
             gen(posts, server)
         write_posts(tmp_path, 4, start=2)
         with pytest.raises(UserError, match=r"cot.jsonl line 1 \(id post-0\)"):
@@ -717,4 +724,5 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path):
     kept = [json.loads(line)["id"] for line in (tmp_path / "cot.jsonl").read_bytes().split(b"\n")[:-1]]
     with Server() as server:
         assert 5 < len(kept) < 40 and gen(posts, server) == 0
-    assert sorted(server.asked() + kept) == sorted(ids(lines(posts))) and ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
+    assert sorted(server.asked() + kept) == sorted(ids(lines(posts)))
+    assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))

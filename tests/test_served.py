@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 
 def served(posts, server, *options, out="preds.jsonl", model="toy"):
     """infer.py --data … --base-url … in this process: its exit code."""
-    return infer.infer_file(infer.settings(["--data", str(posts), "--out", str(posts.parent / out), "--model", str(model),
-                                            "--base-url", server.url, *map(str, options)]))
+    arguments = ["--data", posts, "--out", posts.parent / out, "--model", model, "--base-url", server.url, *options]
+    return infer.infer_file(infer.settings(list(map(str, arguments))))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,9 @@ def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
         assert [request["temperature"] for request, _, _ in server.log] == [0] * len(posts)
         dataset = data.EncodedPosts(data.Posts(file), encoder, with_answers=False)
         assert prompts == [dataset[index].prompt for index in range(len(posts))]
-    assert infer.infer_file(infer.settings(["--data", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "here.jsonl"),
-                                            "--model", str(world / "toy"), "--max-new-tokens", "8", "--workers", "0"])) == 0
+    arguments = ["--data", tmp_path / "text.jsonl", "--out", tmp_path / "here.jsonl", "--model", world / "toy",
+                 "--max-new-tokens", 8, "--workers", 0]
+    assert infer.infer_file(infer.settings(list(map(str, arguments)))) == 0
     assert lines(tmp_path / "text.served.jsonl") == lines(tmp_path / "here.jsonl")
     assert len(read_predictions(tmp_path / "images.served.jsonl")) == len(records)
 
@@ -101,12 +102,12 @@ def reply_with(text, finish="stop", **message):
 
 def test_outputs_of_every_kind(tmp_path):
     posts = write_posts(tmp_path, 7)
+    tagged = "<think>It is blue.</think><answer>flower; blue</answer>"
 
     def reply(request, tries):
         number = int(re.search(r"post-(\d)", text_of(request))[1])
         answer = completion(request, *[
-            ("flower; blue",), ("<think>It is blue.</think><answer>flower; blue</answer>",), ("<think>It is bl", "length"),
-            ("<answer>flower; blue</answer>",), (None,), (None,), (None, "length")][number])
+            ("flower; blue",), (tagged,), ("<think>It is bl", "length"), ("<answer>flower; blue</answer>",), (None,), (None,), (None, "length")][number])
         if number == 3:
             answer["choices"][0]["message"]["reasoning_content"] = "It is blue."
         if number in (5, 6):  # parsers that take all up to </think> for reasoning
@@ -120,12 +121,13 @@ def test_outputs_of_every_kind(tmp_path):
     blank = {"tokens": 20, "keyphrases": ["flower", "blue"]}
     assert lines(tmp_path / "preds.jsonl") == [
         blank | {"id": "post-0", "think": None, "output": "flower; blue"},
-        blank | {"id": "post-1", "think": "It is blue.", "output": "<think>It is blue.</think><answer>flower; blue</answer>"},
+        blank | {"id": "post-1", "think": "It is blue.", "output": tagged},
         blank | {"id": "post-2", "think": "It is bl", "output": "<think>It is bl", "keyphrases": [], "cut": True},
-        blank | {"id": "post-3", "think": "It is blue.", "output": "<think>It is blue.</think><answer>flower; blue</answer>"},
+        blank | {"id": "post-3", "think": "It is blue.", "output": tagged},
         {"id": "post-4", "keyphrases": [], "think": None, "output": "", "tokens": None},
         blank | {"id": "post-5", "think": None, "output": "flower; blue"},
-        blank | {"id": "post-6", "think": "flower; blue", "output": "<think>flower; blue</think>", "keyphrases": [], "cut": True}]
+        blank | {"id": "post-6", "think": "flower; blue", "output": "<think>flower; blue</think>", "keyphrases": [],
+                 "cut": True}]
     assert len(read_predictions(tmp_path / "preds.jsonl")) == 7
 
 
@@ -178,7 +180,7 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
 def test_a_wrong_key_or_name_stops_at_once_and_leaves_nothing(tmp_path):
     posts = write_posts(tmp_path, 40)
     with Server(lambda *_: error(404, "The model `toy` does not exist.")) as server:
-        with pytest.raises(UserError, match="404 The model `toy` does not exist.; check --base-url, and whether it has a model toy"):
+        with pytest.raises(UserError, match="404 The model `toy` does not exist.; check --base-url, and whether .* toy"):
             served(posts, server)
     assert not lines(tmp_path / "preds.jsonl") and len(server.log) <= 8
     with pytest.raises(UserError, match="NO_SUCH_KEY is not set"):
@@ -219,7 +221,8 @@ def test_stopped_and_continued(tmp_path):
     posts = write_posts(tmp_path, 30)
     number = lambda request: int(re.search(r"post-(\d+)", text_of(request))[1])
     with Server(lambda request, tries: HANG if number(request) > 9 else f"flower {number(request)}") as server:
-        process = python("--data", posts, "--out", "preds.jsonl", "--base-url", server.url, "--model", "m", cwd=tmp_path)
+        arguments = ["--data", posts, "--out", "preds.jsonl", "--base-url", server.url, "--model", "m"]
+        process = python(*arguments, cwd=tmp_path)
         wait_for(lambda: len(server.log) == 18 and len(lines(tmp_path / "preds.jsonl")) == 10)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
