@@ -517,6 +517,21 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
     assert sorted(server.asked() + kept) == sorted(ids(lines(posts)))
 
 
+def test_a_torn_line_is_gone_before_anything_is_added(tmp_path):
+    posts = write_posts(tmp_path, 12)
+    with Server() as server:
+        assert gen(posts, server, "--limit", 4) == 0
+        for file in ("cot.jsonl", "cot.failed.jsonl"):
+            with open(tmp_path / file, "ab") as out:
+                out.write(b'{"id": "post-1')
+    with Server(lambda request, tries: right(request) if len(server.log) < 4 else error(401, "no")) as server:
+        with pytest.raises(UserError, match="401"):
+            gen(posts, server, "--workers", 1)
+    with Server() as server:
+        assert gen(posts, server) == 0 and len(server.log) == 5
+    assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 60
     while not condition():
