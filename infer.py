@@ -44,7 +44,7 @@ def settings(arguments=None):
         parser.error("give an image and a text, or --data FILE --out FILE")
     if args.data is not None and (args.out is None or args.image is not None):
         parser.error("--data goes with --out FILE and without an image or text")
-    if args.base_url is not None and args.think != "auto":
+    if args.base_url and args.think != "auto":
         parser.error(f"--think {args.think} needs the model here: a server can't be told how an answer begins; "
                      "leave out --base-url or --think")
     return args
@@ -96,7 +96,7 @@ def predict_here(args, record, image):
 
 
 def infer_file(args):
-    """Predict the posts of --data that --out lacks; returns 1 if a post could not be read, else 0."""
+    """Predict the posts of --data that --out lacks; returns 1 if a post failed, else 0."""
     posts = data.Posts(args.data)
     done = finished(args, posts)
     todo = [index for index in range(len(posts)) if posts[index]["id"] not in done]
@@ -123,9 +123,9 @@ def all_here(args, posts, todo):
     return model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
 
 
-def all_served(args, posts, todo, first_wait=2):
+def all_served(args, posts, todo):
     """An iterator over predictions for the posts `todo` (indices) by a served model, as they come."""
-    client, prompt = connect(args, min(args.batch_size, len(todo)), first_wait)
+    client, prompt = connect(args, min(args.batch_size, len(todo)))
 
     def predict(index):
         record = posts[index]
@@ -149,19 +149,15 @@ def predict_served(args, record, image):
         raise UserError(f"{client.server}: {failed}") from None
 
 
-def connect(args, workers, first_wait=2):
-    """(client, prompt) of served inference. The prompt is the one that the model was trained with, where its folder
-    is here. Raises UserError."""
-    client = gen_cot.Client(args.base_url, args.model, args.api_key_env, workers, args.max_retries, args.timeout,
-                            first_wait)
-    file = args.prompt_file or model_file(args, "prompt.txt")
+def connect(args, workers):
+    """(client, prompt) of served inference. Raises UserError.
+
+    The prompt is --prompt-file's, else the one that the model was trained with where its folder is here, else PROMPT.
+    """
+    client = gen_cot.Client(args.base_url, args.model, args.api_key_env, workers, args.max_retries, args.timeout)
+    own = Path(checkpoint.model_folder(args.model)) / "prompt.txt"
+    file = args.prompt_file or (own if own.is_file() else None)
     return client, gen_cot.read_prompt(file, "{text}") if file else data.PROMPT
-
-
-def model_file(args, name):
-    """The path of a file in the folder of a served model, None where it isn't there."""
-    file = Path(checkpoint.model_folder(args.model)) / name
-    return file if file.is_file() else None
 
 
 def ask(args, client, prompt, record, image):
