@@ -140,7 +140,7 @@ class Client:
         library = type(huggingface_hub.get_session()).__module__.partition(".")[0]
         self.http = sys.modules[library]
         huggingface_hub.set_client_factory(self.session)
-        self.timed_out = huggingface_hub.InferenceTimeoutError
+        self.timed_out = (self.http.TimeoutException, huggingface_hub.InferenceTimeoutError)  # an older hub's, a newer's
         # Without a key of its own the hub's client would send the machine's Hugging Face token.
         self.client = huggingface_hub.InferenceClient(
             base_url=self.url, api_key=self.key, timeout=timeout, headers={"user-agent": "dynamic-cot"})
@@ -189,7 +189,7 @@ class Client:
         except self.http.ConnectError as error:
             raise Fault(self.clean(f"no connection: {error}")) from None
         except self.timed_out as error:
-            if isinstance(error.__cause__, self.http.ConnectTimeout):
+            if self.http.ConnectTimeout in (type(error), type(error.__cause__)):
                 raise Fault(f"no connection: none in {self.timeout:g} s") from None
             self.reached = True
             raise Fault(f"time-out: no reply in {self.timeout:g} s") from None
