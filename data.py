@@ -539,13 +539,14 @@ def leave_signals(_):
 
 
 def write_whole(path, content):
-    """Write text or bytes to a file, whole or not at all: a temporary file beside it, then a rename."""
+    """Write text, bytes, or an iterable of bytes to a file, whole or not at all: a temporary file, then a rename."""
     path = Path(path)
     content = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    content = [content] if isinstance(content, bytes) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
