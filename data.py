@@ -179,9 +179,10 @@ def split_keyphrases(text):
     several_lines = "\n" in text.strip()
     phrases = {}
     for part in re.split(separators, text):
+        part = BULLET.sub("", " ".join(part.split()))
+        part = NUMBER.sub("", part) if several_lines else part
         for phrase in re.split(r"\s+(?=#\w)", part):  # `#one #two` are two
-            phrase = BULLET.sub("", " ".join(phrase.split()))
-            phrase = (NUMBER.sub("", phrase) if several_lines else phrase).strip(QUOTES + " ")
+            phrase = phrase.strip(QUOTES + " ")
             phrase = phrase.lstrip("#＃").rstrip(".。 ").strip(QUOTES + " ")
             if phrase:
                 phrases.setdefault(phrase.casefold(), phrase)

@@ -35,6 +35,8 @@ CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_
     ("- one\n- two\n* three\n1. four\n2) five", ["one", "two", "three", "four", "five"], None),
     ("#WildflowerHour #Flowers", ["WildflowerHour", "Flowers"], None),
     ("#one, #two", ["one", "two"], None),
+    ("- #One\n- #Two", ["One", "Two"], None),
+    ("1. #One\n2. #Two #Three", ["One", "Two", "Three"], None),
     ("red, white; blue", ["red, white", "blue"], None),
     ("red, white", ["red", "white"], None),
     ("a; A; a ;  a", ["a"], None),
