@@ -25,9 +25,14 @@ import data
 ROOT = Path(__file__).parent.parent
 
 
-def weights(run):
+def tensors(run):
+    """Weights and optimizer state of a run's last checkpoint, as bytes."""
+    from safetensors.torch import load_file
+
     folder = run / (run / "last").read_text().strip()
-    return {file.name: file.read_bytes() for file in [folder / "model.safetensors", *sorted(folder.glob("optimizer/*"))]}
+    return {(file.name, name): tensor.numpy().tobytes()
+            for file in [folder / "model.safetensors", *sorted(folder.glob("optimizer/*"))]
+            for name, tensor in load_file(file).items()}
 
 
 def log(run):
@@ -75,11 +80,22 @@ def wait_for(condition, process, pause=0.0):
     return False
 
 
+def saving(out, since):
+    """Whether a save begun after `since` is under way, or was cut."""
+    for partial in out.glob(".step-*.partial"):
+        try:
+            if partial.stat().st_mtime > since:
+                return True
+        except FileNotFoundError:
+            pass
+    return False
+
+
 def one_run(out, arguments, processes, kills, draw, counts):
     """Train a run to its end through so many kills."""
     while True:
         resume = ["--resume"] if (out / "settings.json").exists() and (out / "last").exists() else []
-        process = start([*arguments, "--out", out, *resume], processes)
+        process, began = start([*arguments, "--out", out, *resume], processes), time.time()
         if not kills:
             _, errors = process.communicate()
             if process.returncode:
@@ -88,9 +104,7 @@ def one_run(out, arguments, processes, kills, draw, counts):
         size = (out / "log.jsonl").stat().st_size if (out / "log.jsonl").exists() else 0
         inside = draw.random() < 0.5
         if inside:
-            steps = draw.randrange(1, 3)
-            began = lambda: any(int(p.name.split("-")[1].split(".")[0]) >= steps for p in out.glob(".step-*.partial"))
-            alive = wait_for(began, process)
+            alive = wait_for(lambda: saving(out, began), process)
             time.sleep(draw.random() * 0.1)
         else:
             alive = wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > size, process, 0.01)
@@ -100,7 +114,7 @@ def one_run(out, arguments, processes, kills, draw, counts):
         if process.poll() is None:
             kill(process)
             counts["kills"] += 1
-            counts["a save was under way"] += bool(list(out.glob(".step-*.partial")))
+            counts["a save was under way"] += saving(out, began)
             kills -= 1
         else:
             process.communicate()
@@ -124,12 +138,12 @@ def main():
                      folder / "club" / "toy", "--epochs", 3, "--batch-size", 8, "--lr", 2e-3, "--gamma", 5, "--workers", 1,
                      "--max-new-tokens", 4, "--save-every", 1, "--parallel", args.parallel]
         one_run(folder / "whole", arguments, args.processes, 0, draw, counts)
-        right = weights(folder / "whole"), log(folder / "whole")
+        right = tensors(folder / "whole"), log(folder / "whole")
         while counts["kills"] < args.kills:
             out = folder / f"run{counts['runs']}"
             one_run(out, arguments, args.processes, min(args.kills_a_run, args.kills - counts["kills"]), draw, counts)
             counts["runs"] += 1
-            if (weights(out), log(out)) != right:
+            if (tensors(out), log(out)) != right:
                 sys.exit(f"{out.name}: not what the run that was never stopped has; {counts}")
             print(json.dumps(counts), flush=True)
     print(f"{args.processes} processes: {counts['kills']} kills in {counts['runs']} runs, all as the run left alone")
