@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from data import PROMPT, Encoder, parse_answer
-from evaluate import UserError
+from evaluate import UserError, first_few, shown
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MODES = ("sft", "cot", "multitask", "dynamic")
@@ -213,13 +213,11 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     if family not in FAMILIES:
         raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
                         f"those that work are {', '.join(FAMILIES)}")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: no *.safetensors in it; pickled weights (*.bin, *.pt) are not read: "
-                        "convert them with transformers' save_pretrained")
+    check_weights(folder)
     try:
         if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError("no tokenizer.json, no vocab.json")  # transformers would make an empty one
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: its tokenizer can't be loaded ({first_line(error)}); copy the tokenizer's files "
                         "from the model it was trained from") from None
@@ -227,12 +225,12 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         raise UserError(f"{folder}: its tokenizer has no chat template; copy chat_template.jinja (or the "
                         "tokenizer_config.json that holds it) from the model it was trained from")
     try:
-        image_processor = AutoImageProcessor.from_pretrained(folder)
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     except Exception as error:
         raise UserError(f"{folder}: its weights can't be loaded ({first_line(error)}); is the copy whole?") from None
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -245,8 +243,38 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
-    encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
+    check_fit(folder, model, tokenizer, image_processor)
+    try:
+        encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
+    except UserError as error:
+        raise UserError(f"{prompt_file or folder}: {error}") from None
+    except Exception as error:  # a template is a program of its own
+        raise UserError(f"{folder}: its chat template can't be used ({first_line(error)}); copy it from the model it was "
+                        "trained from") from None
     return model.to(device), encoder, folder
+
+
+def check_fit(folder, model, tokenizer, image_processor):
+    """Raise UserError where tokenizer, image processor and model are not of one model."""
+    import numpy as np
+
+    words, known = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if known > words:
+        raise UserError(f"{folder}: its tokenizer has {known} tokens, its weights {words}; copy the tokenizer's files from "
+                        "the model it was trained from")
+    vision = model.config.vision_config
+    wanted = 3 * vision.temporal_patch_size * vision.patch_size**2
+    try:  # what is in the file is used with the first image only
+        blank = np.zeros((64, 64, 3), np.uint8)
+        found = image_processor(images=[blank], return_tensors="pt")["pixel_values"].shape[1]
+        merge = image_processor.merge_size
+    except Exception as error:
+        raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)}); copy it from the "
+                        "model it was trained from") from None
+    if (found, merge) != (wanted, vision.spatial_merge_size):
+        raise UserError(f"{folder}: its preprocessor_config.json makes patches of {found} values, merged by {merge}; its "
+                        f"weights want {wanted}, merged by {vision.spatial_merge_size}; copy it from the model it was "
+                        "trained from")
 
 
 def pick_device(name):
@@ -268,9 +296,33 @@ def bf16_on_cuda(device):
 
 def read_config(folder):
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json: not JSON ({error})") from None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder}/config.json: not JSON ({error}); copy it anew") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/config.json: a JSON object is needed there, not {shown(config)}; copy it anew")
+    return config
+
+
+def check_weights(folder):
+    """Raise UserError unless the folder has its weights as safetensors, every shard that its index names included.
+
+    transformers would unpickle a shard of another name.
+    """
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no *.safetensors in it; pickled weights (*.bin, *.pt) are not read: "
+                        "convert them with transformers' save_pretrained")
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file() or not shard.endswith(".safetensors")]
+    except Exception as error:
+        raise UserError(f"{index}: not an index of weights ({first_line(error)}); copy it anew") from None
+    if missing:
+        raise UserError(f"{index}: names {first_few(missing)}, which is not a safetensors file in the folder; "
+                        "is the copy whole?")
 
 
 def first_line(error):

@@ -233,15 +233,16 @@ class Log:
 
     def close(self):
         self.bar.close()
-        self.file.close()
-        self.skipped_file.close()
+        for file in (self.file, self.skipped_file):
+            with contextlib.suppress(OSError):  # of a line that a full disk did not take, which was told already
+                file.close()
 
 
 def open_appended(path, step):
     """(file, its lines) of a JSONL file to go on after `step`: later steps' lines, and a torn last one, are dropped."""
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):  # text would be split at U+2028, which ids may have, too
             with contextlib.suppress(ValueError):
                 kept.append(json.loads(line))
     kept = [line for line in kept if line["step"] <= step]
@@ -250,8 +251,12 @@ def open_appended(path, step):
 
 
 def write_line(file, record):
-    file.write(data.to_line(record))
-    file.flush()
+    try:
+        file.write(data.to_line(record))
+        file.flush()
+    except OSError as error:
+        raise UserError(f"{file.name}: can't be written ({error.strerror}); the last checkpoint is kept: make room and go "
+                        "on with --resume") from None
 
 
 # ------------------------------------------------------------------------------------- around the training
