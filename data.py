@@ -201,8 +201,8 @@ def split_keyphrases(text):
 # ------------------------------------------------------------------------------------------------- images
 
 # What posts bring. Pillow knows more formats, among them some that it hands to other programs (EPS to Ghostscript).
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "AVIF")
-MOST_PIXELS = 200_000_000  # a larger picture is refused before it is decoded
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+MOST_PIXELS = 64_000_000  # what would be larger when decoded is refused: about 1 GB of memory, and 4 s
 THINNEST = 200  # image processors refuse a picture longer than 200 times its width
 
 
@@ -216,7 +216,7 @@ def load_image(path, max_pixels):
     A JPEG far larger than `max_pixels` is decoded at a half, a quarter or an eighth of its size; the bound
     itself is the image processor's to keep, with the model's own resampling. Raises Unreadable.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not os.path.exists(path):
         raise Unreadable("no such file")
@@ -226,15 +226,17 @@ def load_image(path, max_pixels):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; errors still raise
             with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise Unreadable(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
                 shrink = (image.width * image.height / (4 * max_pixels)) ** 0.5
                 if shrink > 1:
                     image.draft(None, (round(image.width / shrink), round(image.height / shrink)))
+                if image.width * image.height > MOST_PIXELS:
+                    raise Unreadable(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
                 image.load()
                 image = to_rgb(upright(image))
     except Unreadable:
         raise
+    except UnidentifiedImageError:
+        raise Unreadable(f"not a readable image ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, MemoryError) as error:
         raise Unreadable(f"too large: {error}") from None
     except Exception as error:  # Pillow's plugins raise whatever a broken file makes them trip over
@@ -350,7 +352,8 @@ class Encoder:
         """Raise UserError where the largest image would leave no place for a post's text."""
         head, before, after, tail = self.frames[True]
         if head.count(self.image_token_id) != 1:
-            raise UserError("the chat template puts no image placeholder before the post; is it the model's own?")
+            raise UserError(f"chat template and prompt put {head.count(self.image_token_id)} image placeholders before the "
+                            "post, not 1; is the template the model's own?")
         prompt = len(head) - 1 + len(self.plain_ids(before + after)) + len(tail)
         image = self.size["longest_edge"] // (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
         if prompt + image >= self.max_length:
@@ -704,6 +707,8 @@ def made(folder, path):
 def cmkp(args):
     """CMKP's text as JSONL. The image archive's files are named like the last part of the addresses."""
     folder, out = Path(args.out).parent, args.out
+    if Path(out).resolve() == Path(args.source).resolve():
+        raise UserError(f"{out}: the file to read; choose another --out")
     try:
         found = set(os.listdir(args.images)) if args.images else set()
     except OSError as error:
@@ -722,6 +727,8 @@ def cmkp(args):
             check_record(record, f"line {line}", for_training=True)
         except UserError as error:
             unusable.append(str(error))
+    if not records:
+        raise UserError(f"{args.source}: no posts in it")
     renamed = number_doubles(records)
     with made(folder, out):
         write_whole(out, "".join(map(to_line, records)))
@@ -859,6 +866,8 @@ def resplit(entries, overlap, test, valid, seed):
     for sharpness in (1, 2, 4, 8):
         side = hold_out(groups, overlap, (None, valid, test), sharpness, seed)
         misfits = settle(groups, side, overlap, seed)
+        misfits |= {f"{SIDE_NAMES[which]} posts": float("inf") for which, size in ((TEST, test), (VALID, valid))
+                    if size and not (side == which).any()}  # all that could go there stay together
         worst = max(misfits.values())
         if closest is None or worst < closest[0]:
             closest = worst, side, misfits

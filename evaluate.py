@@ -55,8 +55,9 @@ def run(main):
 
 
 def one_line(text):
-    """`text` as a screen can show it: one line, what is not printable (control codes, say) escaped."""
+    """`text` as a screen can show it: one line, not without end, what is not printable (control codes) escaped."""
     text = " ".join(str(text).split())
+    text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -100,9 +101,10 @@ def parse_line(path, number, raw):
     except RecursionError:
         raise UserError(f"{path} line {number}: JSON nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number}: not a line of JSON ({error.msg} at character {error.pos + 1})") from None
-    except ValueError as error:  # a whole number of thousands of digits
-        raise UserError(f"{path} line {number}: not a line of JSON ({error})") from None
+        raise UserError(f"{path} line {number}: not a line of JSON ({error.msg.removesuffix(' at')} at character "
+                        f"{error.pos + 1}); one whole JSON object a line is needed") from None
+    except ValueError:
+        raise UserError(f"{path} line {number}: a whole number of thousands of digits, which Python doesn't read") from None
     if not isinstance(record, dict):
         raise UserError(f"{path} line {number}: a JSON object is needed here, not {shown(record)}")
     return record

@@ -5,6 +5,8 @@ below gamma the sample is taught to reason first, y_c, otherwise it keeps the pl
 """
 
 import json
+import logging
+import math
 from pathlib import Path
 
 import torch
@@ -213,7 +215,7 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     if family not in FAMILIES:
         raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
                         f"those that work are {', '.join(FAMILIES)}")
-    check_weights(folder)
+    files = weight_files(folder)
     try:
         if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError("no tokenizer.json, no vocab.json")  # transformers would make an empty one
@@ -228,13 +230,15 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
+    check_size(folder, files)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+            output_loading_info=True)
     except Exception as error:
         raise UserError(f"{folder}: its weights can't be loaded ({first_line(error)}); is the copy whole?") from None
     if report["missing_keys"] or report["mismatched_keys"]:
-        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        wrong = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
         raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the first {wrong[0]}; "
                         "is the copy whole?")
     if prompt_file is None and (folder / "prompt.txt").is_file():
@@ -252,6 +256,30 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         raise UserError(f"{folder}: its chat template can't be used ({first_line(error)}); copy it from the model it was "
                         "trained from") from None
     return model.to(device), encoder, folder
+
+
+def check_size(folder, files):
+    """Raise UserError where config.json describes a far larger model than the weights are: its defaults are of 7B."""
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    stored = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: its weights can't be loaded ({first_line(error)}); is the copy whole?") from None
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            described = AutoModelForImageTextToText.from_config(config, trust_remote_code=False).num_parameters()
+    except Exception as error:
+        raise UserError(f"{folder}/config.json: describes no model that can be made ({first_line(error)}); copy it "
+                        "anew") from None
+    if described > 2 * stored:
+        raise UserError(f"{folder}/config.json: describes {described:,} weights, the *.safetensors have {stored:,}; "
+                        "copy it from the model it was trained from")
 
 
 def check_fit(folder, model, tokenizer, image_processor):
@@ -304,25 +332,23 @@ def read_config(folder):
     return config
 
 
-def check_weights(folder):
-    """Raise UserError unless the folder has its weights as safetensors, every shard that its index names included.
-
-    transformers would unpickle a shard of another name.
-    """
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: no *.safetensors in it; pickled weights (*.bin, *.pt) are not read: "
-                        "convert them with transformers' save_pretrained")
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return
+def weight_files(folder):
+    """The folder's weights: model.safetensors, or every shard that its index names (transformers would unpickle one
+    of another kind). Raises UserError."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise UserError(f"{folder}: no model.safetensors in it and no index of its parts; pickled weights (*.bin, *.pt) are "
+                        "not read: convert them with transformers' save_pretrained")
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file() or not shard.endswith(".safetensors")]
+        files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
     except Exception as error:
         raise UserError(f"{index}: not an index of weights ({first_line(error)}); copy it anew") from None
+    missing = [file.name for file in files if file.suffix != ".safetensors" or not file.is_file()]
     if missing:
-        raise UserError(f"{index}: names {first_few(missing)}, which is not a safetensors file in the folder; "
-                        "is the copy whole?")
+        raise UserError(f"{index}: names {first_few(missing)}, which is no safetensors file in the folder; is the copy whole?")
+    return files
 
 
 def first_line(error):
@@ -330,7 +356,12 @@ def first_line(error):
 
 
 def quiet():
-    """Keep transformers' loading bars off the screen."""
+    """Keep transformers' loading bars, and its table of what did not fit, off the screen: `load` tells it in a line."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(is_no_report)
+
+
+def is_no_report(record):
+    return "LOAD REPORT" not in record.getMessage()
