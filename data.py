@@ -418,11 +418,28 @@ class EncodedPosts:
     def __getitem__(self, index):
         try:
             record = self.posts[index]
-            return self.encoder.encode(record, self.posts.image_path(record), self.with_answers)
+            return shared(self.encoder.encode(record, self.posts.image_path(record), self.with_answers))
         except Unreadable as error:
             return Skipped(record["id"], record["image"], str(error))
         except UserError as error:
             return error
+
+
+def shared(sample):
+    """The sample with its tensors where other processes can read them, if this is a worker. Raises UserError.
+
+    Left to the worker's queue, a full shared memory would be a traceback, and the main process would wait for ever.
+    """
+    from torch.utils.data import get_worker_info
+
+    if sample.image is not None and get_worker_info() is not None:
+        try:
+            for tensor in sample.image.values():
+                tensor.share_memory_()
+        except RuntimeError as error:
+            raise UserError(f"the images that --workers prepare do not fit into shared memory ({error}): give it more room "
+                            "(docker --shm-size), or try fewer --workers (0: none beside the main process)") from None
+    return sample
 
 
 # ------------------------------------------------------------------------------------------------ batches
