@@ -149,7 +149,7 @@ def finished(args, posts):
     done = {}
     for line, _, row in jsonl(out):
         if parse_prediction(out, line, row)["id"] in known and not row.get("error"):
-            done[row["id"]] = {"think": None, "output": "", "tokens": 0} | row
+            done[row["id"]] = row | {"think": row.get("think"), "tokens": row.get("tokens") or 0}
     return done
 
 
