@@ -461,7 +461,7 @@ def make_tokenizer():
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r"</?(?:think|answer)>|\w+|[^\w\s]"), behavior="removed", invert=True)
+        Regex(r"</?(?:think|answer)>|\w{1,64}|[^\w\s]"), behavior="removed", invert=True)
     # Words are joined by spaces, and the spaces then taken away where the posts and answers have none.
     tokenizer.decoder = decoders.Sequence([
         decoders.WordPiece(cleanup=False), decoders.Fuse(),

@@ -9,6 +9,7 @@ A record is one JSON object a line; other fields are kept and ignored:
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -27,8 +28,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
-from evaluate import (BYTE_ORDER_MARK, LOOKS_LIKE_JSON, UserError, decode, first_few, jsonl, lay_out, natural,
+from evaluate import (BYTE_ORDER_MARK, LOOKS_LIKE_JSON, UserError, decode, first_few, lay_out, natural,
                       normalize, parse_cmkp, parse_line, percent, read_lines, read_rows, run, shown)
 
 # ------------------------------------------------------------------------------------------------ records
@@ -42,7 +44,7 @@ def check_record(record, where, for_training=False):
     identity = record.get("id")
     if not isinstance(identity, str) or not identity:
         raise UserError(f"{where}: the field 'id' must be a string that is not empty")
-    where = f"{where} (id {identity})"
+    where = f"{where} (id {shown(identity)})"
     if not isinstance(record.get("text"), str):
         raise UserError(f"{where}: the field 'text' must be a string (empty if there is none)")
     if not isinstance(record.get("image"), str | None):
@@ -58,33 +60,45 @@ def check_record(record, where, for_training=False):
         raise UserError(f"{where}: a post to train on needs at least one keyphrase")
     for phrase in keyphrases:
         if not phrase.strip() or NOT_IN_KEYPHRASE.search(phrase):
-            raise UserError(f"{where}: the keyphrase {phrase!r} is empty or holds a semicolon, line break or tag")
+            raise UserError(f"{where}: the keyphrase {shown(phrase)} is empty or holds a semicolon, line break or tag")
     if any(tag in (record.get("cot") or "") for tag in TAGS):
         raise UserError(f"{where}: 'cot' is the bare reasoning; take the tags out of it")
+
+
+def refuse_streams(path):
+    """Raise UserError for a pipe or device, which can't be read at any place, or twice."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path}: not a file on a disk; this is read more than once, so save it as one first")
 
 
 class Posts:
     """The records of a JSONL file, read from disk one by one.
 
-    Only byte offsets and line numbers are kept in memory (16 bytes a record), so that hundreds of thousands of
-    posts open in seconds and DataLoader workers share them. Opening reads the file once and checks every record.
+    Only byte offsets, line numbers and checksums are kept in memory (20 bytes a record), so that hundreds of
+    thousands of posts open in seconds and DataLoader workers share them. Opening reads the file once and checks
+    every record.
 
-    Raises UserError naming the line and the id of a record that can't be used.
+    Raises UserError naming the line and the id of a record that can't be used, or has changed since.
     """
 
     def __init__(self, path, for_training=False):
+        refuse_streams(path)
         self.path = Path(path)
         self.folder = self.path.parent
-        self.offsets, self.lines = array("Q"), array("Q")
+        self.offsets, self.lines, self.sums = array("Q"), array("Q"), array("I")
         self.without_cot = 0
         seen = {}  # hash of an id -> its line: a tenth of the memory of the ids themselves
-        for line, offset, record in jsonl(path):
+        for line, offset, raw in read_lines(path):
+            if not raw.removeprefix(BYTE_ORDER_MARK).strip():
+                continue
+            record = parse_line(path, line, raw)
             check_record(record, f"{path} line {line}", for_training)
             first = seen.setdefault(hash(record["id"]), line)
             if first != line:
-                raise UserError(f"{path} line {line} (id {record['id']}): this id was already used on line {first}")
+                raise UserError(f"{path} line {line} (id {shown(record['id'])}): this id was already used on line {first}")
             self.offsets.append(offset)
             self.lines.append(line)
+            self.sums.append(crc32(raw.removesuffix(b"\n")))
             self.without_cot += not has_cot(record)
         if not self.offsets:
             raise UserError(f"{path}: no posts in it")
@@ -98,7 +112,9 @@ class Posts:
         """The record as a dict. `pread` keeps no position, so forked workers can share the open file."""
         start = self.offsets[index]
         end = self.offsets[index + 1] if index + 1 < len(self) else self.size
-        raw = os.pread(self.file, end - start, start).splitlines()[0]
+        raw = os.pread(self.file, end - start, start).partition(b"\n")[0]
+        if crc32(raw) != self.sums[index]:
+            raise UserError(f"{self.path} line {self.lines[index]}: was changed while the file was in use; start again")
         return parse_line(self.path, self.lines[index], raw)
 
     def __getstate__(self):  # a spawned worker opens the file itself
@@ -191,7 +207,9 @@ def split_keyphrases(text):
 
 # ------------------------------------------------------------------------------------------------- images
 
-MOST_PIXELS = 200_000_000  # a larger picture is refused before it is decoded
+# What posts bring. Pillow knows more formats, among them some that it hands to other programs (EPS to Ghostscript).
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+MOST_PIXELS = 64_000_000  # what would be larger when decoded is refused: about 1 GB of memory, and 4 s
 THINNEST = 200  # image processors refuse a picture longer than 200 times its width
 
 
@@ -205,7 +223,7 @@ def load_image(path, max_pixels):
     A JPEG far larger than `max_pixels` is decoded at a half, a quarter or an eighth of its size; the bound
     itself is the image processor's to keep, with the model's own resampling. Raises Unreadable.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, UnidentifiedImageError
 
     if not os.path.exists(path):
         raise Unreadable("no such file")
@@ -214,15 +232,18 @@ def load_image(path, max_pixels):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; errors still raise
-            with Image.open(path) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise Unreadable(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+            with Image.open(path, formats=FORMATS) as image:
                 shrink = (image.width * image.height / (4 * max_pixels)) ** 0.5
                 if shrink > 1:
                     image.draft(None, (round(image.width / shrink), round(image.height / shrink)))
-                image = to_rgb(ImageOps.exif_transpose(image))
+                if image.width * image.height > MOST_PIXELS:
+                    raise Unreadable(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+                image.load()
+                image = to_rgb(upright(image))
     except Unreadable:
         raise
+    except UnidentifiedImageError:
+        raise Unreadable(f"not a readable image ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, MemoryError) as error:
         raise Unreadable(f"too large: {error}") from None
     except Exception as error:  # Pillow's plugins raise whatever a broken file makes them trip over
@@ -231,6 +252,15 @@ def load_image(path, max_pixels):
     if max(image.size) > longest:
         image = image.resize((min(image.width, longest), min(image.height, longest)))
     return image
+
+
+def upright(image):
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # torn metadata are no reason to lose the picture
+        return image
 
 
 def to_rgb(image):
@@ -283,8 +313,9 @@ class Encoder:
 
     def __init__(self, tokenizer, image_processor, image_token_id, prompt=PROMPT, max_pixels=512 * 28 * 28,
                  max_length=4096):
-        if "{text}" not in prompt:
-            raise UserError("the prompt has no {text} in it to say where the post goes")
+        if prompt.count("{text}") != 1:
+            raise UserError("the prompt must have {text} in it once, to say where the post goes, not "
+                            f"{prompt.count('{text}')} times")
         self.tokenizer, self.image_processor, self.prompt = tokenizer, image_processor, prompt
         self.image_token_id, self.max_pixels, self.max_length = image_token_id, max_pixels, max_length
         own = image_processor.size
@@ -292,6 +323,7 @@ class Encoder:
                      "longest_edge": min(own["longest_edge"], max_pixels)}
         self.frames = {has_image: self._frame(has_image) for has_image in (True, False)}
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._check_room()
         self.end_of_turn = self._end_of_turn()
         self.think = self.plain_ids("<think>")
         self.stand_in = Sample("", self.prompt_ids("", 0)[0], None, plain=[*self.think, self.end_of_turn])
@@ -324,6 +356,18 @@ class Encoder:
         ids = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
         return ids(before[:cut]), before[cut:], after[:end], ids(after[end:])
 
+    def _check_room(self):
+        """Raise UserError where the largest image would leave no place for a post's text."""
+        head, before, after, tail = self.frames[True]
+        if head.count(self.image_token_id) != 1:
+            raise UserError(f"chat template and prompt put {head.count(self.image_token_id)} image placeholders before the "
+                            "post, not 1; is the template the model's own?")
+        prompt = len(head) - 1 + len(self.plain_ids(before + after)) + len(tail)
+        image = self.size["longest_edge"] // (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+        if prompt + image >= self.max_length:
+            raise UserError(f"--max-length {self.max_length} leaves no room for a post's text: the prompt takes {prompt} "
+                            f"tokens and an image up to {image}; raise it, or lower --max-pixels")
+
     def _end_of_turn(self):
         """The token with which the chat format ends an answer: `<|im_end|>` for Qwen."""
         mark = "\uf8ffANSWER\uf8ff"
@@ -336,14 +380,13 @@ class Encoder:
         if image_tokens:
             place = head.index(self.image_token_id)
             head = head[:place] + [self.image_token_id] * image_tokens + head[place + 1:]
-        ids = head + self.plain_ids(before + text + after) + tail
-        over = len(ids) - self.max_length
-        if over <= 0 or not text:
-            return ids, False
-        starts = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True,
-                                return_offsets_mapping=True).offset_mapping
-        text = text[:starts[len(starts) - over][0]] if over < len(starts) else ""
-        return head + self.plain_ids(before + text + after) + tail, True
+        ids, whole = head + self.plain_ids(before + text + after) + tail, text
+        while text and (over := len(ids) - self.max_length) > 0:  # twice where the cut made other tokens of the end
+            starts = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True,
+                                    return_offsets_mapping=True).offset_mapping
+            text = text[:min(starts[len(starts) - over][0], len(text) - 1)] if over < len(starts) else ""
+            ids = head + self.plain_ids(before + text + after) + tail
+        return ids, text != whole
 
     def answer_ids(self, answer):
         """Token ids of an answer and its end of turn. Tags are tokenized apart from the words beside them, which a
@@ -369,7 +412,10 @@ class Encoder:
 
 
 class EncodedPosts:
-    """A torch map-style dataset: Posts through an Encoder. An item is a Sample or a Skipped."""
+    """A torch map-style dataset: Posts through an Encoder.
+
+    An item is a Sample, a Skipped, or a UserError: raised in a worker, it would come with the worker's traceback.
+    """
 
     def __init__(self, posts, encoder, with_answers):
         self.posts, self.encoder, self.with_answers = posts, encoder, with_answers
@@ -378,11 +424,30 @@ class EncodedPosts:
         return len(self.posts)
 
     def __getitem__(self, index):
-        record = self.posts[index]
         try:
-            return self.encoder.encode(record, self.posts.image_path(record), self.with_answers)
+            record = self.posts[index]
+            return shared(self.encoder.encode(record, self.posts.image_path(record), self.with_answers))
         except Unreadable as error:
             return Skipped(record["id"], record["image"], str(error))
+        except UserError as error:
+            return error
+
+
+def shared(sample):
+    """The sample with its tensors where other processes can read them, if this is a worker. Raises UserError.
+
+    Left to the worker's queue, a full shared memory would be a traceback, and the main process would wait for ever.
+    """
+    from torch.utils.data import get_worker_info
+
+    if sample.image is not None and get_worker_info() is not None:
+        try:
+            for tensor in sample.image.values():
+                tensor.share_memory_()
+        except RuntimeError as error:
+            raise UserError(f"the images that --workers prepare do not fit into shared memory ({error}): give it more room "
+                            "(docker --shm-size), or try fewer --workers (0: none beside the main process)") from None
+    return sample
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -505,6 +570,7 @@ class Loader:
     the others. `waited` is how many seconds the last step's data took to come, after it was asked for.
 
     Only the posts' own tensors pass between processes, two an image, and few steps ahead: each holds an open file.
+    Raises UserError where a record has changed, or the system kills a worker.
     """
 
     def __init__(self, posts, encoder, steps, micro_batch, workers, with_answers, rank=0, size=1):
@@ -517,17 +583,29 @@ class Loader:
                                 prefetch_factor=2 if workers else None, worker_init_fn=leave_signals)
 
     def __iter__(self):
-        steps, parts = iter(self.steps), iter(self.parts)
+        steps, parts = self._items(), iter(self.parts)
         while True:
             started = time.perf_counter()
             items = next(steps, None)
             if items is None:
                 return
+            for error in items:
+                if isinstance(error, UserError):
+                    raise error
             samples = [item for item in items if isinstance(item, Sample)]
             chunks = by_length(samples, next(parts)) if self.with_answers else [samples] if samples else []
             micro_batches = [collate(chunk, self.encoder) for chunk in chunks]
             self.waited = time.perf_counter() - started
             yield micro_batches, [item for item in items if isinstance(item, Skipped)]
+
+    def _items(self):
+        try:
+            yield from self.steps
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError("a process that reads the posts was killed, for want of memory perhaps; try fewer "
+                            "--workers (0: none beside the main one)") from None
 
 
 def leave_signals(_):
@@ -540,10 +618,15 @@ def leave_signals(_):
 
 
 def write_whole(path, content):
-    """Write text, bytes, or an iterable of bytes to a file, whole or not at all: a temporary file, then a rename."""
+    """Write text, bytes, or an iterable of bytes to a file, whole or not at all: a temporary file, then a rename.
+
+    Lone surrogates in text are written as JSON writes them. Raises OSError naming the file.
+    """
     path = Path(path)
-    content = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     content = [content] if isinstance(content, bytes) else content
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/stdout
+        raise FileExistsError(errno.EEXIST, "not a file on a disk", str(path))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -552,14 +635,16 @@ def write_whole(path, content):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 
 def to_line(record):
-    """A record as one line of JSONL, any language readable."""
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8") + "\n"
+    """A record as one line of JSONL, any language readable; a lone surrogate, which UTF-8 can't write, is escaped."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
 # ------------------------------------------------------------------------------------------ for every script
@@ -683,6 +768,8 @@ def made(folder, path):
 def cmkp(args):
     """CMKP's text as JSONL. The image archive's files are named like the last part of the addresses."""
     folder, out = Path(args.out).parent, args.out
+    if Path(out).resolve() == Path(args.source).resolve():
+        raise UserError(f"{out}: the file to read; choose another --out")
     try:
         found = set(os.listdir(args.images)) if args.images else set()
     except OSError as error:
@@ -701,6 +788,8 @@ def cmkp(args):
             check_record(record, f"line {line}", for_training=True)
         except UserError as error:
             unusable.append(str(error))
+    if not records:
+        raise UserError(f"{args.source}: no posts in it")
     renamed = number_doubles(records)
     with made(folder, out):
         write_whole(out, "".join(map(to_line, records)))
@@ -838,6 +927,8 @@ def resplit(entries, overlap, test, valid, seed):
     for sharpness in (1, 2, 4, 8):
         side = hold_out(groups, overlap, (None, valid, test), sharpness, seed)
         misfits = settle(groups, side, overlap, seed)
+        misfits |= {f"{SIDE_NAMES[which]} posts": float("inf") for which, size in ((TEST, test), (VALID, valid))
+                    if size and not (side == which).any()}  # all that could go there stay together
         worst = max(misfits.values())
         if closest is None or worst < closest[0]:
             closest = worst, side, misfits
@@ -1050,7 +1141,7 @@ def check_line(path, is_text, line, offset):
     try:
         check_record(record, where, for_training=True)
     except UserError as error:
-        problems.append(str(error).removeprefix(where).removeprefix(f" (id {identity})").removeprefix(": "))
+        problems.append(str(error).removeprefix(where).removeprefix(f" (id {shown(identity)})").removeprefix(": "))
     if image:
         try:
             load_image(Path(path).parent / image, 512 * 28 * 28)
@@ -1063,6 +1154,7 @@ def check_line(path, is_text, line, offset):
 
 def check(args):
     """Read every record and every image once and print all that is wrong; the exit code is 1 if anything is."""
+    refuse_streams(args.file)
     lines, head = [], b""
     for line, offset, raw in read_lines(args.file):
         if raw := raw.removeprefix(BYTE_ORDER_MARK).strip():

@@ -11,6 +11,7 @@ CMKP's text, `a;b;c` a line. References are JSON objects with "id", "text" and "
 
 import argparse
 import gc
+import io
 import json
 import os
 import re
@@ -29,19 +30,35 @@ class UserError(Exception):
 
 def run(main):
     """Call a script's `main()` and exit with its code (None is 0); a UserError is one line and code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a character that the screen lacks is no reason to fail
+    message = None
     try:
         code = main() or 0
         print(end="", flush=True)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        code = 1
+        code, message = 1, error
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        # The reader (`| head`) has left; Python would complain when it flushes the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (`| head`) has left
         code = 1
+    except OSError as error:  # a full disk or the like, met where nobody could say more about it
+        code, message = 1, f"{error.filename or 'the output'}: {error.strerror or error}"
+    if message:
+        print("error:", one_line(message), file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # Python would complain when it flushes what can't be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def one_line(text):
+    """`text` as a screen can show it: one line, not without end, what is not printable (control codes) escaped."""
+    text = " ".join(str(text).split())
+    text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ------------------------------------------------------------------------------------------ reading files
@@ -83,8 +100,11 @@ def parse_line(path, number, raw):
         record = json.loads(text)
     except RecursionError:
         raise UserError(f"{path} line {number}: JSON nested too deeply") from None
-    except ValueError as error:  # malformed, or a whole number of thousands of digits
-        raise UserError(f"{path} line {number}: not a line of JSON ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {number}: not a line of JSON ({error.msg.removesuffix(' at')} at character "
+                        f"{error.pos + 1}); one whole JSON object a line is needed") from None
+    except ValueError:
+        raise UserError(f"{path} line {number}: a whole number of thousands of digits, which Python doesn't read") from None
     if not isinstance(record, dict):
         raise UserError(f"{path} line {number}: a JSON object is needed here, not {shown(record)}")
     return record
@@ -102,7 +122,10 @@ def jsonl(path):
 
 def shown(value):
     """`value` as an error message shows it: escaped and no longer than half a line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "something nested too deeply"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

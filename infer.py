@@ -13,13 +13,14 @@ engine has loaded; --model is then its name there.
 import argparse
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import checkpoint
 import data
 import gen_cot
-from evaluate import UserError, jsonl, run
+from evaluate import UserError, jsonl, one_line, parse_prediction, run, shown
 
 
 def settings(arguments=None):
@@ -68,7 +69,7 @@ def load_model(args):
 def infer_one(args):
     """Predict the post on the command line and print it."""
     image = None if args.image == "none" else Path(args.image)
-    if image is not None and not image.exists():
+    if image is not None and not os.path.exists(image):
         raise UserError(f"{image}: no such file; for a text-only post write none instead")
     record = {"id": "post", "text": args.text}
     try:
@@ -103,14 +104,25 @@ def infer_file(args):
     if todo:
         predictions = all_served(args, posts, todo) if args.base_url else all_here(args, posts, todo)
         begin(args, done)
-        with open(args.out, "a", encoding="utf-8") as file:
+        with writable(args.out), open(args.out, "a", encoding="utf-8") as file:
             for prediction in data.progress(predictions, len(posts), "posts", done=len(done)):
                 file.write(data.to_line(prediction))
                 file.flush()
                 done[prediction["id"]] = prediction
     ordered = [done[posts[index]["id"]] for index in range(len(posts))]
-    data.write_whole(args.out, "".join(map(data.to_line, ordered)))
+    with writable(args.out):
+        data.write_whole(args.out, "".join(map(data.to_line, ordered)))
     return summary(args, ordered)
+
+
+@contextlib.contextmanager
+def writable(path):
+    """What the system refuses in the block, which writes to `path`, is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error}); what was predicted is kept: make room "
+                        "and run this again") from None
 
 
 def all_here(args, posts, todo):
@@ -192,13 +204,13 @@ def finished(args, posts):
     Raises UserError if they were made with other settings, which stand in a file beside it.
     """
     out = Path(args.out)
-    if out.is_dir():
-        raise UserError(f"{out}: a folder; --out is the file that the predictions go to")
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out}: not a file on a disk; --out is the file that the predictions go to")
     if not out.exists() or not out.stat().st_size:
         return {}
     before, now = {}, identity(args)
-    with contextlib.suppress(OSError, ValueError):
-        before = json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        before = dict(json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8")))
     if before != now:
         differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         raise UserError(f"{out}: was made with something else ({', '.join(differ)}); name another --out, or remove it")
@@ -206,7 +218,11 @@ def finished(args, posts):
     whole_lines, _, torn = out.read_bytes().rpartition(b"\n")
     if torn:  # predicted anew
         data.write_whole(out, whole_lines + b"\n" if whole_lines else b"")
-    return {row["id"]: row for _, _, row in jsonl(out) if "error" not in row and row["id"] in known}
+    done = {}
+    for line, _, row in jsonl(out):
+        if parse_prediction(out, line, row)["id"] in known and not row.get("error"):
+            done[row["id"]] = row | {"think": row.get("think"), "tokens": row.get("tokens") or 0}
+    return done
 
 
 def begin(args, done):
@@ -228,7 +244,7 @@ def summary(args, predictions):
     data.say(f"{args.out}: {len(predictions)} posts, {tokens:.1f} tokens a post, {reasoned:.1%} reasoned about, "
              f"{cut} cut off after {args.max_new_tokens} tokens, {len(failed)} failed")
     for prediction in failed[:3]:
-        data.say(f"  (id {prediction['id']}) {prediction['error']}")
+        data.say(f"  (id {shown(prediction['id'])}) {one_line(prediction['error'])}")
     return 1 if failed else 0
 
 

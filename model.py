@@ -5,6 +5,8 @@ below gamma the sample is taught to reason first, y_c, otherwise it keeps the pl
 """
 
 import json
+import logging
+import math
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from data import PROMPT, Encoder, parse_answer
-from evaluate import UserError
+from evaluate import UserError, first_few, shown
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MODES = ("sft", "cot", "multitask", "dynamic")
@@ -245,13 +247,11 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     if family not in FAMILIES:
         raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
                         f"those that work are {', '.join(FAMILIES)}")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: no *.safetensors in it; pickled weights (*.bin, *.pt) are not read: "
-                        "convert them with transformers' save_pretrained")
+    files = weight_files(folder)
     try:
         if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError("no tokenizer.json, no vocab.json")  # transformers would make an empty one
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: its tokenizer can't be loaded ({first_line(error)}); copy the tokenizer's files "
                         "from the model it was trained from") from None
@@ -261,10 +261,11 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         raise UserError(f"{folder}: its tokenizer has no chat template; copy chat_template.jinja (or the "
                         "tokenizer_config.json that holds it) from the model it was trained from")
     try:
-        image_processor = AutoImageProcessor.from_pretrained(folder)
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
     if weights:
+        check_size(folder, files)
         model = read_weights(folder, dtype)
     else:
         model = empty_model(AutoConfig.from_pretrained(folder), dtype)
@@ -276,7 +277,14 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
-    encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
+    check_fit(folder, model, tokenizer, image_processor)
+    try:
+        encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
+    except UserError as error:
+        raise UserError(f"{prompt_file or folder}: {error}") from None
+    except Exception as error:  # a template is a program of its own
+        raise UserError(f"{folder}: its chat template can't be used ({first_line(error)}); copy it from the model it was "
+                        "trained from") from None
     return model.to(device), encoder, folder
 
 
@@ -286,11 +294,12 @@ def read_weights(folder, dtype):
 
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+            output_loading_info=True)
     except Exception as error:
         raise UserError(f"{folder}: its weights can't be loaded ({first_line(error)}); is the copy whole?") from None
     if report["missing_keys"] or report["mismatched_keys"]:
-        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        wrong = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
         raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the first {wrong[0]}; "
                         "is the copy whole?")
     return model
@@ -305,6 +314,53 @@ def empty_model(config, dtype, device="cpu"):
     model.to_empty(device=device)
     model.tie_weights()
     return model.eval()
+
+
+def check_size(folder, files):
+    """Raise UserError where config.json describes a far larger model than the weights are: its defaults are of 7B."""
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    stored = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: its weights can't be loaded ({first_line(error)}); is the copy whole?") from None
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            described = AutoModelForImageTextToText.from_config(config, trust_remote_code=False).num_parameters()
+    except Exception as error:
+        raise UserError(f"{folder}/config.json: describes no model that can be made ({first_line(error)}); copy it "
+                        "anew") from None
+    if described > 2 * stored:
+        raise UserError(f"{folder}/config.json: describes {described:,} weights, the *.safetensors have {stored:,}; "
+                        "copy it from the model it was trained from")
+
+
+def check_fit(folder, model, tokenizer, image_processor):
+    """Raise UserError where tokenizer, image processor and model are not of one model."""
+    import numpy as np
+
+    words, known = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if known > words:
+        raise UserError(f"{folder}: its tokenizer has {known} tokens, its weights {words}; copy the tokenizer's files from "
+                        "the model it was trained from")
+    vision = model.config.vision_config
+    wanted = 3 * vision.temporal_patch_size * vision.patch_size**2
+    try:  # what is in the file is used with the first image only
+        blank = np.zeros((64, 64, 3), np.uint8)
+        found = image_processor(images=[blank], return_tensors="pt")["pixel_values"].shape[1]
+        merge = image_processor.merge_size
+    except Exception as error:
+        raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)}); copy it from the "
+                        "model it was trained from") from None
+    if (found, merge) != (wanted, vision.spatial_merge_size):
+        raise UserError(f"{folder}: its preprocessor_config.json makes patches of {found} values, merged by {merge}; its "
+                        f"weights want {wanted}, merged by {vision.spatial_merge_size}; copy it from the model it was "
+                        "trained from")
 
 
 def pick_device(name):
@@ -328,11 +384,30 @@ def read_json(path):
     """The JSON object in a file, as a dict. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); copy it anew") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is needed there, not {shown(content)}; copy it anew")
+    return content
+
+
+def weight_files(folder):
+    """The folder's weights: model.safetensors, or every shard that its index names (transformers would unpickle one
+    of another kind). Raises UserError."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise UserError(f"{folder}: no model.safetensors in it and no index of its parts; pickled weights (*.bin, *.pt) are "
+                        "not read: convert them with transformers' save_pretrained")
+    try:
+        files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    except Exception as error:
+        raise UserError(f"{index}: not an index of weights ({first_line(error)}); copy it anew") from None
+    missing = [file.name for file in files if file.suffix != ".safetensors" or not file.is_file()]
+    if missing:
+        raise UserError(f"{index}: names {first_few(missing)}, which is no safetensors file in the folder; is the copy whole?")
+    return files
 
 
 def first_line(error):
@@ -340,7 +415,12 @@ def first_line(error):
 
 
 def quiet():
-    """Keep transformers' loading bars off the screen."""
+    """Keep transformers' loading bars, and its table of what did not fit, off the screen: `load` tells it in a line."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(is_no_report)
+
+
+def is_no_report(record):
+    return "LOAD REPORT" not in record.getMessage()

@@ -290,9 +290,9 @@ class Log:
 
     def close(self):
         self.bar.close()
-        self.file.close()
-        self.skipped_file.close()
-        self.choices.close()
+        for file in (self.file, self.skipped_file, self.choices):
+            with contextlib.suppress(OSError):  # of a line that a full disk did not take, which was told already
+                file.close()
 
 
 class Choices:
@@ -345,7 +345,7 @@ def open_appended(path, step, write):
     """
     kept = []
     if path.exists():
-        for line in path.read_bytes().split(b"\n"):
+        for line in path.read_bytes().split(b"\n"):  # text would be split at U+2028, which ids may have, too
             with contextlib.suppress(ValueError):
                 kept.append(json.loads(line))
     kept = [line for line in kept if line["step"] <= step]
@@ -355,8 +355,12 @@ def open_appended(path, step, write):
 
 
 def write_line(file, record):
-    file.write(data.to_line(record))
-    file.flush()
+    try:
+        file.write(data.to_line(record))
+        file.flush()
+    except OSError as error:
+        raise UserError(f"{file.name}: can't be written ({error.strerror}); the last checkpoint is kept: make room and go "
+                        "on with --resume") from None
 
 
 # ------------------------------------------------------------------------------------- around the training

@@ -79,7 +79,7 @@ def test_cmkp_round_trip(tmp_path):
     out = tmp_path / "link" / "new" / "posts.jsonl"
     done = tool("cmkp", "src.txt", "--images", "pictures", "--out", out, "--json", cwd=tmp_path)
     assert json.loads(done.stdout) == {"posts": 6, "images": 3, "images_missing": 3, "ids_renamed": 1, "unusable": 1}
-    assert "gone.jpg" in done.stderr and "line 4 has no address" in done.stderr and "line 6 (id z)" in done.stderr
+    assert "gone.jpg" in done.stderr and "line 4 has no address" in done.stderr and "line 6 (id 'z')" in done.stderr
     records = read(out)
     assert [record["id"] for record in records[:3]] == ["AbC", "AbC-2", "gone"]
     assert len({record["id"] for record in records}) == 6
@@ -131,7 +131,7 @@ def test_stats_by_hand(tmp_path):
     table = tool("stats", train, test).stdout
     assert "33.33%" in table and "words per post" in table
     tool("stats", train)
-    assert "test.jsonl line 4 (id 9)" in error(
+    assert "test.jsonl line 4 (id '9')" in error(
         "stats", train, write(test, [*read(test), {"id": "9", "text": None, "keyphrases": []}]))
     assert "no posts" in error("stats", train, write(tmp_path / "empty.jsonl", []))
 
