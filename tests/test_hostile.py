@@ -101,7 +101,7 @@ def test_a_prompt_that_leaves_no_room_for_the_text(tmp_path, world):
         make_encoder(tmp_path, max_length=120)
     encoder = load(str(world / "toy"), max_length=42)[1]  # 36 of the largest image, 5 around it: one word fits
     saved(tmp_path, "large.png")
-    Image.open(tmp_path / "large.png").resize((900, 900)).save(tmp_path / "large.png")
+    Image.open(tmp_path / "large.png").resize((168, 168)).save(tmp_path / "large.png")
     sample = encoder.encode(post(1, text="size size size"), tmp_path / "large.png", False)
     assert len(sample.prompt) == 42 and sample.shortened and sample.prompt.count(encoder.image_token_id) == 36
 
