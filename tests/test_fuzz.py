@@ -33,6 +33,7 @@ ODD = ["<|im_end|>", "<|image_pad|>", "<think>", "</answer>", "日本", "寿司"
        "\n", "\x1b[31m", "\ud800", "\udfff", "\u200b", "e\u0301", "ﬁ", "İ", ",", ".", "<unk>", ";", "<sep>", "", " ", "#", "\\", '"',
        "{", "[", "a" * 300, "\ufeff", "\U0002a700"]
 VALUES = [None, True, 0, -1, 1e308, float("nan"), float("inf"), 10**30, "", "x", [], {}, [None], ["x"], [["x"]], {"x": "y"}]
+NEST = "@nested@"  # stands for lists in lists, which json would not write as deep as they are read
 
 
 class Hang(Exception):
@@ -78,8 +79,7 @@ def break_record(draw, record):
     elif kind == 2:
         record[field] = [draw.choice(ODD) for _ in range(3)]
     elif kind == 3:
-        for _ in range(draw.choice([3, 200, 970, 985])):
-            record[field] = [record[field]]
+        record[field] = NEST
 
 
 def break_bytes(draw, content):
@@ -111,7 +111,9 @@ def write_rows(draw, path, rows, breaks):
     """Rows as JSONL; with `breaks`, some broken as records and some as bytes."""
     if breaks and draw.random() < 0.7:
         break_record(draw, draw.choice(rows))
+    deep = draw.choice([3, 200, 800, 5000, 100_000])
     content = "".join(json.dumps(row, ensure_ascii=draw.random() < 0.5) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+    content = content.replace(json.dumps(NEST).encode(), b"[" * deep + b"]" * deep)
     if breaks and draw.random() < 0.5:
         content = break_bytes(draw, content)
     path.write_bytes(content)
