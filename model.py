@@ -4,6 +4,7 @@ The step (Ma et al., EMNLP 2025, section 3): measure without gradient the loss L
 below gamma the sample is taught to reason first, y_c, otherwise it keeps the plain answer y_s.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from data import PROMPT, Encoder, parse_answer
 from evaluate import UserError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODES = ("sft", "cot", "multitask", "dynamic")
 
 
@@ -204,43 +206,48 @@ def predict(model, encoder, loader, think="auto", max_new_tokens=512):
 # -------------------------------------------------------------------------------------------------- loading
 
 
-def find(name):
-    """The folder of a model: `name` itself where it is one, else the hub's model of that name, downloaded.
+def find(name, files=("*.json", "*.txt", "*.jinja", "*.safetensors")):
+    """The folder of a model or adapter: `name` itself where it is one, else the hub's of that name, downloaded.
 
-    Only JSON, text and safetensors files are taken from the hub. Raises UserError.
+    Only `files` are taken from the hub: JSON, text and safetensors. Raises UserError.
     """
     folder = Path(name)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{name}: no model here (a folder with a config.json, or a name like "
+    if is_local(name):
+        if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
+            raise UserError(f"{name}: no model here (a folder with a config.json or an {ADAPTER}, or a name like "
                             "Qwen/Qwen2.5-VL-3B-Instruct, is wanted)")
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises a dozen kinds, for a dozen kinds of no connection
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: neither a folder here nor to be had from the hub ({reason})") from None
+
+
+def is_local(name):
+    """Whether a model's name is that of a folder; else it is one on the hub."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=512 * 28 * 28, max_length=4096,
          weights=True):
     """(model, encoder, folder) of a Qwen-VL model in Hugging Face layout, a folder or a hub name.
 
-    The prompt is `prompt_file`'s, else the folder's own prompt.txt, else PROMPT. Without `weights` the model has
-    whatever was in memory for its weights and buffers: they are to come from another process. Raises UserError where
-    something is missing, torn, of another family, or only there as a pickle.
+    A folder that holds an adapter gives the model that the adapter names, with the adapter on it. The prompt is
+    `prompt_file`'s, else the folder's own prompt.txt, else PROMPT. Without `weights` the model has whatever was in
+    memory for its weights and buffers: they are to come from another process. Raises UserError where something is
+    missing, torn, of another family, or only there as a pickle.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     quiet()
-    folder = find(name)
-    config = read_config(folder)
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
-                        f"those that work are {', '.join(FAMILIES)}")
+    given = folder = find(name)
+    if (given / ADAPTER).is_file():
+        need_peft()
+        folder = base_of(given)
+    check_family(folder)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no *.safetensors in it; pickled weights (*.bin, *.pt) are not read: "
                         "convert them with transformers' save_pretrained")
@@ -259,14 +266,24 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     except Exception as error:
         raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
     model = read_weights(folder, dtype) if weights else empty_model(AutoConfig.from_pretrained(folder), dtype)
-    if prompt_file is None and (folder / "prompt.txt").is_file():
-        prompt_file = folder / "prompt.txt"
+    if folder != given:
+        model = read_adapter(given, model, weights)
+    if prompt_file is None:
+        prompt_file = next((place / "prompt.txt" for place in (given, folder) if (place / "prompt.txt").is_file()), None)
     try:
         prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
     encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
-    return model.to(device), encoder, folder
+    return model.to(device), encoder, given
+
+
+def check_family(folder):
+    """Raises UserError for a model of a family that the step was not written for."""
+    family = read_json(folder / "config.json").get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
+                        f"those that work are {', '.join(FAMILIES)}")
 
 
 def read_weights(folder, dtype):
@@ -313,11 +330,11 @@ def bf16_on_cuda(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def read_config(folder):
+def read_json(file):
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{folder}/config.json: not JSON ({error})") from None
+        raise UserError(f"{file}: not JSON ({error})") from None
 
 
 def first_line(error):
@@ -329,3 +346,113 @@ def quiet():
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+# The linear layers that --lora adapts, by their names in the families' models.
+LORA_TEXT = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+LORA_VISION = r"model\.visual\.blocks\.\d+\.(attn|mlp)\.(qkv|proj|\w+_proj|\w*fc\d)"
+
+
+def need_peft():
+    """Raises UserError where the optional package for adapters is not there."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError("adapters (LoRA) need one more package: pip install peft") from None
+
+
+def adapter_of(model):
+    """The peft configuration of a model's adapter, None where it has none."""
+    return getattr(model, "peft_config", {}).get("default")
+
+
+def add_adapter(model, rank, base, vision=False):
+    """Freeze a model and lay a LoRA adapter of `rank` (scale 2, B zero) on every linear layer of its language model,
+    and of its vision tower if `vision`.
+
+    `base` is the name that the adapter is to know the model by. The weights of the adapter are float32.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, base_model_name_or_path=base,
+                        target_modules=f"{LORA_TEXT}|{LORA_VISION}" if vision else LORA_TEXT)
+    return with_adapter(model, config)
+
+
+def with_adapter(model, config):
+    """The model, frozen, with a new adapter on it; in place."""
+    from peft import inject_adapter_in_model
+
+    model = inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def base_of(folder):
+    """The folder of the model that an adapter was made for. Raises UserError."""
+    settings = read_json(folder / ADAPTER)
+    name = settings.get("base_model_name_or_path")
+    if settings.get("peft_type") != "LORA" or not name or settings.get("modules_to_save"):
+        raise UserError(f"{folder / ADAPTER}: only LoRA adapters that name their base_model_name_or_path, and have no "
+                        "modules_to_save, are read")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS} in it; pickled weights (*.bin) are not read")
+    try:
+        base = find(name)
+    except UserError as error:
+        raise UserError(f"{folder / ADAPTER}: its base_model_name_or_path is not to be had, put the right one there: "
+                        f"{error}") from None
+    if (base / ADAPTER).is_file():
+        raise UserError(f"{folder / ADAPTER}: its base_model_name_or_path, {base}, is an adapter itself; merge that "
+                        "one first")
+    return base
+
+
+def read_adapter(folder, model, weights=True):
+    """The model with the adapter of a folder laid on it. Raises UserError where its weights don't fit."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = False
+        model = with_adapter(model, config)
+        if weights:
+            saved = {name.removeprefix("base_model.model."): tensor
+                     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+            report = set_peft_model_state_dict(model, saved)
+    except Exception as error:
+        raise UserError(f"{folder}: its adapter can't be loaded ({first_line(error)}); is the copy whole, and the base "
+                        "that it names the right one?") from None
+    if weights and (wrong := sorted({name for name in report.missing_keys if "lora_" in name} | set(report.unexpected_keys))):
+        raise UserError(f"{folder}: {len(wrong)} weights of the adapter are missing or have no place in the base, the "
+                        f"first {wrong[0]}; is the base that it names the right one?")
+    return model.eval()
+
+
+def write_adapter(model, weights, folder):
+    """Write a model's adapter in peft's layout; `weights` are the model's trained tensors by their names."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.copy(adapter_of(model))
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()},
+              folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def merge(model):
+    """Add an adapter's products to the weights that they adapt, in place; what is left has no adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
