@@ -6,6 +6,7 @@ below gamma the sample is taught to reason first, y_c, otherwise it keeps the pl
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -240,7 +241,7 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     memory for its weights and buffers: they are to come from another process. Raises UserError where something is
     missing, torn, of another family, or only there as a pickle.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
 
     quiet()
     given = folder = find(name)
@@ -265,7 +266,7 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
         image_processor = AutoImageProcessor.from_pretrained(folder)
     except Exception as error:
         raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
-    model = read_weights(folder, dtype) if weights else empty_model(AutoConfig.from_pretrained(folder), dtype)
+    model = read_weights(folder, dtype) if weights else empty_model(folder, dtype)
     if folder != given:
         model = read_adapter(given, model, weights)
     if prompt_file is None:
@@ -302,12 +303,17 @@ def read_weights(folder, dtype):
     return model
 
 
-def empty_model(config, dtype, device="cpu"):
-    """A model with memory for its weights and buffers, but nothing written there yet."""
-    from transformers import AutoModelForImageTextToText
+def empty_model(config, dtype=torch.float32, device="cpu"):
+    """A model with memory for its weights and buffers, but nothing written there yet; on the device "meta" not even
+    that. `config` is a config of transformers', or a folder that has one."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
+    if isinstance(config, Path):
+        config = AutoConfig.from_pretrained(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    if device == "meta":
+        return model
     model.to_empty(device=device)
     model.tie_weights()
     return model.eval()
@@ -456,3 +462,114 @@ def merge(model):
             layer.merge()
             model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_vision=False, checkpointing=False,
+           gpus=1, sharded=False, passes=2):
+    """What a training step takes of each GPU at its peak: {part: bytes}, and "peak", by a formula; nothing is run.
+
+    model: one without weights (`torch.device("meta")` will do), whose parameters are counted. posts: those of a
+    micro-batch, each with `image` image tokens, `text` other prompt tokens and an answer of `answer` tokens, reasoning
+    and all: the worst case, since the probe with its plain answer needs less. bf16: autocast, else all is float32. rank: of LoRA. passes:
+    micro-batches of a step. The formula, N being the tokens of the prompts and A those of the answers:
+
+    - weights and gradients 4 bytes a parameter that is trained, AdamW 8, what is frozen 4 (2 under LoRA in bf16);
+      FSDP divides them by the number of GPUs.
+    - copies: autocast holds a bf16 copy of each trained matrix from the forward to the end of the backward; under
+      checkpointing those of the layers go before the backward, and each layer's come back in its turn. Under
+      FSDP there are instead, in bf16, two layers that are gathered and what is outside of layers; or at the end of
+      the backward the latter, its gradient, and that in float32 (8 bytes) while it is shared out.
+    - activations are what the backward needs of each token in each layer (below), for the prompts and the answers;
+      the answers keep the prompts' keys and values once more, each head's own, since transformers repeats them
+      where posts are padded. Under checkpointing each layer keeps its input, and one layer the rest. Of a frozen
+      vision tower nothing is kept.
+    - logits: the backward begins with three float32 (A, vocabulary) at once; or ends it with one of them, its
+      gradient in the computing type, and the gradient of the trained head in both types, before the layers go.
+
+    Where a step is one pass, gradients take the place of activations as these go. Not in it: CUDA's own 0.5 GiB
+    or so, what the allocator loses to fragments, and generation.
+    """
+    size, trained, matrices, layer, root = counted(model, rank, freeze_vision)
+    shares = gpus if sharded else 1
+    item = 2 if bf16 else 4  # of what is computed with
+    frozen = 2 if bf16 and rank else 4
+    stream = 2 if bf16 and (sharded or rank) else 4  # between layers; embeddings are not cast by autocast
+    parts = {"weights": (4 * trained + frozen * (size - trained)) / shares, "gradients": 4 * trained / shares,
+             "optimizer": 8 * trained / shares}
+
+    c, v = model.config.text_config, model.config.vision_config
+    hidden, mlp, vocabulary = c.hidden_size, c.intermediate_size, c.vocab_size
+    head = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    queries, keys = head * c.num_attention_heads, head * c.num_key_value_heads
+    width = getattr(v, "embed_dim", None) or v.hidden_size
+    vision_mlp = getattr(v, "intermediate_size", None) or int(width * v.mlp_ratio)
+    length, prompts, answers = image + text, posts * (image + text), posts * answer
+
+    # A layer keeps: two norms' inputs, their normalised values and outputs, the latter cast for each matrix; queries,
+    # repeated keys and values, and what attention made of them; four inner values of the MLP.
+    if not bf16:
+        norms = 16 if rank else 24
+    elif rank:  # in float32, the inputs; in bf16, the inputs of the five adapted matrices behind the norms
+        norms = 8 + 10
+    else:
+        norms = 16 if sharded else 26
+    token = norms * hidden + 4 * item * queries + 4 * item * mlp
+    if rank:
+        token += 7 * item * rank + (2 * queries if bf16 else 0)
+    seen = v.spatial_merge_size**2 * posts * image  # patches
+    patch = (52 if not bf16 else 32) * width + 4 * item * vision_mlp
+    pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2 * (4 + (2 if bf16 and not freeze_vision else 0))
+    ends = seen * (pixels + (0 if freeze_vision else 5 * item * width))  # the input, and the merger
+    layers, blocks = c.num_hidden_layers, v.depth
+    tokens = prompts + answers
+    ends += tokens * 3 * stream * hidden
+    if checkpointing:
+        kept = layers * tokens * stream * hidden + (0 if freeze_vision else blocks * seen * item * width)
+        mask = item * posts * (length + answer) ** 2
+        one = max(tokens * (token + 2 * item * mlp) + mask, 0 if freeze_vision else seen * (patch + 2 * item * vision_mlp))
+    else:
+        masks = item * posts * (length**2 + answer * (length + answer))
+        cache = prompts * keys * (2 * stream if rank or sharded else 4 + item)
+        again = prompts * 2 * item * queries
+        kept = layers * (tokens * token + masks + cache + again) + (0 if freeze_vision else blocks * seen * patch)
+        one = 0
+    parts["activations"] = kept + ends
+
+    logit_gradient = (4 + item) * answers * vocabulary
+    head_gradient = 0 if rank else (item + (4 if bf16 else 0)) * vocabulary * hidden
+    parts["logits"] = max(12 * answers * vocabulary, logit_gradient + head_gradient)
+    if not bf16 or (rank and not sharded):
+        parts["copies"] = 0
+    else:
+        parts["copies"] = 2 * (root + 2 * layer) if sharded else 2 * matrices
+    if checkpointing and one > parts["logits"]:  # the layer's turn comes when the logits are gone
+        parts["activations"] += one - parts["logits"]
+    held, work = parts["weights"] + parts["optimizer"], parts["copies"] + parts["activations"] + parts["logits"]
+    if checkpointing and parts["copies"] and not sharded:  # the forward's peak with all copies, or the backward's with few
+        forward = 2 * matrices + kept + ends + 8 * answers * vocabulary
+        backward = work - 2 * matrices + 2 * (vocabulary * hidden + layer)
+        work = max(forward, backward)
+        parts["copies"] = work - parts["activations"] - parts["logits"]
+    parts["peak"] = held + (parts["gradients"] + work if passes > 1 else max(parts["gradients"], work))
+    if sharded and not rank:
+        parts["peak"] = max(parts["peak"], held + parts["gradients"] + (8 if bf16 else 12) * root)
+    return parts
+
+
+def counted(model, rank=None, freeze_vision=False):
+    """Of a model's parameters: (all, trained, trained matrices that are multiplied with, the largest layer's, those
+    outside of layers), the adapter's among them."""
+    adapter = LORA_TEXT if freeze_vision else f"{LORA_TEXT}|{LORA_VISION}"
+    adapted = sum(rank * (layer.in_features + layer.out_features) for name, layer in model.named_modules()
+                  if isinstance(layer, nn.Linear) and re.fullmatch(adapter, name)) if rank else 0
+    size = sum(p.numel() for p in model.parameters())
+    learned = [p for name, p in model.named_parameters() if not (freeze_vision and "visual" in name)]
+    layers = [sum(p.numel() for p in layer.parameters())
+              for layer in (*model.model.visual.blocks, *model.model.language_model.layers)]
+    table = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    matrices = sum(p.numel() for p in learned if p.ndim > 1) - table
+    trained = adapted or sum(p.numel() for p in learned)
+    return size + adapted, trained, matrices, max(layers), size - sum(layers)

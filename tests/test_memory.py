@@ -1,0 +1,77 @@
+"""What --estimate says against what a step takes, tensor by tensor; and the real models' sizes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench_memory
+import train
+from model import counted, memory
+
+ROOT = Path(__file__).parent.parent
+PEFT = importlib.util.find_spec("peft") is not None
+MEASURED = [("wide", {}), ("wide", {"passes": 1}), ("wide", {"bf16": True}), ("wordy", {}), ("wordy", {"checkpointing": True}),
+            ("long", {}), ("long", {"bf16": True}), ("long", {"checkpointing": True}), ("long", {"freeze_vision": True}),
+            ("long", {"rank": 8, "freeze_vision": True}), ("long", {"rank": 8, "freeze_vision": True, "bf16": True})]
+
+
+@pytest.mark.parametrize("shape", bench_memory.SHAPES)
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(shape):
+    """In a process of its own, so that nothing else is counted."""
+    cases = [case for name, case in MEASURED if name == shape and (PEFT or "rank" not in case)]
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench_memory.py"), "--shapes", shape, "--cases",
+                           json.dumps(cases)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(cases)
+    for result in results:
+        assert result["estimated"] == pytest.approx(result["measured"], rel=0.1), result
+
+
+def test_the_published_sizes():
+    """Counted by hand from the shapes: the text model's layers, the vision tower's blocks, and what is around them."""
+    for name, billions in (("3B", 3.754622976), ("7B", 8.292166656)):
+        size, trained, *_ = counted(bench_memory.empty(bench_memory.REAL[name]))
+        assert size == trained == round(billions * 1e9)
+    hidden, mlp, kv, rank = 3584, 18944, 512, 16
+    adapter = rank * 28 * (2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp))
+    size, trained, *_ = counted(bench_memory.empty(bench_memory.REAL["7B"]), 16, True)
+    assert trained == adapter and size == 8292166656 + adapter
+
+
+def test_what_each_setting_does_to_the_real_model():
+    model = bench_memory.empty(bench_memory.REAL["7B"])
+    plain = memory(model, 4, 512, 160, 160)
+    assert plain["weights"] == plain["gradients"] == plain["optimizer"] / 2 == 4 * 8292166656
+    eight = memory(model, 4, 512, 160, 160, gpus=8, sharded=True)
+    assert eight["weights"] == plain["weights"] / 8 and eight["optimizer"] == plain["optimizer"] / 8
+    lora = memory(model, 4, 512, 160, 160, rank=16, freeze_vision=True)
+    assert lora["weights"] < 1.03 * plain["weights"] / 2 and lora["optimizer"] < plain["optimizer"] / 100
+    for less in (dict(checkpointing=True), dict(freeze_vision=True), dict(passes=1)):
+        assert memory(model, 4, 512, 160, 160, **less)["peak"] < plain["peak"]
+    assert memory(model, 2, 512, 160, 160)["activations"] == pytest.approx(plain["activations"] / 2)
+
+
+def test_the_command(tmp_path):
+    bench_memory.config(**bench_memory.REAL["7B"]).save_pretrained(tmp_path)
+    run = lambda *options: subprocess.run([sys.executable, str(ROOT / "train.py"), "--estimate", *options],
+                                          capture_output=True, text=True)
+    done = run("--model", str(tmp_path), "--train", "x")
+    assert done.returncode == 0, done.stderr
+    assert "8.292 billion parameters, 8.292 billion of them trained" in done.stdout
+    assert "141 GiB  does not fit" in done.stdout
+    savers = [line for line in done.stdout.splitlines() if " saves " in line]
+    assert savers[0].startswith("--lora 16 saves ") and len(savers) >= 4
+    missing = run()
+    assert missing.returncode == 1 and "--model is missing" in missing.stderr
+
+
+def test_shards_are_estimated_where_auto_would_shard():
+    model = bench_memory.empty(bench_memory.REAL["3B"])
+    args = train.settings(["--train", "x", "--gpus", "8"])
+    ddp, fsdp = (train.needed(model, args, card) for card in (141, 80))
+    assert ddp["weights"] == pytest.approx(8 * fsdp["weights"])
