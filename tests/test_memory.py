@@ -20,7 +20,7 @@ MEASURED = [("wide", {}), ("wide", {"passes": 1}), ("wide", {"bf16": True}), ("w
 
 
 @pytest.mark.parametrize("shape", bench_memory.SHAPES)
-def test_the_estimate_is_within_a_tenth_of_the_measured_peak(shape):
+def test_the_estimate_is_within_an_eighth_of_the_measured_peak(shape):
     """In a process of its own, so that nothing else is counted."""
     cases = [case for name, case in MEASURED if name == shape and (PEFT or "rank" not in case)]
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench_memory.py"), "--shapes", shape, "--cases",
@@ -29,7 +29,7 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(shape):
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == len(cases)
     for result in results:
-        assert result["estimated"] == pytest.approx(result["measured"], rel=0.1), result
+        assert result["estimated"] == pytest.approx(result["measured"], rel=0.125), result
 
 
 def test_the_published_sizes():
