@@ -474,7 +474,7 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
     model: one without weights (`torch.device("meta")` will do), whose parameters are counted. posts: those of a
     micro-batch, each with `image` image tokens, `text` other prompt tokens and an answer of `answer` tokens, reasoning
     and all: the worst case, since the probe with its plain answer needs less. bf16: autocast, else all is float32. rank: of LoRA. passes:
-    micro-batches of a step. The formula, N being the tokens of the prompts and A those of the answers:
+    micro-batches of a step. The formula, in which A stands for the answers' tokens:
 
     - weights and gradients 4 bytes a parameter that is trained, AdamW 8, what is frozen 4 (2 under LoRA in bf16);
       FSDP divides them by the number of GPUs.
@@ -493,70 +493,69 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
     or so, what the allocator loses to fragments, and generation.
     """
     size, trained, matrices, layer, root = counted(model, rank, freeze_vision)
+    hidden, vocabulary = model.config.text_config.hidden_size, model.config.text_config.vocab_size
     shares = gpus if sharded else 1
-    item = 2 if bf16 else 4  # of what is computed with
+    item = 2 if bf16 else 4  # bytes of what is computed with
     frozen = 2 if bf16 and rank else 4
-    stream = 2 if bf16 and (sharded or rank) else 4  # between layers; embeddings are not cast by autocast
+    answers = posts * answer
+    kept, one = activations(model.config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded)
+    softmaxes = 12 * answers * vocabulary
+    head_gradient = 0 if rank else (6 if bf16 else 4) * vocabulary * hidden
+    logits = max(softmaxes, (4 + item) * answers * vocabulary + head_gradient)
+    backward = max(logits, one)  # a layer that is computed again has its turn when the logits are gone
+    copies = 0
+    if bf16 and sharded:
+        copies = 2 * (root + 2 * layer)
+    elif bf16 and not rank and checkpointing:  # at the backward's peak the head's and a layer's, at the forward's all
+        copies = max(2 * (vocabulary * hidden + layer), 2 * matrices + 8 * answers * vocabulary - backward)
+    elif bf16 and not rank:
+        copies = 2 * matrices
     parts = {"weights": (4 * trained + frozen * (size - trained)) / shares, "gradients": 4 * trained / shares,
-             "optimizer": 8 * trained / shares}
+             "optimizer": 8 * trained / shares, "copies": copies, "activations": kept + backward - logits, "logits": logits}
+    held, work = parts["weights"] + parts["optimizer"], copies + kept + backward
+    peak = held + (parts["gradients"] + work if passes > 1 else max(parts["gradients"], work))
+    if sharded and not rank:
+        peak = max(peak, held + parts["gradients"] + (8 if bf16 else 12) * root)
+    return parts | {"peak": peak}
 
-    c, v = model.config.text_config, model.config.vision_config
-    hidden, mlp, vocabulary = c.hidden_size, c.intermediate_size, c.vocab_size
-    head = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+
+def activations(config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded):
+    """(bytes that the forward leaves for the backward, those that a layer computed again takes: 0 without
+    checkpointing); the arguments are `memory`'s."""
+    c, v = config.text_config, config.vision_config
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     queries, keys = head * c.num_attention_heads, head * c.num_key_value_heads
     width = getattr(v, "embed_dim", None) or v.hidden_size
     vision_mlp = getattr(v, "intermediate_size", None) or int(width * v.mlp_ratio)
-    length, prompts, answers = image + text, posts * (image + text), posts * answer
+    item = 2 if bf16 else 4
+    stream = 2 if bf16 and (sharded or rank) else 4  # between layers; autocast does not cast embeddings
+    prompt, prompts, tokens = image + text, posts * (image + text), posts * (image + text + answer)
+    patches = v.spatial_merge_size**2 * posts * image
 
-    # A layer keeps: two norms' inputs, their normalised values and outputs, the latter cast for each matrix; queries,
-    # repeated keys and values, and what attention made of them; four inner values of the MLP.
-    if not bf16:
-        norms = 16 if rank else 24
-    elif rank:  # in float32, the inputs; in bf16, the inputs of the five adapted matrices behind the norms
-        norms = 8 + 10
-    else:
-        norms = 16 if sharded else 26
-    token = norms * hidden + 4 * item * queries + 4 * item * mlp
+    # A token in a layer: two norms' inputs and normalised values, and for the matrices their outputs (autocast casts
+    # one for each of the five; a frozen matrix needs none, but its adapter does); queries, keys, values and what
+    # attention made of them; four inner values of the MLP.
+    norms = (16 if rank else 24) if not bf16 else 18 if rank else 16 if sharded else 26
+    token = norms * c.hidden_size + 4 * item * queries + 4 * item * c.intermediate_size
     if rank:
         token += 7 * item * rank + (2 * queries if bf16 else 0)
-    seen = v.spatial_merge_size**2 * posts * image  # patches
-    patch = (52 if not bf16 else 32) * width + 4 * item * vision_mlp
-    pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2 * (4 + (2 if bf16 and not freeze_vision else 0))
-    ends = seen * (pixels + (0 if freeze_vision else 5 * item * width))  # the input, and the merger
-    layers, blocks = c.num_hidden_layers, v.depth
-    tokens = prompts + answers
-    ends += tokens * 3 * stream * hidden
+    patch = (32 if bf16 else 52) * width + 4 * item * vision_mlp  # the same in a vision block, for a patch
+    pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2 * (6 if bf16 and not freeze_vision else 4)
+    ends = patches * pixels + tokens * 3 * stream * c.hidden_size  # the input, the last norm
+    if not freeze_vision:
+        ends += patches * 5 * item * width  # the merger
     if checkpointing:
-        kept = layers * tokens * stream * hidden + (0 if freeze_vision else blocks * seen * item * width)
-        mask = item * posts * (length + answer) ** 2
-        one = max(tokens * (token + 2 * item * mlp) + mask, 0 if freeze_vision else seen * (patch + 2 * item * vision_mlp))
-    else:
-        masks = item * posts * (length**2 + answer * (length + answer))
-        cache = prompts * keys * (2 * stream if rank or sharded else 4 + item)
-        again = prompts * 2 * item * queries
-        kept = layers * (tokens * token + masks + cache + again) + (0 if freeze_vision else blocks * seen * patch)
-        one = 0
-    parts["activations"] = kept + ends
-
-    logit_gradient = (4 + item) * answers * vocabulary
-    head_gradient = 0 if rank else (item + (4 if bf16 else 0)) * vocabulary * hidden
-    parts["logits"] = max(12 * answers * vocabulary, logit_gradient + head_gradient)
-    if not bf16 or (rank and not sharded):
-        parts["copies"] = 0
-    else:
-        parts["copies"] = 2 * (root + 2 * layer) if sharded else 2 * matrices
-    if checkpointing and one > parts["logits"]:  # the layer's turn comes when the logits are gone
-        parts["activations"] += one - parts["logits"]
-    held, work = parts["weights"] + parts["optimizer"], parts["copies"] + parts["activations"] + parts["logits"]
-    if checkpointing and parts["copies"] and not sharded:  # the forward's peak with all copies, or the backward's with few
-        forward = 2 * matrices + kept + ends + 8 * answers * vocabulary
-        backward = work - 2 * matrices + 2 * (vocabulary * hidden + layer)
-        work = max(forward, backward)
-        parts["copies"] = work - parts["activations"] - parts["logits"]
-    parts["peak"] = held + (parts["gradients"] + work if passes > 1 else max(parts["gradients"], work))
-    if sharded and not rank:
-        parts["peak"] = max(parts["peak"], held + parts["gradients"] + (8 if bf16 else 12) * root)
-    return parts
+        inputs = c.num_hidden_layers * tokens * stream * c.hidden_size
+        layer = tokens * (token + 2 * item * c.intermediate_size) + item * posts * (prompt + answer) ** 2
+        if not freeze_vision:
+            inputs += v.depth * patches * item * width
+            layer = max(layer, patches * (patch + 2 * item * vision_mlp))
+        return ends + inputs, layer
+    masks = item * posts * (prompt**2 + answer * (prompt + answer))
+    cache = prompts * keys * (2 * stream if rank or sharded else 4 + item)
+    repeated = prompts * 2 * item * queries
+    layers = c.num_hidden_layers * (tokens * token + masks + cache + repeated)
+    return ends + layers + (0 if freeze_vision else v.depth * patches * patch), 0
 
 
 def counted(model, rank=None, freeze_vision=False):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import infer
 import train
 from evaluate import UserError
 from model import FAMILIES, DynamicCoT, adapter_of, add_adapter, load, merge
@@ -99,9 +100,18 @@ def test_shared_and_literal_steps_agree_and_checkpointing_changes_nothing(peft, 
             assert (gradient - results[0][1][name]).norm() <= 2e-5 * gradient.norm(), name
 
 
-@pytest.fixture
-def adapter_run(peft, train_on):
-    return train_on("lora", "--lora", "8", "--lr", "2e-2", "--gamma", "5", "--save-every", "5")
+OPTIONS = ["--lora", "8", "--lr", "2e-2", "--gamma", "5", "--save-every", "5"]
+
+
+@pytest.fixture(scope="module")
+def adapter_run(world, tmp_path_factory):
+    pytest.importorskip("peft", reason="adapters need the optional package peft")
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    args = train.settings(["--train", str(world / "train.jsonl"), "--model", str(world / "toy"), "--out", str(out), "--epochs",
+                           "2", "--batch-size", "8", "--workers", "0", "--max-new-tokens", "16", *OPTIONS])
+    with checkpoint.Processes("cpu") as processes:
+        train.train(args, processes)
+    return out
 
 
 def test_an_adapter_learns_and_its_folder_is_peft_s(peft, adapter_run, world):
@@ -120,7 +130,7 @@ def test_an_adapter_learns_and_its_folder_is_peft_s(peft, adapter_run, world):
     assert torch.equal(logits(ours, encoder), logits(theirs, encoder))
 
 
-def test_a_merged_model_predicts_as_its_adapter(peft, adapter_run, tmp_path, world, monkeypatch, capsys):
+def test_a_merged_model_predicts_as_its_adapter(peft, adapter_run, tmp_path, world, monkeypatch):
     arguments = ["--model", str(adapter_run), "--merge", str(tmp_path / "merged")]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     train.main()
@@ -141,22 +151,21 @@ def test_a_merged_model_predicts_as_its_adapter(peft, adapter_run, tmp_path, wor
     outputs = []
     for model in (adapter_run, tmp_path / "merged"):
         out = tmp_path / f"{model.name}.jsonl"
-        done = subprocess.run([sys.executable, str(ROOT / "infer.py"), "--data", str(world / "test.jsonl"), "--out", str(out),
-                               "--model", str(model), "--workers", "0", "--max-new-tokens", "16"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(sys, "argv", ["infer.py", "--data", str(world / "test.jsonl"), "--out", str(out), "--model",
+                                          str(model), "--workers", "0", "--max-new-tokens", "16", "--device", "cpu"])
+        assert infer.main() == 0
         outputs.append(out.read_text())
     assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 12
 
 
 def test_a_stopped_adapter_run_resumes_to_the_same_weights(peft, train_on, adapter_run, monkeypatch):
-    options = ["--lora", "8", "--lr", "2e-2", "--gamma", "5", "--save-every", "5"]
     monkeypatch.setattr(train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train_on("stopped", *options)
+        train_on("stopped", *OPTIONS)
     monkeypatch.undo()
     with pytest.raises(UserError, match="lora was 8, is 4"):
-        train_on("stopped", *options, "--lora", "4", "--resume")
-    stopped = train_on("stopped", *options, "--resume")
+        train_on("stopped", *OPTIONS, "--lora", "4", "--resume")
+    stopped = train_on("stopped", *OPTIONS, "--resume")
     assert same(adapter_weights(stopped), adapter_weights(adapter_run)) and timeless(stopped) == timeless(adapter_run)
 
 
