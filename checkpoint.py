@@ -115,7 +115,7 @@ def save(run, step, model, source, prompt, optimizer, processes):
     """Save a checkpoint as run/step-N and let `last` name it.
 
     model: saved under its source's weight names, whole, beside the source's own side files, so that it loads
-    wherever its source does; of the optimizer's state every process writes its own part, and any number of
+    wherever its source does; with an adapter on it, only that, in peft's layout. Of the optimizer's state every process writes its own part, and any number of
     processes can go on from it. A save that is cut short leaves only a hidden folder that nothing names. Raises
     UserError (with the last checkpoint untouched) if a weight is not finite or the disk won't take it.
     """
@@ -132,7 +132,7 @@ def save(run, step, model, source, prompt, optimizer, processes):
         (partial / OPTIMIZER).mkdir(parents=True)
 
     def finish(weights):
-        model.save_pretrained(partial, state_dict=weights)
+        write_model(model, weights, partial)
         # A resumed run's source is a checkpoint that pruning removes; the last one has the same files.
         copy_side_files(pointed_at(run / "last") if (run / "last").is_file() else source, partial)
         (partial / "prompt.txt").write_text(prompt, encoding="utf-8")
@@ -155,6 +155,43 @@ def save(run, step, model, source, prompt, optimizer, processes):
         reason = " ".join(str(error).split())[:300]
         raise processes.shared(f"{folder}: the checkpoint could not be saved ({reason}); the one before it is kept: "
                                "make room and go on with --resume") from error
+
+
+def write_model(model, weights, folder):
+    """Write `weights`, those of a model or of its adapter, as Hugging Face's libraries do."""
+    from model import adapter_of, write_adapter
+
+    if adapter_of(model):
+        write_adapter(model, weights, folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+
+
+def merge(name, out):
+    """Write the model that an adapter's folder (or run) and its base make together as a folder of its own, in float32.
+
+    Raises UserError where `name` is no adapter or `out` is there already.
+    """
+    from model import adapter_of, load, merge
+
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out}: is there already; name another folder for the merged model")
+    model, encoder, source = load(model_folder(name))
+    if not adapter_of(model):
+        raise UserError(f"{source}: no adapter, but a whole model already")
+    merge(model)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        copy_side_files(model.name_or_path, partial)
+        (partial / "prompt.txt").write_text(encoder.prompt, encoding="utf-8")
+        os.rename(partial, out)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{out}: the merged model could not be written ({error})") from None
 
 
 def copy_side_files(source, folder):
@@ -181,10 +218,14 @@ def whole(tensor):
 def whole_weights(model, keep):
     """The model's state dict of whole tensors where `keep` is true, gathered one by one; {} in other processes.
 
-    What is tied stays one tensor; what was sharded is in the CPU's memory.
+    What is tied stays one tensor; what was sharded is in the CPU's memory. Of a model with an adapter only that.
     """
+    from model import adapter_of
+
     gathered, result = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if adapter_of(model) and not tensor.requires_grad:
+            continue
         if id(tensor) not in gathered:
             value = whole(tensor.detach())
             gathered[id(tensor)] = (value.cpu() if is_sharded(tensor) else value) if keep else None
@@ -400,8 +441,8 @@ class Processes:
             return step_losses.to(self.device)
         import torch
 
-        parameters = sum(parameter.numel() for parameter in step_losses.parameters())
-        self.engine = self.parallel if self.parallel != "auto" else "ddp" if self.fits(16 * parameters) else "fsdp"
+        size = sum(16 * p.numel() if p.requires_grad else p.nbytes for p in step_losses.parameters())
+        self.engine = self.parallel if self.parallel != "auto" else "ddp" if self.fits(size) else "fsdp"
         values = [tensor.detach() for tensor in tensors_of(step_losses)]
         if self.engine == "ddp":
             step_losses.to(self.device)
@@ -433,11 +474,13 @@ class Processes:
             return model
         import torch
 
-        from model import empty_model
+        from model import adapter_of, empty_model, with_adapter
 
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         copy = empty_model(model.config, dtype, self.device)
         copy.generation_config = model.generation_config
+        if config := adapter_of(model):
+            copy = with_adapter(copy, config)
         with torch.no_grad():
             for own, sharded in zip(tensors_of(copy), tensors_of(model)):
                 own.copy_(whole(sharded))

@@ -4,9 +4,11 @@ The step (Ma et al., EMNLP 2025, section 3): measure without gradient the loss L
 below gamma the sample is taught to reason first, y_c, otherwise it keeps the plain answer y_s.
 """
 
+import copy
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from data import PROMPT, Encoder, parse_answer
 from evaluate import UserError, first_few, shown
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODES = ("sft", "cot", "multitask", "dynamic")
 
 
@@ -210,44 +213,87 @@ def predict(model, encoder, loader, think="auto", max_new_tokens=512):
 # -------------------------------------------------------------------------------------------------- loading
 
 
-def find(name):
-    """The folder of a model: `name` itself where it is one, else the hub's model of that name, downloaded.
+def find(name, files=("*.json", "*.txt", "*.jinja", "*.safetensors")):
+    """The folder of a model or adapter: `name` itself where it is one, else the hub's of that name, downloaded.
 
-    Only JSON, text and safetensors files are taken from the hub. Raises UserError.
+    Only `files` are taken from the hub: JSON, text and safetensors. Raises UserError.
     """
     folder = Path(name)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{name}: no model here (a folder with a config.json, or a name like "
+    if is_local(name):
+        if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
+            raise UserError(f"{name}: no model here (a folder with a config.json or an {ADAPTER}, or a name like "
                             "Qwen/Qwen2.5-VL-3B-Instruct, is wanted)")
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises a dozen kinds, for a dozen kinds of no connection
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: neither a folder here nor to be had from the hub ({reason})") from None
+
+
+def is_local(name):
+    """Whether a model's name is that of a folder; else it is one on the hub."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=512 * 28 * 28, max_length=4096,
          weights=True):
     """(model, encoder, folder) of a Qwen-VL model in Hugging Face layout, a folder or a hub name.
 
-    The prompt is `prompt_file`'s, else the folder's own prompt.txt, else PROMPT. Without `weights` the model has
-    whatever was in memory for its weights and buffers: they are to come from another process. Raises UserError where
-    something is missing, torn, of another family, or only there as a pickle.
+    A folder that holds an adapter gives the model that the adapter names, with the adapter on it. The prompt is
+    `prompt_file`'s, else the folder's own prompt.txt, else PROMPT. Without `weights` the model has whatever was in
+    memory for its weights and buffers: they are to come from another process. Raises UserError where something is
+    missing, torn, of another family, or only there as a pickle.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     quiet()
-    folder = find(name)
-    config = read_json(folder / "config.json")
-    family = config.get("model_type")
+    given = folder = find(name)
+    if (given / ADAPTER).is_file():
+        need_peft()
+        folder = base_of(given)
+    check_family(folder)
+    files = weight_files(folder)
+    tokenizer, image_processor = read_tokenizer(folder), read_image_processor(folder)
+    if weights:
+        check_size(folder, files)
+        model = read_weights(folder, dtype)
+    else:
+        model = empty_model(folder, dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    if folder != given:
+        model = read_adapter(given, model, weights)
+    check_fit(folder, model, tokenizer, image_processor)
+    own = next((place / "prompt.txt" for place in (given, folder) if (place / "prompt.txt").is_file()), None)
+    prompt_file = prompt_file or own
+    try:
+        prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
+        encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
+    except UserError as error:
+        raise UserError(f"{prompt_file or folder}: {error}") from None
+    except Exception as error:  # a template is a program of its own
+        raise UserError(f"{folder}: its chat template can't be used ({first_line(error)}); copy it from the model it was "
+                        "trained from") from None
+    return model.to(device), encoder, given
+
+
+def check_family(folder):
+    """Raises UserError for a model of a family that the step was not written for."""
+    family = read_json(folder / "config.json").get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
                         f"those that work are {', '.join(FAMILIES)}")
-    files = weight_files(folder)
+
+
+def read_tokenizer(folder):
+    """The tokenizer of a folder, with its chat template. Raises UserError."""
+    from transformers import AutoTokenizer
+
     try:
         if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError("no tokenizer.json, no vocab.json")  # transformers would make an empty one
@@ -260,32 +306,17 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: its tokenizer has no chat template; copy chat_template.jinja (or the "
                         "tokenizer_config.json that holds it) from the model it was trained from")
+    return tokenizer
+
+
+def read_image_processor(folder):
+    """The image processor of a folder. Raises UserError."""
+    from transformers import AutoImageProcessor
+
     try:
-        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
-    if weights:
-        check_size(folder, files)
-        model = read_weights(folder, dtype)
-    else:
-        model = empty_model(AutoConfig.from_pretrained(folder), dtype)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    if prompt_file is None and (folder / "prompt.txt").is_file():
-        prompt_file = folder / "prompt.txt"
-    try:
-        prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
-    check_fit(folder, model, tokenizer, image_processor)
-    try:
-        encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
-    except UserError as error:
-        raise UserError(f"{prompt_file or folder}: {error}") from None
-    except Exception as error:  # a template is a program of its own
-        raise UserError(f"{folder}: its chat template can't be used ({first_line(error)}); copy it from the model it was "
-                        "trained from") from None
-    return model.to(device), encoder, folder
 
 
 def read_weights(folder, dtype):
@@ -305,12 +336,17 @@ def read_weights(folder, dtype):
     return model
 
 
-def empty_model(config, dtype, device="cpu"):
-    """A model with memory for its weights and buffers, but nothing written there yet."""
-    from transformers import AutoModelForImageTextToText
+def empty_model(config, dtype=torch.float32, device="cpu"):
+    """A model with memory for its weights and buffers, but nothing written there yet; on the device "meta" not even
+    that. `config` is a config of transformers', or a folder that has one."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
+    if isinstance(config, Path):
+        config = AutoConfig.from_pretrained(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    if device == "meta":
+        return model
     model.to_empty(device=device)
     model.tie_weights()
     return model.eval()
@@ -424,3 +460,223 @@ def quiet():
 
 def is_no_report(record):
     return "LOAD REPORT" not in record.getMessage()
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+# The linear layers that --lora adapts, by their names in the families' models.
+LORA_TEXT = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+LORA_VISION = r"model\.visual\.blocks\.\d+\.(attn|mlp)\.(qkv|proj|\w+_proj|\w*fc\d)"
+
+
+def need_peft():
+    """Raises UserError where the optional package for adapters is not there."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError("adapters (LoRA) need one more package: pip install peft") from None
+
+
+def adapter_of(model):
+    """The peft configuration of a model's adapter, None where it has none."""
+    return getattr(model, "peft_config", {}).get("default")
+
+
+def add_adapter(model, rank, base, vision=False):
+    """Freeze a model and lay a LoRA adapter of `rank` (scale 2, B zero) on every linear layer of its language model,
+    and of its vision tower if `vision`.
+
+    `base` is the name that the adapter is to know the model by. The weights of the adapter are float32.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, base_model_name_or_path=base,
+                        target_modules=f"{LORA_TEXT}|{LORA_VISION}" if vision else LORA_TEXT)
+    return with_adapter(model, config)
+
+
+def with_adapter(model, config):
+    """The model, frozen, with a new adapter on it; in place."""
+    from peft import inject_adapter_in_model
+
+    model = inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def base_of(folder):
+    """The folder of the model that an adapter was made for. Raises UserError."""
+    settings = read_json(folder / ADAPTER)
+    name = settings.get("base_model_name_or_path")
+    if settings.get("peft_type") != "LORA" or not name or settings.get("modules_to_save"):
+        raise UserError(f"{folder / ADAPTER}: only LoRA adapters that name their base_model_name_or_path, and have no "
+                        "modules_to_save, are read")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS} in it; pickled weights (*.bin) are not read")
+    try:
+        base = find(name)
+    except UserError as error:
+        raise UserError(f"{folder / ADAPTER}: its base_model_name_or_path is not to be had, put the right one there: "
+                        f"{error}") from None
+    if (base / ADAPTER).is_file():
+        raise UserError(f"{folder / ADAPTER}: its base_model_name_or_path, {base}, is an adapter itself; merge that "
+                        "one first")
+    return base
+
+
+def read_adapter(folder, model, weights=True):
+    """The model with the adapter of a folder laid on it. Raises UserError where its weights don't fit."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = False
+        model = with_adapter(model, config)
+        if weights:
+            saved = {name.removeprefix("base_model.model."): tensor
+                     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+            report = set_peft_model_state_dict(model, saved)
+    except Exception as error:
+        raise UserError(f"{folder}: its adapter can't be loaded ({first_line(error)}); is the copy whole, and the base "
+                        "that it names the right one?") from None
+    if weights and (wrong := sorted({name for name in report.missing_keys if "lora_" in name} | set(report.unexpected_keys))):
+        raise UserError(f"{folder}: {len(wrong)} weights of the adapter are missing or have no place in the base, the "
+                        f"first {wrong[0]}; is the base that it names the right one?")
+    return model.eval()
+
+
+def write_adapter(model, weights, folder):
+    """Write a model's adapter in peft's layout; `weights` are the model's trained tensors by their names."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.copy(adapter_of(model))
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()},
+              folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def merge(model):
+    """Add an adapter's products to the weights that they adapt, in place; what is left has no adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_vision=False, checkpointing=False,
+           gpus=1, sharded=False, passes=2):
+    """What a training step takes of each GPU at its peak: {part: bytes}, and "peak", by a formula; nothing is run.
+
+    model: one without weights (`torch.device("meta")` will do), whose parameters are counted. posts: those of a
+    micro-batch, each with `image` image tokens, `text` other prompt tokens and an answer of `answer` tokens, reasoning
+    and all: the worst case, since the probe with its plain answer needs less. bf16: autocast, else all is float32. rank: of LoRA. passes:
+    micro-batches of a step. The formula, in which A stands for the answers' tokens:
+
+    - weights and gradients 4 bytes a parameter that is trained, AdamW 8, what is frozen 4 (2 under LoRA in bf16);
+      FSDP divides them by the number of GPUs.
+    - copies: autocast holds a bf16 copy of each trained matrix from the forward to the end of the backward; under
+      checkpointing those of the layers go before the backward, and each layer's come back in its turn. Under
+      FSDP there are instead, in bf16, two layers that are gathered and what is outside of layers; or at the end of
+      the backward the latter, its gradient, and that in float32 (8 bytes) while it is shared out.
+    - activations are what the backward needs of each token in each layer (below), for the prompts and the answers;
+      the answers keep the prompts' keys and values once more, each head's own, since transformers repeats them
+      where posts are padded. Under checkpointing each layer keeps its input, and one layer the rest. Of a frozen
+      vision tower nothing is kept.
+    - logits: the backward begins with three float32 (A, vocabulary) at once; or ends it with one of them, its
+      gradient in the computing type, and the gradient of the trained head in both types, before the layers go.
+
+    Where a step is one pass, gradients take the place of activations as these go. Not in it: CUDA's own 0.5 GiB
+    or so, what the allocator loses to fragments, and generation.
+    """
+    size, trained, matrices, layer, root = counted(model, rank, freeze_vision)
+    hidden, vocabulary = model.config.text_config.hidden_size, model.config.text_config.vocab_size
+    shares = gpus if sharded else 1
+    item = 2 if bf16 else 4  # bytes of what is computed with
+    frozen = 2 if bf16 and rank else 4
+    answers = posts * answer
+    kept, one = activations(model.config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded)
+    softmaxes = 12 * answers * vocabulary
+    head_gradient = 0 if rank else (6 if bf16 else 4) * vocabulary * hidden
+    logits = max(softmaxes, (4 + item) * answers * vocabulary + head_gradient)
+    backward = max(logits, one)  # a layer that is computed again has its turn when the logits are gone
+    copies = 0
+    if bf16 and sharded:
+        copies = 2 * (root + 2 * layer)
+    elif bf16 and not rank and checkpointing:  # at the backward's peak the head's and a layer's, at the forward's all
+        copies = max(2 * (vocabulary * hidden + layer), 2 * matrices + 8 * answers * vocabulary - backward)
+    elif bf16 and not rank:
+        copies = 2 * matrices
+    parts = {"weights": (4 * trained + frozen * (size - trained)) / shares, "gradients": 4 * trained / shares,
+             "optimizer": 8 * trained / shares, "copies": copies, "activations": kept + backward - logits, "logits": logits}
+    held, work = parts["weights"] + parts["optimizer"], copies + kept + backward
+    peak = held + (parts["gradients"] + work if passes > 1 else max(parts["gradients"], work))
+    if sharded and not rank:
+        peak = max(peak, held + parts["gradients"] + (8 if bf16 else 12) * root)
+    return parts | {"peak": peak}
+
+
+def activations(config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded):
+    """(bytes that the forward leaves for the backward, those that a layer computed again takes: 0 without
+    checkpointing); the arguments are `memory`'s."""
+    c, v = config.text_config, config.vision_config
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    queries, keys = head * c.num_attention_heads, head * c.num_key_value_heads
+    width = getattr(v, "embed_dim", None) or v.hidden_size
+    vision_mlp = getattr(v, "intermediate_size", None) or int(width * v.mlp_ratio)
+    item = 2 if bf16 else 4
+    stream = 2 if bf16 and (sharded or rank) else 4  # between layers; autocast does not cast embeddings
+    prompt, prompts, tokens = image + text, posts * (image + text), posts * (image + text + answer)
+    patches = v.spatial_merge_size**2 * posts * image
+
+    # A token in a layer: two norms' inputs and normalised values, and for the matrices their outputs (autocast casts
+    # one for each of the five; a frozen matrix needs none, but its adapter does); queries, keys, values and what
+    # attention made of them; four inner values of the MLP.
+    norms = (16 if rank else 24) if not bf16 else 18 if rank else 16 if sharded else 26
+    token = norms * c.hidden_size + 4 * item * queries + 4 * item * c.intermediate_size
+    if rank:
+        token += 7 * item * rank + (2 * queries if bf16 else 0)
+    patch = (32 if bf16 else 52) * width + 4 * item * vision_mlp  # the same in a vision block, for a patch
+    pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2 * (6 if bf16 and not freeze_vision else 4)
+    ends = patches * pixels + tokens * 3 * stream * c.hidden_size  # the input, the last norm
+    if not freeze_vision:
+        ends += patches * 5 * item * width  # the merger
+    if checkpointing:
+        inputs = c.num_hidden_layers * tokens * stream * c.hidden_size
+        layer = tokens * (token + 2 * item * c.intermediate_size) + item * posts * (prompt + answer) ** 2
+        if not freeze_vision:
+            inputs += v.depth * patches * item * width
+            layer = max(layer, patches * (patch + 2 * item * vision_mlp))
+        return ends + inputs, layer
+    masks = item * posts * (prompt**2 + answer * (prompt + answer))
+    cache = prompts * keys * (2 * stream if rank or sharded else 4 + item)
+    repeated = prompts * 2 * item * queries
+    layers = c.num_hidden_layers * (tokens * token + masks + cache + repeated)
+    return ends + layers + (0 if freeze_vision else v.depth * patches * patch), 0
+
+
+def counted(model, rank=None, freeze_vision=False):
+    """Of a model's parameters: (all, trained, trained matrices that are multiplied with, the largest layer's, those
+    outside of layers), the adapter's among them."""
+    adapter = LORA_TEXT if freeze_vision else f"{LORA_TEXT}|{LORA_VISION}"
+    adapted = sum(rank * (layer.in_features + layer.out_features) for name, layer in model.named_modules()
+                  if isinstance(layer, nn.Linear) and re.fullmatch(adapter, name)) if rank else 0
+    size = sum(p.numel() for p in model.parameters())
+    learned = [p for name, p in model.named_parameters() if not (freeze_vision and "visual" in name)]
+    layers = [sum(p.numel() for p in layer.parameters())
+              for layer in (*model.model.visual.blocks, *model.model.language_model.layers)]
+    table = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    matrices = sum(p.numel() for p in learned if p.ndim > 1) - table
+    trained = adapted or sum(p.numel() for p in learned)
+    return size + adapted, trained, matrices, max(layers), size - sum(layers)

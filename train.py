@@ -34,6 +34,11 @@ def settings(arguments=None):
     add("--valid", metavar="FILE", help="posts to validate on at the end of each epoch")
     add("--test", metavar="FILE", help="posts to predict and score with the final weights")
     add("--out", default="out/run", help="the run's folder")
+    add("--merge", metavar="FOLDER", help="train nothing: write the adapter that --model names, and its base, as one model")
+    add("--estimate", action="store_true", help="train nothing: say what a step with these settings takes of a GPU's memory")
+    add("--gpus", type=data.count, default=int(os.environ.get("WORLD_SIZE", 1)), help="how many, for --estimate")
+    add("--lengths", metavar=("PROMPT", "ANSWER"), nargs=2, type=data.count, default=[160, 160],
+        help="for --estimate: tokens of the longest prompt without its image, and of the longest answer with reasoning")
     add("--resume", action="store_true", help="go on where the run in --out stopped")
     add("--force", action="store_true", help="resume although settings or posts are others than before")
     add("--save-every", metavar="N", type=natural, default=0,
@@ -52,7 +57,9 @@ def settings(arguments=None):
     add("--batch-size", type=data.count, default=32, help="posts a step")
     add("--micro-batch", type=data.count, default=4, help="posts at once in memory; changes speed, not the result")
     add("--gradient-checkpointing", action="store_true", help="less memory for a slower, literal two-pass step")
-    add("--freeze-vision", action="store_true", help="train the language model only")
+    add("--freeze-vision", action=argparse.BooleanOptionalAction, help="train the language model only; --lora's default")
+    add("--lora", metavar="RANK", type=data.count,
+        help="train an adapter of this rank on the frozen model (needs the package peft); wants ten times the --lr")
     add("--parallel", choices=["auto", "ddp", "fsdp"], default="auto",
         help="under torchrun: the whole model on each GPU, shards of it, or ddp where that takes half of the memory")
     add("--valid-posts", type=data.count, default=500, help="at most this many posts of --valid, from its beginning")
@@ -61,7 +68,10 @@ def settings(arguments=None):
     data.add_reading_options(parser)
     if parser.parse_known_args(arguments)[0].train is None:
         parser.set_defaults(**TOY)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.freeze_vision is None:
+        args.freeze_vision = args.lora is not None
+    return args
 
 
 def train(args, processes):
@@ -151,17 +161,36 @@ def build_model(args, folder, resumed, processes):
     if processes.device.type == "cpu":  # threads that share their cores with the loader wait for one another every step
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
     source = processes.main_first(find, checkpoint.model_folder(str(folder / "last") if resumed else args.model))
+    dtype = torch.bfloat16 if args.lora and processes.device.type == "cuda" else torch.float32  # trained in float32
     model, encoder, _ = processes.together(
-        load, str(source), prompt_file=args.prompt_file, max_pixels=args.max_pixels, max_length=args.max_length,
-        weights=processes.rank == 0)
+        load, str(source), dtype=dtype, prompt_file=args.prompt_file, max_pixels=args.max_pixels,
+        max_length=args.max_length, weights=processes.rank == 0)
+    processes.together(choose_trained, model, args)
     model.train()
     if args.gradient_checkpointing:
         enable_checkpointing = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable_checkpointing({"use_reentrant": False})  # transformers is renaming it
-    model.model.visual.requires_grad_(not args.freeze_vision)
     step_losses = DynamicCoT(model, args.mode, args.gamma, share_prompt=not args.gradient_checkpointing,
                              always_look=processes.size > 1)
     return model, encoder, source, processes.spread(step_losses)
+
+
+def choose_trained(model, args):
+    """Freeze what --freeze-vision leaves alone; or everything, with --lora's adapter on it. Raises UserError."""
+    import torch
+
+    from model import adapter_of, add_adapter, is_local
+
+    if not args.lora:
+        model.model.visual.requires_grad_(not args.freeze_vision)
+    if adapter := adapter_of(model):
+        if adapter.r != args.lora:
+            raise UserError(f"{args.model}: an adapter of rank {adapter.r}; train it on with --lora {adapter.r}, or make "
+                            "a whole model of it with --merge")
+    elif args.lora:
+        torch.manual_seed(args.seed)
+        base = checkpoint.model_folder(args.model)
+        add_adapter(model, args.lora, str(Path(base).resolve()) if is_local(base) else base, not args.freeze_vision)
 
 
 def learning_rate(step, total, args):
@@ -368,8 +397,8 @@ def write_line(file, record):
 
 def run_settings(args, posts):
     """What a resumed run must share with its beginning: the settings that decide what is learned, and the posts."""
-    free = ("resume", "force", "save_every", "keep", "out", "device", "workers", "micro_batch", "gradient_checkpointing",
-            "parallel", "valid", "valid_posts", "test", "max_new_tokens", "log_choices")
+    free = ("merge", "estimate", "gpus", "lengths", "resume", "force", "save_every", "keep", "out", "device", "workers",
+            "micro_batch", "gradient_checkpointing", "parallel", "valid", "valid_posts", "test", "max_new_tokens", "log_choices")
     return {name: value for name, value in vars(args).items() if name not in free} | {
         "posts": len(posts), "train_digest": posts.digest()}
 
@@ -429,8 +458,78 @@ def report(model, encoder, folder, posts, args, processes):
     return 1 if unreadable else 0
 
 
+# --------------------------------------------------------------------------------------- memory, beforehand
+
+CARDS, USABLE = (16, 24, 40, 80, 141), 0.92  # GPUs' GiB; the share that is left by CUDA itself and by fragments
+SAVERS = ({"gradient_checkpointing": True}, {"freeze_vision": True}, {"lora": 16, "freeze_vision": True},
+          {"micro_batch": 1}, {"max_pixels": 256 * 28 * 28}, {"parallel": "fsdp"})
+
+
+def estimate(args):
+    """Print what a step with these settings takes of each GPU, on which GPUs that fits, and what would take less."""
+    from model import check_family, counted, empty_model, find
+
+    folder = find(checkpoint.model_folder(args.model), ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json; for an adapter, name the model that it was made for")
+    check_family(folder)
+    model = empty_model(folder, device="meta")
+    size, trained, *_ = counted(model, args.lora, args.freeze_vision)
+    needs = {card: needed(model, args, card) for card in CARDS}
+    fitting = [card for card in CARDS if needs[card]["peak"] <= USABLE * card]
+    shown = fitting[0] if fitting else CARDS[-1]
+    print(f"{args.model}: {size / 1e9:.3f} billion parameters, {trained / 1e9:.3f} billion of them trained")
+    print(f"Estimated GiB of each of {args.gpus} GPUs, micro-batches of {args.micro_batch} posts:\n")
+    for part, value in needs[shown].items():
+        print(f"{part:<12} {value:8.2f}")
+    print()
+    for card in CARDS:
+        print(f"{card:>3} GiB  {'fits' if card in fitting else 'does not fit'}")
+    for peak, flag in cheaper(model, args, shown, needs[shown]["peak"]):
+        print(f"{flag} saves {needs[shown]['peak'] - peak:.1f} GiB: {peak:.1f}")
+
+
+def needed(model, args, card):
+    """`model.memory` of these settings in GiB, on GPUs of `card` GiB, which decide whether --parallel auto shards."""
+    from model import counted, memory
+
+    vision, bf16 = model.config.vision_config, args.device != "cpu"
+    size, trained, *_ = counted(model, args.lora, args.freeze_vision)
+    whole = 16 * trained + (2 if args.lora and bf16 else 4) * (size - trained)
+    auto = args.parallel == "auto" and whole > card * 2**30 / 2
+    share = math.ceil(args.batch_size / args.gpus)
+    posts = min(args.micro_batch, share)
+    parts = memory(model, posts, args.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2, *args.lengths, bf16,
+                   args.lora, args.freeze_vision, args.gradient_checkpointing, args.gpus,
+                   args.gpus > 1 and (args.parallel == "fsdp" or auto), math.ceil(share / posts))
+    return {part: value / 2**30 for part, value in parts.items()}
+
+
+def cheaper(model, args, card, peak):
+    """(peak in GiB, flag) of each setting that would by itself take less, the cheapest first."""
+    found = []
+    for change in SAVERS:
+        now = needed(model, argparse.Namespace(**vars(args) | change), card)["peak"]
+        if now < 0.99 * peak:
+            name, value = next(iter(change.items()))
+            found.append((now, f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")))
+    return sorted(found)
+
+
 def main():
     args = settings()
+    if args.merge:
+        if args.model is None:
+            raise UserError("--model is missing: the adapter's folder, or its run's, that --merge is to make a model of")
+        return checkpoint.merge(args.model, args.merge)
+    if args.estimate:
+        if args.model is None:
+            raise UserError("--model is missing: a folder or hub name, of which --estimate reads the config alone")
+        return estimate(args)
+    if args.lora:
+        from model import need_peft
+
+        need_peft()
     if args.train is None and (args.model or args.valid or args.test):
         raise UserError("--train is missing: say which posts to train on, or leave out --model, --valid and --test "
                         "too for the club world")
