@@ -269,6 +269,9 @@ def main():
     torch.set_float32_matmul_precision("high")
     if args.memory_of:
         return print_memory(args)
+    # Before anything is made here: on Linux a process's peak begins with that of the one that started it.
+    ways = "" if args.profile else args.ways
+    memory = {way: peak_memory(way) for way in progress(ways, len(ways), "memory", "process")}
     model, optimizer = build(args)
     batch = random_batch(args, model)
     if args.profile:
@@ -281,10 +284,6 @@ def main():
     flops = model_flops(model, batch)
     seconds, busy = time_in_turns({way: make_step(way, model, optimizer, batch) for way in args.ways}, args.rounds,
                                   args.device)
-    del model, optimizer
-    if args.device == "cuda":
-        torch.cuda.empty_cache()  # the processes that measure memory need it
-    memory = {way: peak_memory(way) for way in progress(args.ways, len(args.ways), "memory", "process")}
     tokens = batch.prompt["input_ids"].numel() + int(batch.cot.where(batch.has_cot, batch.plain).mask.sum())
     peak = next((flops_a_second for part, flops_a_second in PEAKS.items() if part in name), None)
     print_table(seconds, busy, memory, tokens, flops, peak)
