@@ -248,12 +248,15 @@ def load_image(path, max_pixels):
 
 
 def upright(image):
-    from PIL import ImageOps
+    from PIL.Image import Transpose
 
+    turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+             6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
     try:
-        return ImageOps.exif_transpose(image)
+        turn = turns.get(image.getexif().get(0x0112))
     except Exception:  # torn metadata are no reason to lose the picture
-        return image
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image):
@@ -566,7 +569,7 @@ class Loader:
         try:
             yield from self.steps
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):  # an error of the worker's own
                 raise
             raise UserError("a process that reads the posts was killed, for want of memory perhaps; try fewer "
                             "--workers (0: none beside the main one)") from None
