@@ -252,10 +252,8 @@ def upright(image):
 
     turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
              6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
-    try:
-        turn = turns.get(image.getexif().get(0x0112))
-    except Exception:  # torn metadata are no reason to lose the picture
-        turn = None
+    # ImageOps.exif_transpose would write the other metadata anew, and fail where they are torn.
+    turn = turns.get(image.getexif().get(0x0112))
     return image if turn is None else image.transpose(turn)
 
 
