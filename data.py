@@ -255,12 +255,13 @@ def load_image(path, max_pixels):
 
 
 def upright(image):
-    from PIL import ImageOps
+    from PIL.Image import Transpose
 
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # torn metadata are no reason to lose the picture
-        return image
+    turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+             6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+    # ImageOps.exif_transpose would write the other metadata anew, and fail where they are torn.
+    turn = turns.get(image.getexif().get(0x0112))
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image):
@@ -602,7 +603,7 @@ class Loader:
         try:
             yield from self.steps
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):  # an error of the worker's own
                 raise
             raise UserError("a process that reads the posts was killed, for want of memory perhaps; try fewer "
                             "--workers (0: none beside the main one)") from None
