@@ -10,11 +10,13 @@ Processes are torchrun's: DDP where every GPU can hold the whole of model and op
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -115,8 +117,8 @@ def save(run, step, model, source, prompt, optimizer, processes):
     """Save a checkpoint as run/step-N and let `last` name it.
 
     model: saved under its source's weight names, whole, beside the source's own side files, so that it loads
-    wherever its source does; with an adapter on it, only that, in peft's layout. Of the optimizer's state every process writes its own part, and any number of
-    processes can go on from it. A save that is cut short leaves only a hidden folder that nothing names. Raises
+    wherever its source does; with an adapter on it, only that, in peft's layout. Of the optimizer's state every
+    process writes its own part, and any number of processes can go on from it. A save that is cut short leaves only a hidden folder that nothing names. Raises
     UserError (with the last checkpoint untouched) if a weight is not finite or the disk won't take it.
     """
     if processes.any(not all(local(parameter).isfinite().all() for parameter in model.parameters())):
@@ -334,8 +336,8 @@ class Processes:
     """The processes that train one model: torchrun's, each with its own device, or just this one.
 
     rank and size are torchrun's RANK and WORLD_SIZE, device is this process's torch.device, and engine is "ddp",
-    "fsdp" or None for a single process. A context manager: it leaves the group at the end, and lets only the first process tell a
-    mistake that all have made.
+    "fsdp" or None for a single process. A context manager: it leaves the group at the end, and lets only the first
+    process tell a mistake that all have made.
     """
 
     def __init__(self, device, parallel="auto"):
@@ -361,6 +363,11 @@ class Processes:
         return self
 
     def __exit__(self, kind, error, trace):
+        # DDP holds the process group, too. Where its hold is the last, ending waits for gloo's threads with the
+        # interpreter locked, for which these wait in turn: let it go first, out of an error's frames as well.
+        self.module = None
+        traceback.clear_frames(trace)
+        gc.collect()
         if kind is None and self.many:
             import torch
 

@@ -581,8 +581,8 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
 
     model: one without weights (`torch.device("meta")` will do), whose parameters are counted. posts: those of a
     micro-batch, each with `image` image tokens, `text` other prompt tokens and an answer of `answer` tokens, reasoning
-    and all: the worst case, since the probe with its plain answer needs less. bf16: autocast, else all is float32. rank: of LoRA. passes:
-    micro-batches of a step. The formula, in which A stands for the answers' tokens:
+    and all: the worst case, since the probe with its plain answer needs less. bf16: autocast, else all is float32.
+    rank: of LoRA. passes: micro-batches of a step. The formula, in which A stands for the answers' tokens:
 
     - weights and gradients 4 bytes a parameter that is trained, AdamW 8, what is frozen 4 (2 under LoRA in bf16);
       FSDP divides them by the number of GPUs.
