@@ -28,7 +28,7 @@ import evaluate
 from evaluate import UserError
 
 STEMS = dict(line.split() for line in (Path(__file__).parent / "porter_nltk.txt").read_text(encoding="utf-8").splitlines())
-WORDS = [*random.Random(0).sample([word for word in STEMS if word.isalpha()], 25), "Dogs", "dog", "DOG", "dog;", "DOG;", "running", "runs"]
+WORDS = [*random.Random(0).sample([word for word in STEMS if word.isalpha()], 25), "Dogs", "dog", "running", "runs"]
 ODD = ["<|im_end|>", "<|image_pad|>", "<think>", "</answer>", "日本", "寿司", "がス", "😀", "👩‍👩‍👧", "خبر", "한국", "\0", "\u2028", "\x85", "\r",
        "\n", "\x1b[31m", "\ud800", "\udfff", "\u200b", "e\u0301", "ﬁ", "İ", ",", ".", "<unk>", ";", "<sep>", "", " ", "#", "\\", '"',
        "{", "[", "a" * 300, "\ufeff", "\U0002a700"]
