@@ -251,11 +251,19 @@ def optimizer_state(model, optimizer):
 
 
 @contextlib.contextmanager
-def quiet_single_process():
-    """torch.distributed.checkpoint remarks on every use by one process, which is all that many runs have."""
+def plain_errors():
+    """What torch.distributed.checkpoint wraps in an error of its own, which is no Exception, comes out as it was raised.
+
+    It also remarks on every use by one process, which is all that many runs have.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def write_state(state, folder):
@@ -263,7 +271,7 @@ def write_state(state, folder):
     from torch.distributed import checkpoint
     from torch.distributed import is_initialized
 
-    with quiet_single_process():
+    with plain_errors():
         checkpoint.save(state, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True),
                         no_dist=not is_initialized())
 
@@ -277,10 +285,15 @@ def restore(run, model, optimizer):
     from torch.distributed import is_initialized
 
     folder = pointed_at(run / "last")
-    with quiet_single_process():
-        checkpoint.load(optimizer_state(model, optimizer), no_dist=not is_initialized(),
-                        storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)))
-    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["step"]
+    try:
+        with plain_errors():
+            checkpoint.load(optimizer_state(model, optimizer), no_dist=not is_initialized(),
+                            storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)))
+        return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["step"]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: what resuming needs can't be read ({reason}); remove this folder to go on from the "
+                        "checkpoint before it, if one was kept") from error
 
 
 # ------------------------------------------------------------------------------------------------ stopping

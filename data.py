@@ -610,9 +610,12 @@ class Loader:
 
 
 def leave_signals(_):
-    """Ctrl-C and SIGTERM reach a whole group of processes; what they mean is the parent's to say."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and SIGTERM reach a whole group of processes; what they mean is the parent's to say.
+
+    A second SIGTERM is obeyed: that is how Python ends what is still there when the parent ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # ------------------------------------------------------------------------------------------------- writing

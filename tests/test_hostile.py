@@ -28,6 +28,7 @@ from data import Encoder, Posts, Unreadable, load_image
 from evaluate import UserError
 from model import load
 from test_data import make_encoder
+from tiny import train_alone
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,7 +133,7 @@ def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
 
     log = tmp_path / "skipped.jsonl"
     log.write_bytes("".join(data.to_line({"step": 1, "id": name}) for name in HOSTILE_IDS).encode() + b'{"step": 1, "id": "\xe6\x97')
-    file, kept = train.open_appended(log, 1)
+    file, kept = train.open_appended(log, 1, True)
     file.close()
     assert [line["id"] for line in kept] == [line["id"] for line in lines(log)] == HOSTILE_IDS
 
@@ -208,7 +209,7 @@ def test_pictures_that_cannot_be_read(tmp_path, world):
     assert [problem["id"] for problem in problems] == [f"p{number}" for number in range(len(reasons))]
     assert all(reason in problem["problem"] for problem, reason in zip(problems, reasons.values()))
     done = run("infer.py", "--data", path, "--out", tmp_path / "preds.jsonl", "--model", world / "toy", "--max-new-tokens", 2)
-    assert done.returncode == 1 and f"{len(reasons)} not readable" in done.stderr
+    assert done.returncode == 1 and f"{len(reasons)} failed" in done.stderr
     predictions = lines(tmp_path / "preds.jsonl")
     assert [reason in prediction["error"] for prediction, reason in zip(predictions, reasons.values())] == [True] * len(reasons)
     assert "error" not in predictions[-1]
@@ -502,20 +503,20 @@ def test_the_file_size_limit_while_saving(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save", limited)
     with pytest.raises(UserError, match="step-4: the checkpoint could not be saved.*File too large.*--resume"):
-        train.train(train.settings(arguments))
+        train_alone(*arguments)
     monkeypatch.undo()
     run = tmp_path / "run"
     assert (run / "last").read_text() == "step-2\n" and not list(run.glob(".*"))
     load(checkpoint.model_folder(str(run)))
-    train.train(train.settings([*arguments, "--resume"]))
+    train_alone(*arguments, "--resume")
     assert (run / "last").read_text() == "step-4\n"
 
 
 def test_a_full_disk_under_the_log(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "open_appended", lambda path, step: (open("/dev/full", "a", encoding="utf-8"), []))
+    monkeypatch.setattr(train, "open_appended", lambda path, *_: (open("/dev/full", "a", encoding="utf-8"), []))
     with pytest.raises(UserError, match="No space left.*--resume"):
-        train.train(train.settings(["--train", str(world / "train.jsonl"), "--model", str(world / "toy"), "--out", str(tmp_path / "run"),
-                                    "--epochs", "1", "--workers", "0"]))
+        train_alone("--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run", "--epochs", 1,
+                    "--workers", 0)
 
 
 def test_results_that_cannot_be_printed(world, tmp_path):
