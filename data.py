@@ -570,7 +570,8 @@ class Loader:
     Of several processes, `rank` (from 0) of `size` gets its share of every step, in as many micro-batches as each of
     the others. `waited` is how many seconds the last step's data took to come, after it was asked for.
 
-    Only the posts' own tensors pass between processes, two an image, and few steps ahead: each holds an open file.
+    Only the posts themselves pass between processes, two tensors for all images of a step: each costs time and holds an
+    open file.
     Raises UserError where a record has changed, or the system kills a worker.
     """
 
@@ -579,7 +580,7 @@ class Loader:
 
         self.encoder, self.with_answers, self.waited = encoder, with_answers, 0.0
         self.parts = [-(-len(step) // (size * micro_batch)) for step in steps]
-        self.steps = DataLoader(EncodedPosts(posts, encoder, with_answers), num_workers=workers, collate_fn=list,
+        self.steps = DataLoader(EncodedPosts(posts, encoder, with_answers), num_workers=workers, collate_fn=pack,
                                 batch_sampler=[step[rank::size] for step in steps],
                                 prefetch_factor=2 if workers else None, worker_init_fn=leave_signals)
 
@@ -587,9 +588,10 @@ class Loader:
         steps, parts = self._items(), iter(self.parts)
         while True:
             started = time.perf_counter()
-            items = next(steps, None)
-            if items is None:
+            packed = next(steps, None)
+            if packed is None:
                 return
+            items = unpack(*packed)
             for error in items:
                 if isinstance(error, UserError):
                     raise error
@@ -607,6 +609,29 @@ class Loader:
                 raise
             raise UserError("a process that reads the posts was killed, for want of memory perhaps; try fewer "
                             "--workers (0: none beside the main one)") from None
+
+
+def pack(items):
+    """(items, the tensors of all their images in one): what a worker sends for a step."""
+    import torch
+
+    with_image = [item for item in items if isinstance(item, Sample) and item.image is not None]
+    images = {name: torch.cat([sample.image[name] for sample in with_image])
+              for name in ("pixel_values", "image_grid_thw")} if with_image else None
+    for sample in with_image:
+        sample.image = {}
+    return items, images
+
+
+def unpack(items, images):
+    """`pack`'s items, each with its own part of the images again."""
+    if images:
+        grids = images["image_grid_thw"]
+        parts = zip(images["pixel_values"].split(grids.prod(1).tolist()), grids.split(1))
+        for item in items:
+            if isinstance(item, Sample) and item.image is not None:
+                item.image = dict(zip(("pixel_values", "image_grid_thw"), next(parts)))
+    return items
 
 
 def leave_signals(_):
