@@ -690,6 +690,17 @@ def count(text):
     return value
 
 
+def times(text):
+    """A number above 0, whole or not, as argparse wants it told."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(value) if value.is_integer() else value
+
+
 def add_reading_options(parser):
     """The settings by which a model reads posts and answers, shared by train.py and infer.py."""
     add = parser.add_argument

@@ -241,10 +241,11 @@ class Client:
         """Raise Failed for one post, or UserError where the server answers none."""
         with self.lock:
             self.unanswered += 1
+            unanswered = self.unanswered
         if not self.reached:
             raise UserError(f"{self.server}: {reason}; is the server running, and --base-url right?")
-        if self.unanswered >= GIVE_UP_AFTER:
-            raise UserError(f"{self.server}: no reply for {self.unanswered} posts in a row, the last: {reason}; "
+        if unanswered >= GIVE_UP_AFTER:
+            raise UserError(f"{self.server}: no reply for {unanswered} posts in a row, the last: {reason}; "
                             "run the same command again when this is mended, with --retry-failed for those posts")
         raise Failed(reason)
 

@@ -47,7 +47,7 @@ def settings(arguments=None):
     add("--mode", choices=["sft", "cot", "multitask", "dynamic"], default="dynamic",
         help="plain answers; reasoning for all; the mean of both losses; each sample's choice by gamma")
     add("--gamma", type=float, default=0.4, help="a sample whose plain answer's loss is below this reasons")
-    add("--epochs", type=data.count, default=5, help="times through the training posts")
+    add("--epochs", type=data.times, default=5, help="times through the training posts; 2.5 stops in the midst of the third")
     add("--lr", type=float, default=5e-5, help="peak learning rate")
     add("--warmup", type=float, default=0.03, help="share of the steps over which the learning rate rises")
     add("--final-lr", type=float, default=0.02, help="share of the peak learning rate left at the end of the cosine")
@@ -89,7 +89,7 @@ def train(args, processes):
         lr=args.lr, betas=(0.9, args.beta2), fused=True)
 
     steps_an_epoch = math.ceil(len(posts) / args.batch_size)
-    total = args.epochs * steps_an_epoch
+    total = math.ceil(args.epochs * steps_an_epoch)
     step = checkpoint.restore(folder, model, optimizer) if resumed else 0
 
     def save():
@@ -103,10 +103,11 @@ def train(args, processes):
         log.start_clock()
 
     with contextlib.closing(Log(folder, step, total, len(posts), args.log_choices, processes)) as log, checkpoint.Stop() as stop:
-        if valid and step % steps_an_epoch == 0 and step > log.evaluated:
+        if valid and (step == total or step % steps_an_epoch == 0) and step > log.evaluated:
             validate()
-        for epoch in range(step // steps_an_epoch, args.epochs):
-            order = data.epoch_order(len(posts), args.batch_size, args.seed, epoch)[step % steps_an_epoch:]
+        while step < total:
+            epoch, done = divmod(step, steps_an_epoch)
+            order = data.epoch_order(len(posts), args.batch_size, args.seed, epoch)[done:done + total - step]
             loader = data.Loader(posts, encoder, order, args.micro_batch, args.workers, True, processes.rank, processes.size)
             for micro_batches, skipped in loader:
                 processes.seed(args.seed, step)

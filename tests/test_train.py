@@ -211,16 +211,37 @@ def test_a_resumed_run_can_save_more_than_once(train_on, monkeypatch):
 
 
 def test_a_run_stopped_between_saving_and_validating_validates_first(train_on, world, monkeypatch):
-    options = ["--valid", world / "valid.jsonl", "--gamma", "5"]
+    """At an epoch's end, and at the run's, in the midst of one."""
+    options = ["--valid", world / "valid.jsonl", "--gamma", "5", "--epochs", "1.5"]
     whole = train_on("whole", *options)
-    monkeypatch.setattr(train, "predict_and_score", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        train_on("stopped", *options)
-    monkeypatch.undo()
-    stopped = train_on("stopped", *options, "--resume")
-    evaluations = lambda run: [line for line in lines(run / "log.jsonl") if "valid" in line]
-    assert evaluations(whole) == evaluations(stopped) and len(evaluations(whole)) == 2
-    assert (whole / "best").read_text() == (stopped / "best").read_text()
+    measure = train.predict_and_score
+    for right in (0, 1):
+        left = iter([measure] * right)
+        monkeypatch.setattr(train, "predict_and_score", lambda *a: next(left)(*a))  # StopIteration once none is left
+        with pytest.raises(StopIteration):
+            train_on(f"stopped{right}", *options)
+        monkeypatch.undo()
+        stopped = train_on(f"stopped{right}", *options, "--resume")
+        evaluations = lambda run: [line for line in lines(run / "log.jsonl") if "valid" in line]
+        assert evaluations(whole) == evaluations(stopped) and [line["step"] for line in evaluations(whole)] == [8, 12]
+        assert (whole / "best").read_text() == (stopped / "best").read_text()
+
+
+def test_an_epoch_and_a_half_is_the_beginning_of_two(train_on):
+    half, two = (lines(train_on(epochs, "--mode", "sft", "--epochs", epochs) / "log.jsonl") for epochs in ("1.5", "2"))
+    assert len(half) == 12 and len(two) == 16
+    assert [(line["step"], line["epoch"], line["tokens"]) for line in half] == [
+        (line["step"], line["epoch"], line["tokens"]) for line in two[:12]]
+    assert half[-1]["lr"] == pytest.approx(two[-1]["lr"], rel=0.3) and half[-1]["lr"] < 0.2 * two[11]["lr"]
+    again = train_on("1.5", "--mode", "sft", "--epochs", "1.5", "--resume")
+    assert lines(again / "log.jsonl") == half
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf"])
+def test_epochs_that_are_none(capsys, text):
+    with pytest.raises(SystemExit):
+        train.settings(["--epochs", text])
+    assert f"'{text}' is not a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--valid", "--test"])
