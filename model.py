@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from data import PROMPT, Encoder, parse_answer
 from evaluate import UserError, first_few, shown
@@ -110,8 +109,7 @@ class DynamicCoT(nn.Module):
         # The vocabulary is what a small step would spend most of its time on: logits at answer tokens only.
         at = mask.bool()
         logits = self.model.lm_head(hidden[at]).float()  # (number of answer tokens, V)
-        token_loss = torch.zeros(mask.shape, device=mask.device).masked_scatter(
-            at, cross_entropy(logits, answers.ids[at], reduction="none"))
+        token_loss = torch.zeros(mask.shape, device=mask.device).masked_scatter(at, TokenLoss.apply(logits, answers.ids[at]))
         return token_loss.sum(1) / mask.sum(1)
 
     def read(self, inputs, **options):
@@ -130,6 +128,36 @@ class DynamicCoT(nn.Module):
         seen = vision(blank, grid_thw=torch.tensor([[1, merge, merge]], device=blank.device), return_dict=True)
         features = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
         return 0 * sum(feature.float().sum() for feature in features)
+
+
+class TokenLoss(torch.autograd.Function):
+    """-log p (N,) of target tokens (N,) from float32 logits (N, V), which are used up: they become log p, then the gradient.
+
+    Bit for bit what cross_entropy gives, which holds up to three tensors of the logits' size at once: with a vocabulary
+    of 150,000 that is most of what a step of short answers has in memory. Here it is one, and a few rows.
+    """
+
+    AT_ONCE = 2**23  # logits
+
+    @classmethod
+    def rows(cls, logits, *others):
+        size = max(1, cls.AT_ONCE // logits.shape[1])
+        return zip(*(tensor.split(size) for tensor in (logits, *others)))
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        for rows, in TokenLoss.rows(logits):
+            rows.copy_(rows.log_softmax(1))
+        ctx.save_for_backward(logits, targets)
+        return -logits.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        log_p, targets = ctx.saved_tensors
+        for rows, target, of_loss in TokenLoss.rows(log_p, targets[:, None], gradient[:, None]):
+            of_log_p = torch.zeros_like(rows).scatter_(1, target, -of_loss)
+            rows.copy_(torch._log_softmax_backward_data(of_log_p, rows, 1, rows.dtype))
+        return log_p, None
 
 
 def new_cache(keys_and_values=None):
@@ -594,8 +622,8 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
       the answers keep the prompts' keys and values once more, each head's own, since transformers repeats them
       where posts are padded. Under checkpointing each layer keeps its input, and one layer the rest. Of a frozen
       vision tower nothing is kept.
-    - logits: the backward begins with three float32 (A, vocabulary) at once; or ends it with one of them, its
-      gradient in the computing type, and the gradient of the trained head in both types, before the layers go.
+    - logits: float32 (A, vocabulary), once, and what they are made of, or their gradient, in bf16; or the gradient in
+      the computing type and that of the trained head in both types, before the layers go.
 
     Where a step is one pass, gradients take the place of activations as these go. Not in it: CUDA's own 0.5 GiB
     or so, what the allocator loses to fragments, and generation.
@@ -607,15 +635,15 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
     frozen = 2 if bf16 and rank else 4
     answers = posts * answer
     kept, one = activations(model.config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded)
-    softmaxes = 12 * answers * vocabulary
+    softmaxes = (6 if bf16 else 4) * answers * vocabulary
     head_gradient = 0 if rank else (6 if bf16 else 4) * vocabulary * hidden
-    logits = max(softmaxes, (4 + item) * answers * vocabulary + head_gradient)
+    logits = max(softmaxes, item * answers * vocabulary + head_gradient) + 8 * min(answers * vocabulary, TokenLoss.AT_ONCE)
     backward = max(logits, one)  # a layer that is computed again has its turn when the logits are gone
     copies = 0
     if bf16 and sharded:
         copies = 2 * (root + 2 * layer)
     elif bf16 and not rank and checkpointing:  # at the backward's peak the head's and a layer's, at the forward's all
-        copies = max(2 * (vocabulary * hidden + layer), 2 * matrices + 8 * answers * vocabulary - backward)
+        copies = max(2 * (vocabulary * hidden + layer), 2 * matrices + softmaxes - backward)
     elif bf16 and not rank:
         copies = 2 * matrices
     parts = {"weights": (4 * trained + frozen * (size - trained)) / shares, "gradients": 4 * trained / shares,

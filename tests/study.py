@@ -1,18 +1,34 @@
-"""Run modes on club worlds and print the table of what came of it, by hand (an hour or so for two modes):
+"""The paper in miniature: every mode on the club worlds, at equal steps and at equal training time; then other gammas. By hand:
 
-    python tests/study.py --modes sft dynamic --worlds 0 1 2 3 4 --out out/study
+    python tests/study.py --out out/study                              # all of it; --at-once 2 where there are more cores
+    python tests/study.py --modes sft dynamic --worlds 0 --gammas      # a part of it
 
-A cell is one run of train.py with its defaults, in OUT/MODE-WORLD; one that is finished is not run again. The
-numbers that are scored are the last step's. With <think> forbidden means `infer.py --think never` on the same model.
+A cell is one run of train.py in a folder of its own: OUT/MODE-WORLD, OUT/MODE-WORLD-EPOCHSepochs at equal training time,
+OUT/dynamic-WORLD-gammaGAMMA. What is finished is not run again and what was stopped goes on, so the same command picks up
+where it was left. It writes the README's tables to OUT/tables.md, and OUT/gamma.svg. The rules: test worlds are 0 to 4,
+development worlds 100 and up; modes share world, order, seed and steps; the weights of the last step are what is scored.
 """
 
 import argparse
 import json
+import math
+import shutil
+import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import data
+from train import TOY
+
+EPOCHS, GAMMA = 2, 0.4
+MODES = ("sft", "multitask", "cot", "dynamic")
+KINDS = {"A": "shirt", "B": "shirt, event", "C": "club named", "D": "in the text", "E": "mood"}
 
 
 def lines(path):
@@ -20,54 +36,276 @@ def lines(path):
 
 
 def script(name, *arguments):
-    subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+    """Run one of the project's scripts; returns what it printed. Its errors and its progress are seen."""
+    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name} ended with {done.returncode}; the same command goes on from here")
+    return done.stdout
 
 
-def cell(out, mode, world, extra):
-    """Train and score one cell; returns its figures."""
-    run, club = out / f"{mode}-{world}", out / f"clubworld-{world}"
-    if not (run / "test_scores.json").exists():
-        resume = ["--resume"] if (run / "settings.json").exists() else []
-        script("train.py", "--seed", world, "--mode", mode, "--out", run, *resume, *extra)
-    direct = run / "never_preds.jsonl"
-    script("infer.py", "--data", club / "test.jsonl", "--out", direct, "--model", run / "last", "--think", "never",
-           "--batch-size", 128, "--max-new-tokens", 64, "--workers", 1)
-    never = json.loads(subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), str(direct), str(club / "test.jsonl"), "--train",
-         str(club / "train.jsonl"), "--json"], check=True, capture_output=True, text=True).stdout)
-    scores = json.loads((run / "test_scores.json").read_text())
-    pairs = list(zip(lines(run / "test_preds.jsonl"), lines(club / "test.jsonl")))
-    reasoned = {}
-    for name, kinds, held_out in (("ABC", "ABC", None), ("E", "E", None)):
-        chosen = [prediction["think"] is not None for prediction, post in pairs if post["kind"] in kinds]
-        reasoned[name] = sum(chosen) / len(chosen)
-    held_out = [prediction["keyphrases"][:1] == post["keyphrases"][:1] for prediction, post in pairs if post["held_out"]]
-    return {"all": scores["all"]["F1@1"], "absent": scores["absent"]["F1@1"], "unseen": scores["unseen"]["F1@1"],
-            "held-out clubs": sum(held_out) / len(held_out), "never: all": never["all"]["F1@1"],
-            "never: unseen": never["unseen"]["F1@1"], "reasoned": scores["all"]["reasoned"],
-            "reasoned ABC": reasoned["ABC"], "reasoned E": reasoned["E"], "tokens": scores["all"]["tokens"] / 100,
-            "training s": sum(line["seconds"] for line in lines(run / "log.jsonl") if "loss" in line) / 100}
+# ------------------------------------------------------------------------------------------------------ cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of train.py."""
+
+    out: Path
+    mode: str
+    world: int
+    gamma: float = GAMMA
+    epochs: float = EPOCHS
+
+    @property
+    def folder(self):
+        name = f"{self.mode}-{self.world}"
+        name += f"-gamma{self.gamma:g}" if self.gamma != GAMMA else ""
+        return self.out / (name + (f"-{self.epochs:g}epochs" if self.epochs != EPOCHS else ""))
+
+    @property
+    def club(self):
+        return self.out / f"clubworld-{self.world}"
+
+    def run(self):
+        """Train and score, and score again with <think> forbidden, unless that was done before."""
+        if not (self.folder / "test_scores.json").exists():
+            resume = ["--resume"] if (self.folder / "settings.json").exists() else []
+            script("train.py", "--seed", self.world, "--mode", self.mode, "--gamma", self.gamma, "--epochs", self.epochs,
+                   "--out", self.folder, *resume)
+        if self.mode != "sft":
+            script("infer.py", "--data", self.club / "test.jsonl", "--out", self.folder / "never_preds.jsonl", "--model",
+                   self.folder / "last", "--think", "never", "--batch-size", 128, "--max-new-tokens", TOY["max_new_tokens"],
+                   "--workers", 1)
+
+    def scores(self, predictions="test_preds.jsonl", *options):
+        return json.loads(script("evaluate.py", self.folder / predictions, self.club / "test.jsonl", "--train",
+                                 self.club / "train.jsonl", "--json", *options))
+
+    def figures(self):
+        """What a row of the tables says of this cell: fractions, and tokens a post."""
+        scores, posts = self.scores(), lines(self.club / "test.jsonl")
+        never = scores if self.mode == "sft" else self.scores("never_preds.jsonl")
+        thought = [prediction["think"] is not None for prediction in lines(self.folder / "test_preds.jsonl")]
+        reasoned = {kind: statistics.mean(t for t, post in zip(thought, posts) if post["kind"] == kind) for kind in KINDS}
+        return {"All": scores["all"]["F1@1"], "Absent": scores["absent"]["F1@1"], "Unseen": scores["unseen"]["F1@1"],
+                "All, forbidden": never["all"]["F1@1"], "Unseen, forbidden": never["unseen"]["F1@1"],
+                "tokens": scores["all"]["tokens"], "reasoned": scores["all"]["reasoned"],
+                "reasoned, unseen": scores["unseen"]["reasoned"]} | {f"reasoned, {kind}": reasoned[kind] for kind in KINDS}
+
+
+def run_all(cells, at_once):
+    """Run the cells that are not finished, some at once; a world is written before the first of them wants it."""
+    for club in sorted({cell.club for cell in cells}):
+        script("clubworld.py", "--out", club, "--seed", club.name.partition("-")[2])
+    with ThreadPoolExecutor(at_once) as pool:
+        list(data.progress(pool.map(Cell.run, cells), len(cells), "cells", "cell"))
+
+
+# -------------------------------------------------------------------------------------------- the price of a step
+
+
+def step_seconds(out, modes, rounds=3):
+    """Seconds of a training step of each mode, mean over a run: measured in turns on world 0, kept in OUT/seconds.json.
+
+    Each measurement is 20 steps, of which the first 5 don't count; a mode's figure is the median of its rounds'
+    medians. A step of `dynamic` costs the more the more of its samples reason, so it is measured with the untrained toy
+    (none does) and with the trained one, and taken at the share that its run had in the mean.
+    """
+    path = out / "seconds.json"
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    club = out / "clubworld-0"
+    starts = {mode: Cell(out, mode, 0).folder / "last" for mode in modes} | {"dynamic, untrained": club / "toy"}
+    if not set(starts) <= set(measured):
+        found = {name: [] for name in starts}
+        for _ in data.progress(range(rounds), rounds, "time of a step", "round"):
+            for name, model in starts.items():
+                probe = out / "probe"
+                shutil.rmtree(probe, ignore_errors=True)
+                script("train.py", "--train", club / "train.jsonl", "--model", model, "--out", probe, "--mode",
+                       name.partition(",")[0], "--epochs", 20 / 450, "--lr", 1e-5, "--micro-batch", TOY["micro_batch"],
+                       "--workers", TOY["workers"])
+                steps = lines(probe / "log.jsonl")[5:]
+                found[name].append([statistics.median(line[key] for line in steps) for key in ("seconds", "cot_share")])
+        shutil.rmtree(probe)
+        measured = {name: [statistics.median(values) for values in zip(*pairs)] for name, pairs in found.items()}
+        data.write_whole(path, json.dumps(measured, indent=1) + "\n")
+    seconds = {mode: measured[mode][0] for mode in modes}
+    if "dynamic" in modes:
+        (low, none), (high, share) = measured["dynamic, untrained"], measured["dynamic"]
+        run = [line["cot_share"] for line in lines(Cell(out, "dynamic", 0).folder / "log.jsonl") if "cot_share" in line]
+        seconds["dynamic"] = low + (high - low) * (statistics.mean(run) - none) / (share - none)
+    return seconds
+
+
+def equal_time(out, modes, worlds, seconds):
+    """Cells which take as long to train as `sft` takes for its two epochs, the epochs rounded to a hundredth."""
+    return {mode: [Cell(out, mode, world, epochs=round(EPOCHS * seconds["sft"] / seconds[mode], 2)) for world in worlds]
+            for mode in modes}
+
+
+# ------------------------------------------------------------------------------------------------------- gamma
+
+
+def direct(cell):
+    """What the law of gamma is about, over 200 posts of kinds A to C which follow the training rules; kept in the cell.
+
+    p: the mean probability that the answer does not begin with <think>; loss: the mean L(y_s); law: the mean of
+    exp(-gamma n), n the number of tokens of y_s with the end of turn.
+    """
+    path = cell.folder / "direct.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    import torch
+
+    from model import DynamicCoT, load
+
+    posts = data.Posts(cell.club / "valid.jsonl", for_training=True)
+    chosen = [index for index in range(len(posts)) if posts[index]["kind"] in "ABC"][:200]
+    model, encoder, _ = load(str(cell.folder / (cell.folder / "last").read_text().strip()))
+    step, found = DynamicCoT(model, "sft").eval(), []
+    with torch.no_grad():
+        for micro_batches, _ in data.Loader(posts, encoder, [chosen], 50, 0, True):
+            for batch in micro_batches:
+                prompt = step.read_prompt(batch.prompt)
+                thinks = model.lm_head(prompt["last"][:, 0]).softmax(-1)[:, encoder.think[0]]
+                n = batch.plain.mask.sum(1)
+                found.append(torch.stack([1 - thinks, step.answer_loss(prompt, batch.plain), torch.exp(-cell.gamma * n), n.float()]))
+    p, loss, law, n = torch.cat(found, dim=1).mean(1).tolist()
+    result = {"p": p, "loss": loss, "law": law, "n": n}
+    data.write_whole(path, json.dumps(result) + "\n")
+    return result
+
+
+def gamma_svg(rows):
+    """The law as a line and the measured values as dots, on white."""
+    from pages import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, tick_text
+
+    n = statistics.mean(row["n"] for row in rows)
+    highest = max(row["gamma"] for row in rows if row["gamma"] < math.inf)
+    x, y = Axis(0, highest, LEFT, RIGHT - 6), Axis(0, 1, BOTTOM, TOP)
+    grid = "".join(f'<path stroke="#ddd" d="M{LEFT} {y.place(t):.1f}H{RIGHT}"/><text x="{LEFT - 7}" y="{y.place(t):.1f}" '
+                   f'dy=".35em" text-anchor="end">{tick_text(t)}</text>' for t in y.ticks)
+    grid += "".join(f'<text x="{x.place(t):.1f}" y="{BOTTOM + 17}" text-anchor="middle">{tick_text(t)}</text>' for t in x.ticks)
+    line = " ".join(f"{x.place(g):.1f},{y.place(math.exp(-g * n)):.1f}" for g in (highest * i / 100 for i in range(101)))
+    dots = "".join(f'<circle cx="{x.place(row["gamma"]):.1f}" cy="{y.place(row["p"]):.1f}" r="4" fill="#c2410c"/>'
+                   for row in rows if row["gamma"] < math.inf)
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH * 3 // 2}"
+  font-family="sans-serif" font-size="11" fill="#333">
+<rect width="100%" height="100%" fill="white"/>
+{grid}
+<polyline fill="none" stroke="#2563eb" stroke-width="2" points="{line}"/>
+{dots}
+<text x="{RIGHT}" y="{HEIGHT - 5}" text-anchor="end">gamma</text>
+<text x="{RIGHT - 8}" y="{TOP + 14}" text-anchor="end" fill="#2563eb">exp(−gamma · {n:.2f})</text>
+<text x="{RIGHT - 8}" y="{TOP + 30}" text-anchor="end" fill="#c2410c">measured p(direct answer)</text>
+</svg>
+"""
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def markdown(titles, rows):
+    return "\n".join(["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|",
+                      *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def spread(values, factor=100, digits=1):
+    """Mean and range of a figure over worlds."""
+    values = [factor * value for value in values]
+    mean = f"{statistics.mean(values):.{digits}f}"
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+SCORES = ("All", "Absent", "Unseen", "All, forbidden", "Unseen, forbidden")
+REASONED = ("reasoned", "reasoned, unseen", *(f"reasoned, {kind}" for kind in KINDS))
+
+
+def mode_tables(cells, seconds):
+    """Two tables of the modes' means and ranges over their worlds: scores and price; how much of what is reasoned about."""
+    scores, reasoned = [], []
+    for mode, of_mode in cells.items():
+        figures = [cell.figures() for cell in of_mode]
+        column = lambda name, *how: spread([row[name] for row in figures], *how)
+        time = seconds[mode] / seconds["sft"] * of_mode[0].epochs / EPOCHS
+        steps = math.ceil(of_mode[0].epochs * 450)
+        scores.append([mode, str(steps), f"{time:.2f}", column("tokens", 1), *map(column, SCORES)])
+        reasoned.append([mode, *(column(name) for name in REASONED)])
+    return (markdown(["mode", "steps", "training time, sft = 1", "tokens a post", *SCORES], scores) + "\n"
+            + markdown(["mode", *REASONED], reasoned))
+
+
+def world_table(cells):
+    """Every cell's own F1@1: All / Unseen."""
+    rows = []
+    for mode, of_mode in cells.items():
+        found = [cell.figures() for cell in of_mode]
+        rows.append([mode, *(f"{100 * row['All']:.1f} / {100 * row['Unseen']:.1f}" for row in found)])
+    return markdown(["mode", *(f"world {cell.world}" for cell in next(iter(cells.values())))], rows)
+
+
+def paired_table(cells):
+    """dynamic against each other mode on the same posts: the difference of F1@1, its 95% interval and p, world by world."""
+    rows = []
+    for mode, others in cells.items():
+        for name in ("all", "unseen") if mode != "dynamic" else ():
+            row = []
+            for cell, other in zip(cells["dynamic"], others):
+                found = cell.scores("test_preds.jsonl", "--against", other.folder / "test_preds.jsonl")["against"][name]["F1@1"]
+                low, high = found["interval"]
+                row.append(f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), p {found['p']:.3f}")
+            rows.append([f"dynamic − {mode}", name, *row])
+    return markdown(["", "", *(f"world {cell.world}" for cell in cells["dynamic"])], rows)
+
+
+def gamma_table(cells):
+    rows = [cell.figures() | direct(cell) | {"gamma": cell.gamma, "world": cell.world} for cell in cells]
+    shown = [[str(row["world"]), f"{row['gamma']:g}", *(f"{100 * row[name]:.1f}" for name in ("All", "Unseen")),
+              f"{row['tokens']:.1f}", *(f"{100 * row[name]:.1f}" for name in ("reasoned", "reasoned, E")),
+              f"{row['loss']:.3f}", f"{row['p']:.3f}", f"{row['law']:.3f}"] for row in rows]
+    return rows, markdown(["world", "gamma", "All", "Unseen", "tokens a post", "reasoned", "reasoned, E", "L(y_s), A to C",
+                           "p(direct), A to C", "exp(−gamma · n)"], shown)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="+", default=["sft", "dynamic"])
-    parser.add_argument("--worlds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", type=Path, default=Path("out/study"))
-    args, extra = parser.parse_known_args()
-    titles = None
-    for mode in args.modes:
-        rows = []
-        for world in args.worlds:
-            figures = cell(args.out, mode, world, extra)
-            if titles is None:
-                titles = list(figures)
-                print("| mode | world | " + " | ".join(titles) + " |\n" + "|---" * (len(titles) + 2) + "|")
-            rows.append(list(figures.values()))
-            print(f"| {mode} | {world} | " + " | ".join(f"{100 * value:.1f}" for value in rows[-1]) + " |", flush=True)
-        columns = list(zip(*rows))
-        print(f"| {mode} | mean (range) | " + " | ".join(
-            f"{100 * sum(c) / len(c):.1f} ({100 * min(c):.1f}–{100 * max(c):.1f})" for c in columns) + " |", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/study"), help="the folder of all cells")
+    add("--modes", nargs="*", choices=MODES, default=MODES, help="modes on the test worlds")
+    add("--worlds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="the test worlds")
+    add("--gammas", nargs="*", type=float, default=[0, 0.1, 0.2, 0.4, 0.8, math.inf], help="gammas on the development worlds")
+    add("--gamma-worlds", nargs="+", type=int, default=[100], help="the development worlds")
+    add("--at-once", type=data.count, default=1, help="runs at the same time, a core or two for each")
+    args = parser.parse_args()
+
+    parts = []
+
+    def tell(title, *tables):
+        parts.append(f"### {title}\n\n" + "\n".join(tables))
+        print(parts[-1], flush=True)
+        data.write_whole(args.out / "tables.md", "\n".join(parts))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.modes:
+        cells = {mode: [Cell(args.out, mode, world) for world in args.worlds] for mode in args.modes}
+        run_all(sum(cells.values(), []), args.at_once)
+        if "sft" in cells and 0 in args.worlds:
+            seconds = step_seconds(args.out, args.modes)
+            tell("Equal steps", mode_tables(cells, seconds), world_table(cells))
+            timed = equal_time(args.out, args.modes, args.worlds, seconds)
+            run_all(sum(timed.values(), []), args.at_once)
+            tell("Equal training time", mode_tables(timed, seconds), world_table(timed))
+        else:
+            tell("Equal steps", world_table(cells))
+        if "dynamic" in cells and len(cells) > 1:
+            tell("Paired tests, equal steps", paired_table(cells))
+    if args.gammas:
+        cells = [Cell(args.out, "dynamic", world, gamma) for world in args.gamma_worlds for gamma in args.gammas]
+        run_all(cells, args.at_once)
+        rows, table = gamma_table(cells)
+        tell("Gamma", table)
+        data.write_whole(args.out / "gamma.svg", gamma_svg(rows))
 
 
 if __name__ == "__main__":

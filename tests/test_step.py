@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from model import FAMILIES, MODES, DynamicCoT
+from model import FAMILIES, MODES, DynamicCoT, TokenLoss
 from tiny import batch_of, random_posts, tiny_model
 
 GRIDS = [(4, 4), (2, 6), None, (6, 4), (2, 2), (4, 2)]
@@ -122,6 +122,26 @@ def test_logits_are_made_at_answer_tokens_only(model, posts):
     hook.remove()
     chosen = batch.cot.where(reasons, batch.plain)
     assert rows == [batch.plain.mask.sum(), chosen.mask.sum()]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 50])
+@pytest.mark.parametrize("at_once", [1, 100, 10_000])
+def test_the_tokens_losses_are_those_of_cross_entropy(monkeypatch, tokens, at_once):
+    """To the last bit, and so is the gradient, in whatever rows; the logits are used up, and there is no second backward."""
+    monkeypatch.setattr(TokenLoss, "AT_ONCE", at_once)
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(8, 33, bias=False), 9 * torch.randn(tokens, 8), torch.randint(33, (tokens,))
+    found = []
+    for token_loss in (torch.nn.functional.cross_entropy, TokenLoss.apply):
+        options = {"reduction": "none"} if token_loss is torch.nn.functional.cross_entropy else {}
+        leaf = hidden.clone().requires_grad_()
+        loss = token_loss(head(leaf), targets, **options)
+        weighed = (loss * torch.arange(1, tokens + 1)).sum()
+        found.append([loss, *torch.autograd.grad(weighed, [leaf, head.weight], retain_graph=True)])
+    assert all(torch.equal(ours, theirs) for theirs, ours in zip(*found))
+    if tokens:
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            weighed.backward()
 
 
 @pytest.mark.parametrize("mode", MODES)
