@@ -24,14 +24,14 @@ from model import FAMILIES, DynamicCoT
 from tiny import batch_of, random_posts, tiny_model, train_alone
 
 ROOT = Path(__file__).parent.parent
-BATCH = 12
+BATCH = 6
 SHORT = ("sft", "cot", "multitask", "dynamic")  # two steps of each mode; and twenty of dynamic, with validation
 
 
 def arguments(posts, out, mode="dynamic", *options):
-    """Settings of a run over 41 posts for five epochs, or 17 for one; the last step of an epoch has 5 posts."""
+    """Settings of a run over 59 posts for two epochs, or 11 for one; the last step of an epoch has 5 posts."""
     world = Path(posts).parent
-    length = ["--epochs", "5", "--valid", str(world / "valid.jsonl")] if Path(posts).name == "long.jsonl" else ["--epochs", "1"]
+    length = ["--epochs", "2", "--valid", str(world / "valid.jsonl")] if Path(posts).name == "long.jsonl" else ["--epochs", "1"]
     return ["--train", str(posts), "--model", str(world / "small"), "--out", str(out), "--mode", mode, *length,
             "--micro-batch", "1000", "--batch-size", str(BATCH), "--lr", "2e-3", "--gamma", "5", "--seed", "3", "--workers",
             "0", "--max-new-tokens", "4", *options]
@@ -45,7 +45,7 @@ def posts(world):
     records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     for record in records[::3]:
         record["image"] = None
-    for name, count in (("long", 41), ("short", 17)):
+    for name, count in (("long", 59), ("short", 11)):
         (world / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:count]))
     config = AutoConfig.from_pretrained(world / "toy")
     config.text_config.num_hidden_layers, config.vision_config.depth = 2, 1
@@ -111,7 +111,7 @@ def test_processes_give_a_single_ones_losses_and_choices(posts, alone, tmp_path,
             assert (saved[name] - weight).norm() <= 0.02 * (weight - start[name]).norm(), name
     assert len(list(tmp_path.iterdir())) == 1 + 2 * len(SHORT)
     evaluations = [line["valid"] for line in lines(tmp_path / "long-3" / "log.jsonl") if "valid" in line]
-    assert [scores["posts"] for scores in evaluations] == [8] * 5
+    assert [scores["posts"] for scores in evaluations] == [8] * 2
     assert any(0 < line["cot_share"] < 1 for line in steps(alone / "long"))
 
 
