@@ -299,6 +299,17 @@ def restore(run, model, optimizer):
 # ------------------------------------------------------------------------------------------------ stopping
 
 
+@contextlib.contextmanager
+def enough_memory(mend):
+    """A GPU whose memory is full in the block is a UserError that ends with `mend`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it need not have been imported
+            raise
+        raise UserError(f"{str(error).partition('. GPU')[0]}; {mend}") from None
+
+
 class Stop:
     """Turns the first SIGTERM or SIGINT into a wish, `asked`, that the loop grants between steps; a context manager.
 

@@ -250,7 +250,8 @@ def summary(args, predictions):
 
 def main():
     args = settings()
-    return infer_one(args) if args.data is None else infer_file(args)
+    with checkpoint.enough_memory("a smaller --batch-size or --max-pixels takes less; what was predicted is kept"):
+        return infer_one(args) if args.data is None else infer_file(args)
 
 
 if __name__ == "__main__":

@@ -536,7 +536,9 @@ def main():
                         "too for the club world")
     if args.train is not None and args.model is None:
         raise UserError("--model is missing: a folder or hub name of a Qwen-VL model, such as Qwen/Qwen2.5-VL-3B-Instruct")
-    with checkpoint.Processes(args.device, args.parallel) as processes:
+    with checkpoint.Processes(args.device, args.parallel) as processes, checkpoint.enough_memory(
+            "a smaller --micro-batch takes less and changes no result, --estimate tells what else would; --resume goes on "
+            "from the last checkpoint"):
         if args.train is None:
             processes.main_only(write_club_world, club_world(args), args.seed)
         test = processes.main_first(data.Posts, args.test, for_training=True) if args.test else None

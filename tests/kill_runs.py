@@ -71,7 +71,7 @@ def kill(process):
     process.communicate()
 
 
-def wait_for(condition, process, pause=0.0):
+def wait_for(condition, process, pause=0.002):
     """Wait until a condition holds; False if the process ends first."""
     while process.poll() is None:
         if condition():

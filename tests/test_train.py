@@ -1,5 +1,6 @@
 """The loop: what it learns, what it logs, where it stops, and that a resumed run is the run it resumes."""
 
+import importlib
 import json
 import math
 import os
@@ -309,6 +310,21 @@ def test_an_unreadable_image_is_skipped_and_listed(train_on, world, tmp_path):
 def test_many_unreadable_images_end_the_run(train_on, world, tmp_path):
     with pytest.raises(UserError, match=r"more than 1%.*missing\.png"):
         train_on("run", posts=with_bad_images(world, tmp_path, 2))
+
+
+@pytest.mark.parametrize("script", ["train", "infer"])
+def test_a_full_gpu_is_told_in_a_line(world, tmp_path, monkeypatch, script):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB.")
+
+    monkeypatch.setattr("model.DynamicCoT.forward" if script == "train" else "model.generate", full)
+    module = importlib.import_module(script)
+    options = {"train": ["--train", world / "train.jsonl", "--out", tmp_path / "run", "--workers", 0],
+               "infer": ["--data", world / "test.jsonl", "--out", tmp_path / "preds.jsonl", "--workers", 0]}[script]
+    monkeypatch.setattr(sys, "argv", [script, "--model", str(world / "toy"), *map(str, options)])
+    mend = {"train": "a smaller --micro-batch", "infer": "a smaller --batch-size"}[script]
+    with pytest.raises(UserError, match=f"^CUDA out of memory. Tried to allocate 2.00 GiB; {mend}"):
+        module.main()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(train_on):
