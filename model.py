@@ -622,8 +622,8 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
       the answers keep the prompts' keys and values once more, each head's own, since transformers repeats them
       where posts are padded. Under checkpointing each layer keeps its input, and one layer the rest. Of a frozen
       vision tower nothing is kept.
-    - logits: float32 (A, vocabulary), once, and what they are made of, or their gradient, in bf16; or the gradient in
-      the computing type and that of the trained head in both types, before the layers go.
+    - logits: float32 (A, vocabulary), once, with a few rows more (`TokenLoss`), or with all of them in bf16; or their
+      gradient in the computing type and that of the trained head in both types, before the layers go.
 
     Where a step is one pass, gradients take the place of activations as these go. Not in it: CUDA's own 0.5 GiB
     or so, what the allocator loses to fragments, and generation.
@@ -635,15 +635,16 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
     frozen = 2 if bf16 and rank else 4
     answers = posts * answer
     kept, one = activations(model.config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded)
-    softmaxes = (6 if bf16 else 4) * answers * vocabulary
+    cells = answers * vocabulary
+    losses = 4 * cells + max(2 * cells if bf16 else 0, 8 * min(cells, TokenLoss.AT_ONCE))
     head_gradient = 0 if rank else (6 if bf16 else 4) * vocabulary * hidden
-    logits = max(softmaxes, item * answers * vocabulary + head_gradient) + 8 * min(answers * vocabulary, TokenLoss.AT_ONCE)
+    logits = max(losses, item * cells + head_gradient)
     backward = max(logits, one)  # a layer that is computed again has its turn when the logits are gone
     copies = 0
     if bf16 and sharded:
         copies = 2 * (root + 2 * layer)
     elif bf16 and not rank and checkpointing:  # at the backward's peak the head's and a layer's, at the forward's all
-        copies = max(2 * (vocabulary * hidden + layer), 2 * matrices + softmaxes - backward)
+        copies = max(2 * (vocabulary * hidden + layer), 2 * matrices + losses - backward)
     elif bf16 and not rank:
         copies = 2 * matrices
     parts = {"weights": (4 * trained + frozen * (size - trained)) / shares, "gradients": 4 * trained / shares,

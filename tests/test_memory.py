@@ -21,7 +21,7 @@ MEASURED = {"wide": [{}, {"passes": 1}, {"bf16": True}], "wordy": [{}, {"checkpo
                      {"rank": 8, "freeze_vision": True}, {"rank": 8, "freeze_vision": True, "checkpointing": True}]}
 
 
-def test_the_estimate_is_within_an_eighth_of_the_measured_peak():
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak():
     """In a process of its own, so that nothing else is counted; cases with an adapter only where peft is there."""
     code = "import bench_memory, json, sys\nfor shape, cases in json.loads(sys.argv[1]).items():\n" \
            "    for result in bench_memory.compare([shape], cases): print(json.dumps(result))"
@@ -31,7 +31,7 @@ def test_the_estimate_is_within_an_eighth_of_the_measured_peak():
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == sum(map(len, cases.values()))
     for result in results:
-        assert result["estimated"] == pytest.approx(result["measured"], rel=0.125), result
+        assert result["estimated"] == pytest.approx(result["measured"], rel=0.1), result
 
 
 @functools.cache
