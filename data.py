@@ -26,6 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -294,6 +295,10 @@ class Sample:
     cot: list[int] | None = None
     shortened: bool = False
 
+    def length(self):
+        """Tokens of the prompt and the longer of its answers."""
+        return len(self.prompt) + len(self.cot or self.plain)
+
 
 @dataclass
 class Skipped:
@@ -427,28 +432,11 @@ class EncodedPosts:
     def __getitem__(self, index):
         try:
             record = self.posts[index]
-            return shared(self.encoder.encode(record, self.posts.image_path(record), self.with_answers))
+            return self.encoder.encode(record, self.posts.image_path(record), self.with_answers)
         except Unreadable as error:
             return Skipped(record["id"], record["image"], str(error))
         except UserError as error:
             return error
-
-
-def shared(sample):
-    """The sample with its tensors where other processes can read them, if this is a worker. Raises UserError.
-
-    Left to the worker's queue, a full shared memory would be a traceback, and the main process would wait for ever.
-    """
-    from torch.utils.data import get_worker_info
-
-    if sample.image is not None and get_worker_info() is not None:
-        try:
-            for tensor in sample.image.values():
-                tensor.share_memory_()
-        except RuntimeError as error:
-            raise UserError(f"the images that --workers prepare do not fit into shared memory ({error}): give it more room "
-                            "(docker --shm-size), or try fewer --workers (0: none beside the main process)") from None
-    return sample
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -535,13 +523,23 @@ def collate(samples, encoder):
     images = [sample.image for sample in samples if sample.image is not None]
     if images:
         for name in ("pixel_values", "image_grid_thw"):
-            prompt[name] = torch.cat([image[name] for image in images])
+            prompt[name] = joined([image[name] for image in images])
     plain = cot = with_cot = None
     if samples[0].plain is not None:
         plain = Answers.pad([sample.plain for sample in samples], encoder.pad)
         cot = Answers.pad([sample.cot or sample.plain for sample in samples], encoder.pad)
         with_cot = torch.tensor([sample.cot is not None for sample in samples])
     return Batch(ids, prompt, plain, cot, with_cot, sum(sample.shortened for sample in samples))
+
+
+def joined(tensors):
+    """One tensor of some, row after row, without a copy where they lie so in memory: `unpack`'s mostly do."""
+    import torch
+
+    first, rows = tensors[0], sum(map(len, tensors))
+    follow = all(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+                 and one.storage_offset() + one.numel() == other.storage_offset() for one, other in pairwise(tensors))
+    return first.as_strided((rows, *first.shape[1:]), first.stride()) if follow else torch.cat(tensors)
 
 
 def epoch_order(count, batch_size, seed, epoch):
@@ -559,7 +557,7 @@ def by_length(samples, parts):
     decide nothing but how much is padded.
     """
     if parts > 1:
-        samples = sorted(samples, key=lambda sample: len(sample.prompt) + len(sample.cot or sample.plain))
+        samples = sorted(samples, key=Sample.length)
     edges = [len(samples) * part // parts for part in range(parts + 1)]
     return [samples[start:end] for start, end in zip(edges, edges[1:])]
 
@@ -571,7 +569,7 @@ class Loader:
     the others. `waited` is how many seconds the last step's data took to come, after it was asked for.
 
     Only the posts themselves pass between processes, two tensors for all images of a step: each costs time and holds an
-    open file.
+    open file. A post of 512 image tokens is 10 MB, so that it matters how often it is copied: once, by the worker.
     Raises UserError where a record has changed, or the system kills a worker.
     """
 
@@ -580,7 +578,8 @@ class Loader:
 
         self.encoder, self.with_answers, self.waited = encoder, with_answers, 0.0
         self.parts = [-(-len(step) // (size * micro_batch)) for step in steps]
-        self.steps = DataLoader(EncodedPosts(posts, encoder, with_answers), num_workers=workers, collate_fn=pack,
+        self.steps = DataLoader(EncodedPosts(posts, encoder, with_answers), num_workers=workers,
+                                collate_fn=partial(pack, most=micro_batch if with_answers else None),
                                 batch_sampler=[step[rank::size] for step in steps],
                                 prefetch_factor=2 if workers else None, worker_init_fn=leave_signals)
 
@@ -611,15 +610,31 @@ class Loader:
                             "--workers (0: none beside the main one)") from None
 
 
-def pack(items):
-    """(items, the tensors of all their images in one): what a worker sends for a step."""
-    import torch
+def pack(items, most):
+    """(items, the tensors of all their images in one): what a worker sends for a step.
 
+    Samples that will be more than one micro-batch of `most` are sorted already as `by_length` will sort them. A full
+    shared memory is a UserError among the items: left to the worker's queue it would be a traceback, and the main
+    process would wait for ever.
+    """
+    import torch
+    from torch.utils.data import get_worker_info
+
+    samples = [item for item in items if isinstance(item, Sample)]
+    if most and len(samples) > most:
+        items = sorted(samples, key=Sample.length) + [item for item in items if not isinstance(item, Sample)]
     with_image = [item for item in items if isinstance(item, Sample) and item.image is not None]
     images = {name: torch.cat([sample.image[name] for sample in with_image])
               for name in ("pixel_values", "image_grid_thw")} if with_image else None
     for sample in with_image:
         sample.image = {}
+    if images and get_worker_info() is not None:
+        try:
+            for tensor in images.values():
+                tensor.share_memory_()
+        except RuntimeError as error:
+            return [UserError(f"the images that --workers prepare do not fit into shared memory ({error}): give it more room "
+                              "(docker --shm-size), or try fewer --workers (0: none beside the main process)")], None
     return items, images
 
 

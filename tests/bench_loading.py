@@ -38,7 +38,10 @@ def write_posts(folder, count):
 
 
 def measure(posts, encoder, batch_size, workers, seconds, steps):
-    """(median seconds a step waits for its data, median seconds of a step) after the first few."""
+    """(mean seconds that a step waits for its data, mean seconds of a step), without the first few steps.
+
+    Means, for workers that can't keep up deliver in bursts.
+    """
     order = [[(step * batch_size + i) % len(posts) for i in range(batch_size)] for step in range(steps)]
     loader, waited, whole = data.Loader(posts, encoder, order, batch_size, workers, True), [], []
     started = time.perf_counter()
@@ -47,7 +50,7 @@ def measure(posts, encoder, batch_size, workers, seconds, steps):
         waited.append(loader.waited)
         whole.append(time.perf_counter() - started)
         started = time.perf_counter()
-    return statistics.median(waited[5:]), statistics.median(whole[5:])
+    return statistics.mean(waited[5:]), statistics.mean(whole[5:])
 
 
 def main():

@@ -367,6 +367,26 @@ def test_micro_batches_hold_posts_of_about_equal_length():
     assert data.by_length(samples, 1) == [samples]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("micro_batch", [3, 8, 20])
+def test_images_stay_with_their_posts_and_are_not_copied(world, tmp_path, workers, micro_batch):
+    """Text-only posts among them, and one whose image can't be read; each image is what the post alone gives."""
+    records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:12]]
+    for number, record in enumerate(records):
+        record["image"] = None if number % 4 == 1 else f"{world}/{record['image']}" if number != 6 else "none.png"
+    (tmp_path / "posts.jsonl").write_text("".join(map(data.to_line, records)))
+    encoder, posts = make_encoder(tmp_path), data.Posts(tmp_path / "posts.jsonl")
+    alone = {record["id"]: data.collate([encoder.encode(record, posts.image_path(record), True)], encoder).prompt
+             for record in records if record["image"] != "none.png"}
+    (micro_batches, skipped), = data.Loader(posts, encoder, [list(range(12))], micro_batch, workers, True)
+    assert [post.id for post in skipped] == [records[6]["id"]]
+    assert sorted(sum((batch.ids for batch in micro_batches), [])) == sorted(alone)
+    for batch in micro_batches:
+        for name in ("pixel_values", "image_grid_thw"):
+            assert torch.equal(batch.prompt[name], torch.cat([alone[i][name] for i in batch.ids if name in alone[i]]))
+    assert len({batch.prompt["pixel_values"].untyped_storage().data_ptr() for batch in micro_batches}) == 1
+
+
 @pytest.mark.skipif(not CMKP.exists(), reason="CMKP's posts are not here")
 def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
     """Over text and answer tokens, with the default batch and micro-batch: under 10%."""
