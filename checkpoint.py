@@ -39,7 +39,7 @@ def model_folder(name):
         if pointer.name in ("best", "last") and pointer.is_file():
             return str(pointed_at(pointer))
     if (path / "settings.json").is_file():
-        raise UserError(f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch, and "
+        raise UserError(f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch and of the run, and "
                         "with --save-every in between")
     return name
 
@@ -79,8 +79,11 @@ def open_run(folder, settings, resume=False, force=False, keep=("posts", "batch_
     if resume:
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except OSError:
             raise UserError(f"{folder}: no run to resume here; leave out --resume to start one") from None
+        except ValueError as error:
+            raise UserError(f"{file}: damaged ({error}); its checkpoints are models to start from all the same: name one with "
+                            "--model, and another folder with --out") from None
         changed = [name for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
         differences = ", ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
         if changed and (not force or not set(keep).isdisjoint(changed)):
@@ -118,8 +121,9 @@ def save(run, step, model, source, prompt, optimizer, processes):
 
     model: saved under its source's weight names, whole, beside the source's own side files, so that it loads
     wherever its source does; with an adapter on it, only that, in peft's layout. Of the optimizer's state every
-    process writes its own part, and any number of processes can go on from it. A save that is cut short leaves only a hidden folder that nothing names. Raises
-    UserError (with the last checkpoint untouched) if a weight is not finite or the disk won't take it.
+    process writes its own part, and any number of processes can go on from it. A save that is cut short leaves only
+    a hidden folder that nothing names. Raises UserError (with the last checkpoint untouched) if a weight is not
+    finite or the disk won't take it.
     """
     if processes.any(not all(local(parameter).isfinite().all() for parameter in model.parameters())):
         raise processes.shared(f"step {step}: there are weights that are not finite, which are not saved; the last "
@@ -307,6 +311,7 @@ def enough_memory(mend):
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; it need not have been imported
             raise
+        traceback.clear_frames(error.__traceback__)  # what fills the memory hangs on them, as does the process group
         raise UserError(f"{str(error).partition('. GPU')[0]}; {mend}") from None
 
 

@@ -569,7 +569,8 @@ class Loader:
     the others. `waited` is how many seconds the last step's data took to come, after it was asked for.
 
     Only the posts themselves pass between processes, two tensors for all images of a step: each costs time and holds an
-    open file. A post of 512 image tokens is 10 MB, so that it matters how often it is copied: once, by the worker.
+    open file. A post of 512 image tokens is 10 MB, so that it matters who copies it: the workers
+    alone.
     Raises UserError where a record has changed, or the system kills a worker.
     """
 

@@ -250,8 +250,11 @@ def summary(args, predictions):
 
 def main():
     args = settings()
-    with checkpoint.enough_memory("a smaller --batch-size or --max-pixels takes less; what was predicted is kept"):
-        return infer_one(args) if args.data is None else infer_file(args)
+    if args.data is None:
+        with checkpoint.enough_memory("a smaller --max-pixels takes less"):
+            return infer_one(args)
+    with checkpoint.enough_memory("a smaller --batch-size takes less; what was predicted is kept"):
+        return infer_file(args)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def settings(arguments=None):
     add = parser.add_argument
     add("--model", help="folder or hub name of a Qwen-VL model, or a finished run")
     add("--train", metavar="FILE", help="posts to train on (JSONL)")
-    add("--valid", metavar="FILE", help="posts to validate on at the end of each epoch")
+    add("--valid", metavar="FILE", help="posts to validate on at the end of each epoch, and of the run")
     add("--test", metavar="FILE", help="posts to predict and score with the final weights")
     add("--out", default="out/run", help="the run's folder")
     add("--merge", metavar="FOLDER", help="train nothing: write the adapter that --model names, and its base, as one model")
@@ -42,7 +42,7 @@ def settings(arguments=None):
     add("--resume", action="store_true", help="go on where the run in --out stopped")
     add("--force", action="store_true", help="resume although settings or posts are others than before")
     add("--save-every", metavar="N", type=natural, default=0,
-        help="save a checkpoint every N steps, too; 0: at the end of each epoch only")
+        help="save a checkpoint every N steps, too; 0: at the end of each epoch, and of the run, only")
     add("--keep", metavar="K", type=data.count, default=1, help="keep the newest K checkpoints, and the best")
     add("--mode", choices=["sft", "cot", "multitask", "dynamic"], default="dynamic",
         help="plain answers; reasoning for all; the mean of both losses; each sample's choice by gamma")
@@ -89,7 +89,7 @@ def train(args, processes):
         lr=args.lr, betas=(0.9, args.beta2), fused=True)
 
     steps_an_epoch = math.ceil(len(posts) / args.batch_size)
-    total = math.ceil(args.epochs * steps_an_epoch)
+    total = math.ceil(round(args.epochs * steps_an_epoch, 6))  # 1.1 * 100 is above 110 in binary
     step = checkpoint.restore(folder, model, optimizer) if resumed else 0
 
     def save():

@@ -10,6 +10,7 @@ development worlds 100 and up; modes share world, order, seed and steps; the wei
 """
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -28,7 +29,8 @@ from train import TOY
 
 EPOCHS, GAMMA = 2, 0.4
 MODES = ("sft", "multitask", "cot", "dynamic")
-KINDS = {"A": "shirt", "B": "shirt, event", "C": "club named", "D": "in the text", "E": "mood"}
+BOTH_ANSWERS = ("multitask", "dynamic")  # a cot model has never learned the plain one
+KINDS = "ABCDE"
 
 
 def lines(path):
@@ -67,12 +69,12 @@ class Cell:
         return self.out / f"clubworld-{self.world}"
 
     def run(self):
-        """Train and score, and score again with <think> forbidden, unless that was done before."""
+        """Train and score, unless that was done before; a mode that has learned both answers is also scored without <think>."""
         if not (self.folder / "test_scores.json").exists():
             resume = ["--resume"] if (self.folder / "settings.json").exists() else []
             script("train.py", "--seed", self.world, "--mode", self.mode, "--gamma", self.gamma, "--epochs", self.epochs,
                    "--out", self.folder, *resume)
-        if self.mode != "sft":
+        if self.mode in BOTH_ANSWERS:
             script("infer.py", "--data", self.club / "test.jsonl", "--out", self.folder / "never_preds.jsonl", "--model",
                    self.folder / "last", "--think", "never", "--batch-size", 128, "--max-new-tokens", TOY["max_new_tokens"],
                    "--workers", 1)
@@ -81,16 +83,20 @@ class Cell:
         return json.loads(script("evaluate.py", self.folder / predictions, self.club / "test.jsonl", "--train",
                                  self.club / "train.jsonl", "--json", *options))
 
+    @functools.cache
     def figures(self):
         """What a row of the tables says of this cell: fractions, and tokens a post."""
         scores, posts = self.scores(), lines(self.club / "test.jsonl")
-        never = scores if self.mode == "sft" else self.scores("never_preds.jsonl")
         thought = [prediction["think"] is not None for prediction in lines(self.folder / "test_preds.jsonl")]
-        reasoned = {kind: statistics.mean(t for t, post in zip(thought, posts) if post["kind"] == kind) for kind in KINDS}
-        return {"All": scores["all"]["F1@1"], "Absent": scores["absent"]["F1@1"], "Unseen": scores["unseen"]["F1@1"],
-                "All, forbidden": never["all"]["F1@1"], "Unseen, forbidden": never["unseen"]["F1@1"],
-                "tokens": scores["all"]["tokens"], "reasoned": scores["all"]["reasoned"],
-                "reasoned, unseen": scores["unseen"]["reasoned"]} | {f"reasoned, {kind}": reasoned[kind] for kind in KINDS}
+        row = {"All": scores["all"]["F1@1"], "Absent": scores["absent"]["F1@1"], "Unseen": scores["unseen"]["F1@1"],
+               "tokens": scores["all"]["tokens"], "reasoned": scores["all"]["reasoned"],
+               "reasoned, unseen": scores["unseen"]["reasoned"]}
+        for kind in KINDS:
+            row[f"reasoned, {kind}"] = statistics.mean(t for t, post in zip(thought, posts) if post["kind"] == kind)
+        if self.mode in BOTH_ANSWERS:
+            direct = self.scores("never_preds.jsonl")
+            row |= {"All, thinking forbidden": direct["all"]["F1@1"], "Unseen, thinking forbidden": direct["unseen"]["F1@1"]}
+        return row
 
 
 def run_all(cells, at_once):
@@ -105,42 +111,45 @@ def run_all(cells, at_once):
 
 
 def step_seconds(out, modes, rounds=3):
-    """Seconds of a training step of each mode, mean over a run: measured in turns on world 0, kept in OUT/seconds.json.
+    """What a training step takes on this machine: {mode: (seconds, share of samples on CoT)}, kept in OUT/seconds.json.
 
-    Each measurement is 20 steps, of which the first 5 don't count; a mode's figure is the median of its rounds'
-    medians. A step of `dynamic` costs the more the more of its samples reason, so it is measured with the untrained toy
-    (none does) and with the trained one, and taken at the share that its run had in the mean.
+    Measured in turns on world 0, from each mode's trained toy, and for `dynamic` from the untrained one too, with which
+    no sample reasons yet: 20 steps of which the first 5 don't count; the median of the rounds' medians.
     """
-    path = out / "seconds.json"
+    path, club, probe = out / "seconds.json", out / "clubworld-0", out / "probe"
     measured = json.loads(path.read_text()) if path.exists() else {}
-    club = out / "clubworld-0"
-    starts = {mode: Cell(out, mode, 0).folder / "last" for mode in modes} | {"dynamic, untrained": club / "toy"}
-    if not set(starts) <= set(measured):
-        found = {name: [] for name in starts}
-        for _ in data.progress(range(rounds), rounds, "time of a step", "round"):
-            for name, model in starts.items():
-                probe = out / "probe"
-                shutil.rmtree(probe, ignore_errors=True)
-                script("train.py", "--train", club / "train.jsonl", "--model", model, "--out", probe, "--mode",
-                       name.partition(",")[0], "--epochs", 20 / 450, "--lr", 1e-5, "--micro-batch", TOY["micro_batch"],
-                       "--workers", TOY["workers"])
-                steps = lines(probe / "log.jsonl")[5:]
-                found[name].append([statistics.median(line[key] for line in steps) for key in ("seconds", "cot_share")])
-        shutil.rmtree(probe)
-        measured = {name: [statistics.median(values) for values in zip(*pairs)] for name, pairs in found.items()}
-        data.write_whole(path, json.dumps(measured, indent=1) + "\n")
-    seconds = {mode: measured[mode][0] for mode in modes}
-    if "dynamic" in modes:
-        (low, none), (high, share) = measured["dynamic, untrained"], measured["dynamic"]
-        run = [line["cot_share"] for line in lines(Cell(out, "dynamic", 0).folder / "log.jsonl") if "cot_share" in line]
-        seconds["dynamic"] = low + (high - low) * (statistics.mean(run) - none) / (share - none)
-    return seconds
+    starts = {mode: Cell(out, mode, 0).folder / "last" for mode in modes}
+    starts |= {"dynamic, untrained": club / "toy"} if "dynamic" in modes else {}
+    found = {name: [] for name in starts if name not in measured}
+    for name in data.progress(rounds * [*found], rounds * len(found), "time of a step", "run"):
+        shutil.rmtree(probe, ignore_errors=True)
+        script("train.py", "--train", club / "train.jsonl", "--model", starts[name], "--out", probe, "--mode",
+               name.partition(",")[0], "--epochs", 20 / 450, "--lr", 1e-5, "--micro-batch", TOY["micro_batch"], "--workers",
+               TOY["workers"])
+        steps = lines(probe / "log.jsonl")[5:]
+        found[name].append([statistics.median(line[key] for line in steps) for key in ("seconds", "cot_share")])
+    shutil.rmtree(probe, ignore_errors=True)
+    measured |= {name: [statistics.median(values) for values in zip(*pairs)] for name, pairs in found.items()}
+    data.write_whole(path, json.dumps(measured, indent=1) + "\n")
+    return measured
 
 
-def equal_time(out, modes, worlds, seconds):
-    """Cells which take as long to train as `sft` takes for its two epochs, the epochs rounded to a hundredth."""
-    return {mode: [Cell(out, mode, world, epochs=round(EPOCHS * seconds["sft"] / seconds[mode], 2)) for world in worlds]
-            for mode in modes}
+def training_seconds(cell, measured):
+    """(steps, seconds) that a finished cell's training takes; a step of `dynamic` the more, the more samples reason."""
+    shares = [line["cot_share"] for line in lines(cell.folder / "log.jsonl") if "cot_share" in line]
+    seconds, share = measured[cell.mode]
+    if cell.mode == "dynamic":
+        least, none = measured["dynamic, untrained"]
+        seconds = least + (seconds - least) * (statistics.mean(shares) - none) / max(share - none, 1e-9)
+    return len(shares), len(shares) * seconds
+
+
+def equal_time(cells, measured):
+    """Cells of as many epochs, to a hundredth, as train in the time that `sft` takes, going by the cells of equal steps."""
+    steps, seconds = training_seconds(cells["sft"][0], measured)
+    fitting = {mode: seconds / training_seconds(of_mode[0], measured)[1] for mode, of_mode in cells.items()}
+    return {mode: [Cell(cell.out, mode, cell.world, epochs=round(EPOCHS * fitting[mode], 2)) for cell in of_mode]
+            for mode, of_mode in cells.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- gamma
@@ -181,7 +190,7 @@ def gamma_svg(rows):
     from pages import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, tick_text
 
     n = statistics.mean(row["n"] for row in rows)
-    highest = max(row["gamma"] for row in rows if row["gamma"] < math.inf)
+    highest = max((row["gamma"] for row in rows if row["gamma"] < math.inf), default=1)
     x, y = Axis(0, highest, LEFT, RIGHT - 6), Axis(0, 1, BOTTOM, TOP)
     grid = "".join(f'<path stroke="#ddd" d="M{LEFT} {y.place(t):.1f}H{RIGHT}"/><text x="{LEFT - 7}" y="{y.place(t):.1f}" '
                    f'dy=".35em" text-anchor="end">{tick_text(t)}</text>' for t in y.ticks)
@@ -211,26 +220,30 @@ def markdown(titles, rows):
 
 
 def spread(values, factor=100, digits=1):
-    """Mean and range of a figure over worlds."""
+    """Mean and range of a figure over worlds; a dash for one that a mode lacks."""
+    if None in values:
+        return "–"
     values = [factor * value for value in values]
     mean = f"{statistics.mean(values):.{digits}f}"
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return mean if low == high else f"{mean} ({low}–{high})"
 
 
-SCORES = ("All", "Absent", "Unseen", "All, forbidden", "Unseen, forbidden")
+SCORES = ("All", "Absent", "Unseen", "All, thinking forbidden", "Unseen, thinking forbidden")
 REASONED = ("reasoned", "reasoned, unseen", *(f"reasoned, {kind}" for kind in KINDS))
 
 
-def mode_tables(cells, seconds):
-    """Two tables of the modes' means and ranges over their worlds: scores and price; how much of what is reasoned about."""
+def mode_tables(cells, measured, unit):
+    """Two tables of the modes' means and ranges over worlds: price and scores; how much of what is reasoned about.
+
+    The unit of training time is the seconds of `sft` at equal steps.
+    """
     scores, reasoned = [], []
     for mode, of_mode in cells.items():
         figures = [cell.figures() for cell in of_mode]
-        column = lambda name, *how: spread([row[name] for row in figures], *how)
-        time = seconds[mode] / seconds["sft"] * of_mode[0].epochs / EPOCHS
-        steps = math.ceil(of_mode[0].epochs * 450)
-        scores.append([mode, str(steps), f"{time:.2f}", column("tokens", 1), *map(column, SCORES)])
+        column = lambda name, *how: spread([row.get(name) for row in figures], *how)
+        steps, seconds = zip(*(training_seconds(cell, measured) for cell in of_mode))
+        scores.append([mode, str(steps[0]), spread(seconds, 1 / unit, 2), column("tokens", 1), *map(column, SCORES)])
         reasoned.append([mode, *(column(name) for name in REASONED)])
     return (markdown(["mode", "steps", "training time, sft = 1", "tokens a post", *SCORES], scores) + "\n"
             + markdown(["mode", *REASONED], reasoned))
@@ -248,15 +261,16 @@ def world_table(cells):
 def paired_table(cells):
     """dynamic against each other mode on the same posts: the difference of F1@1, its 95% interval and p, world by world."""
     rows = []
-    for mode, others in cells.items():
-        for name in ("all", "unseen") if mode != "dynamic" else ():
+    for mode in (mode for mode in cells if mode != "dynamic"):
+        found = [cell.scores("test_preds.jsonl", "--against", other.folder / "test_preds.jsonl")["against"]
+                 for cell, other in zip(cells["dynamic"], cells[mode])]
+        for name in ("all", "unseen"):
             row = []
-            for cell, other in zip(cells["dynamic"], others):
-                found = cell.scores("test_preds.jsonl", "--against", other.folder / "test_preds.jsonl")["against"][name]["F1@1"]
-                low, high = found["interval"]
-                row.append(f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), p {found['p']:.3f}")
+            for difference in (scores[name]["F1@1"] for scores in found):
+                low, high = difference["interval"]
+                row.append(f"{100 * difference['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), p {difference['p']:.3f}")
             rows.append([f"dynamic − {mode}", name, *row])
-    return markdown(["", "", *(f"world {cell.world}" for cell in cells["dynamic"])], rows)
+    return markdown(["F1@1", "posts", *(f"world {cell.world}" for cell in cells["dynamic"])], rows)
 
 
 def gamma_table(cells):
@@ -291,13 +305,14 @@ def main():
         cells = {mode: [Cell(args.out, mode, world) for world in args.worlds] for mode in args.modes}
         run_all(sum(cells.values(), []), args.at_once)
         if "sft" in cells and 0 in args.worlds:
-            seconds = step_seconds(args.out, args.modes)
-            tell("Equal steps", mode_tables(cells, seconds), world_table(cells))
-            timed = equal_time(args.out, args.modes, args.worlds, seconds)
+            measured = step_seconds(args.out, args.modes)
+            unit = training_seconds(cells["sft"][0], measured)[1]
+            tell("Equal steps", mode_tables(cells, measured, unit), world_table(cells))
+            timed = equal_time(cells, measured)
             run_all(sum(timed.values(), []), args.at_once)
-            tell("Equal training time", mode_tables(timed, seconds), world_table(timed))
+            tell("Equal training time", mode_tables(timed, measured, unit), world_table(timed))
         else:
-            tell("Equal steps", world_table(cells))
+            tell("Equal steps (training times want sft, and world 0)", world_table(cells))
         if "dynamic" in cells and len(cells) > 1:
             tell("Paired tests, equal steps", paired_table(cells))
     if args.gammas:

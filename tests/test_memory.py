@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench_memory
 import train
 from evaluate import UserError
-from model import counted, memory
+from model import TokenLoss, counted, memory
 
 ROOT = Path(__file__).parent.parent
 PEFT = importlib.util.find_spec("peft") is not None
@@ -22,8 +23,11 @@ MEASURED = {"wide": [{}, {"passes": 1}, {"bf16": True}], "wordy": [{}, {"checkpo
 
 
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak():
-    """In a process of its own, so that nothing else is counted; cases with an adapter only where peft is there."""
-    code = "import bench_memory, json, sys\nfor shape, cases in json.loads(sys.argv[1]).items():\n" \
+    """In a process of its own, so that nothing else is counted; cases with an adapter only where peft is there.
+
+    The losses are made of fewer logits at once, so that these small models have many times as many, as real ones have.
+    """
+    code = "import bench_memory, json, model, sys\nmodel.TokenLoss.AT_ONCE = 2**16\nfor shape, cases in json.loads(sys.argv[1]).items():\n" \
            "    for result in bench_memory.compare([shape], cases): print(json.dumps(result))"
     cases = {shape: [case for case in cases if PEFT or "rank" not in case] for shape, cases in MEASURED.items()}
     done = subprocess.run([sys.executable, "-c", code, json.dumps(cases)], cwd=ROOT / "tests", capture_output=True, text=True)
@@ -32,6 +36,16 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak():
     assert len(results) == sum(map(len, cases.values()))
     for result in results:
         assert result["estimated"] == pytest.approx(result["measured"], rel=0.1), result
+
+
+def test_the_losses_hold_one_copy_of_the_logits(monkeypatch):
+    """With their gradient; cross_entropy holds three. The last layer is small beside them, its gradients are counted."""
+    monkeypatch.setattr(TokenLoss, "AT_ONCE", 1000)
+    head, hidden, targets = torch.nn.Linear(4, 500, bias=False), torch.randn(200, 4), torch.randint(500, (200,))
+    for token_loss, copies in ((TokenLoss.apply, 1.1), (functools.partial(torch.nn.functional.cross_entropy, reduction="sum"), 3.1)):
+        with bench_memory.Live() as live:
+            token_loss(head(hidden), targets).sum().backward()
+        assert copies - 0.1 <= live.peak / (4 * 200 * 500) <= copies, token_loss
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Run as a script, this file is what torchrun starts.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,16 +25,16 @@ from model import FAMILIES, DynamicCoT
 from tiny import batch_of, random_posts, tiny_model, train_alone
 
 ROOT = Path(__file__).parent.parent
-BATCH = 6
 SHORT = ("sft", "cot", "multitask", "dynamic")  # two steps of each mode; and twenty of dynamic, with validation
 
 
 def arguments(posts, out, mode="dynamic", *options):
-    """Settings of a run over 59 posts for two epochs, or 11 for one; the last step of an epoch has 5 posts."""
-    world = Path(posts).parent
-    length = ["--epochs", "2", "--valid", str(world / "valid.jsonl")] if Path(posts).name == "long.jsonl" else ["--epochs", "1"]
+    """Settings of a run over 59 posts for two epochs, six a step, or 14 for one, nine a step; an epoch's last step has 5."""
+    world, long = Path(posts).parent, Path(posts).name == "long.jsonl"
+    length = ["--epochs", "2", "--batch-size", "6", "--valid", str(world / "valid.jsonl")] if long else [
+        "--epochs", "1", "--batch-size", "9"]
     return ["--train", str(posts), "--model", str(world / "small"), "--out", str(out), "--mode", mode, *length,
-            "--micro-batch", "1000", "--batch-size", str(BATCH), "--lr", "2e-3", "--gamma", "5", "--seed", "3", "--workers",
+            "--micro-batch", "1000", "--lr", "2e-3", "--gamma", "5", "--seed", "3", "--workers",
             "0", "--max-new-tokens", "4", *options]
 
 
@@ -45,7 +46,7 @@ def posts(world):
     records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     for record in records[::3]:
         record["image"] = None
-    for name, count in (("long", 59), ("short", 11)):
+    for name, count in (("long", 59), ("short", 14)):
         (world / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:count]))
     config = AutoConfig.from_pretrained(world / "toy")
     config.text_config.num_hidden_layers, config.vision_config.depth = 2, 1
@@ -177,10 +178,9 @@ def test_looking_at_nothing_changes_nothing(family):
 
 def runs(processes, posts, out):
     """All runs in one launch: a process's share of a step at once, and in three micro-batches."""
-    third = str(max(1, BATCH // processes.size // 3))
-    train.train(train.settings(arguments(posts, Path(out) / "long-3", "dynamic", "--micro-batch", third)), processes)
+    train.train(train.settings(arguments(posts, Path(out) / "long-3", "dynamic", "--micro-batch", "1")), processes)
     for mode in SHORT:
-        for name, size in ((f"{mode}-1", "1000"), (f"{mode}-3", third)):
+        for name, size in ((f"{mode}-1", "1000"), (f"{mode}-3", str(math.ceil(9 / processes.size / 3)))):
             short = arguments(Path(posts).with_name("short.jsonl"), Path(out) / name, mode, "--micro-batch", size)
             train.train(train.settings(short), processes)
 

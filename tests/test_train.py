@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,18 @@ def test_resuming_with_other_posts_or_settings(train_on, world, tmp_path):
         train_on("run", "--resume", "--force", posts=posts)
 
 
+@pytest.mark.parametrize("name, told", [
+    ("step-8/optimizer/*.safetensors", "step-8: what resuming needs can't be read"),
+    ("step-8/progress.json", "step-8: what resuming needs can't be read"),
+    ("step-8/model.safetensors", "step-8/model.safetensors: "), ("settings.json", "settings.json: damaged")])
+def test_resuming_from_a_damaged_file(train_on, name, told):
+    run = train_on("run", "--epochs", "1")
+    file, = run.glob(name)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"^{run}/{told}"):
+        train_on("run", "--epochs", "1", "--resume")
+
+
 def test_a_run_killed_before_a_checkpoint_had_its_name(train_on):
     """Between the rename that makes a checkpoint whole and the pointer to it."""
     whole = train_on("run")
@@ -228,14 +241,15 @@ def test_a_run_stopped_between_saving_and_validating_validates_first(train_on, w
         assert (whole / "best").read_text() == (stopped / "best").read_text()
 
 
-def test_an_epoch_and_a_half_is_the_beginning_of_two(train_on):
-    half, two = (lines(train_on(epochs, "--mode", "sft", "--epochs", epochs) / "log.jsonl") for epochs in ("1.5", "2"))
-    assert len(half) == 12 and len(two) == 16
-    assert [(line["step"], line["epoch"], line["tokens"]) for line in half] == [
-        (line["step"], line["epoch"], line["tokens"]) for line in two[:12]]
-    assert half[-1]["lr"] == pytest.approx(two[-1]["lr"], rel=0.3) and half[-1]["lr"] < 0.2 * two[11]["lr"]
-    again = train_on("1.5", "--mode", "sft", "--epochs", "1.5", "--resume")
-    assert lines(again / "log.jsonl") == half
+def test_an_epoch_and_a_tenth_is_the_beginning_of_two(train_on):
+    """Ten steps an epoch; in binary, 1.1 times 10 is above 11."""
+    options = ["--mode", "sft", "--batch-size", "7", "--epochs"]
+    short, two = (lines(train_on(epochs, *options, epochs) / "log.jsonl") for epochs in ("1.1", "2"))
+    assert len(short) == 11 and len(two) == 20
+    assert [(line["step"], line["epoch"], line["tokens"]) for line in short] == [
+        (line["step"], line["epoch"], line["tokens"]) for line in two[:11]]
+    assert short[-1]["lr"] == pytest.approx(two[-1]["lr"], rel=0.9) and short[-1]["lr"] < 0.2 * two[10]["lr"]
+    assert lines(train_on("1.1", *options, "1.1", "--resume") / "log.jsonl") == short
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf"])
@@ -312,6 +326,11 @@ def test_many_unreadable_images_end_the_run(train_on, world, tmp_path):
         train_on("run", posts=with_bad_images(world, tmp_path, 2))
 
 
+def frames_of(error, name):
+    """The frames of functions of that name that an error has come through."""
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == name]
+
+
 @pytest.mark.parametrize("script", ["train", "infer"])
 def test_a_full_gpu_is_told_in_a_line(world, tmp_path, monkeypatch, script):
     def full(*_, **__):
@@ -323,8 +342,10 @@ def test_a_full_gpu_is_told_in_a_line(world, tmp_path, monkeypatch, script):
                "infer": ["--data", world / "test.jsonl", "--out", tmp_path / "preds.jsonl", "--workers", 0]}[script]
     monkeypatch.setattr(sys, "argv", [script, "--model", str(world / "toy"), *map(str, options)])
     mend = {"train": "a smaller --micro-batch", "infer": "a smaller --batch-size"}[script]
-    with pytest.raises(UserError, match=f"^CUDA out of memory. Tried to allocate 2.00 GiB; {mend}"):
+    with pytest.raises(UserError, match=f"^CUDA out of memory. Tried to allocate 2.00 GiB; {mend}") as told:
         module.main()
+    step, = frames_of(told.value.__context__, "train" if script == "train" else "predict")
+    assert not step.f_locals, "what fills the memory is held by nobody"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(train_on):
