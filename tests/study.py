@@ -259,7 +259,7 @@ def world_table(cells):
 
 
 def paired_table(cells):
-    """dynamic against each other mode on the same posts: the difference of F1@1, its 95% interval and p, world by world."""
+    """dynamic against each other mode on the same posts: the difference of F1@1, its 95% interval, a star where p < 0.05."""
     rows = []
     for mode in (mode for mode in cells if mode != "dynamic"):
         found = [cell.scores("test_preds.jsonl", "--against", other.folder / "test_preds.jsonl")["against"]
@@ -268,7 +268,8 @@ def paired_table(cells):
             row = []
             for difference in (scores[name]["F1@1"] for scores in found):
                 low, high = difference["interval"]
-                row.append(f"{100 * difference['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), p {difference['p']:.3f}")
+                row.append(f"{100 * difference['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+                           + (" \\*" if difference["p"] < 0.05 else ""))
             rows.append([f"dynamic − {mode}", name, *row])
     return markdown(["F1@1", "posts", *(f"world {cell.world}" for cell in cells["dynamic"])], rows)
 
@@ -312,9 +313,11 @@ def main():
             run_all(sum(timed.values(), []), args.at_once)
             tell("Equal training time", mode_tables(timed, measured, unit), world_table(timed))
         else:
+            timed = {}
             tell("Equal steps (training times want sft, and world 0)", world_table(cells))
-        if "dynamic" in cells and len(cells) > 1:
-            tell("Paired tests, equal steps", paired_table(cells))
+        for title, some in (("steps", cells), ("training time", timed)):
+            if "dynamic" in some and len(some) > 1:
+                tell(f"Paired tests, equal {title}", paired_table(some))
     if args.gammas:
         cells = [Cell(args.out, "dynamic", world, gamma) for world in args.gamma_worlds for gamma in args.gammas]
         run_all(cells, args.at_once)
