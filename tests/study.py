@@ -29,7 +29,6 @@ from train import TOY
 
 EPOCHS, GAMMA = 2, 0.4
 MODES = ("sft", "multitask", "cot", "dynamic")
-BOTH_ANSWERS = ("multitask", "dynamic")  # a cot model has never learned the plain one
 KINDS = "ABCDE"
 
 
@@ -65,16 +64,21 @@ class Cell:
         return self.out / (name + (f"-{self.epochs:g}epochs" if self.epochs != EPOCHS else ""))
 
     @property
+    def both(self):
+        """Whether it learns both answers: what its plain ones are like is then worth a look."""
+        return self.mode == "multitask" or self.mode == "dynamic" and 0 < self.gamma < math.inf
+
+    @property
     def club(self):
         return self.out / f"clubworld-{self.world}"
 
     def run(self):
-        """Train and score, unless that was done before; a mode that has learned both answers is also scored without <think>."""
+        """Train and score, unless that was done before, and score with <think> forbidden."""
         if not (self.folder / "test_scores.json").exists():
             resume = ["--resume"] if (self.folder / "settings.json").exists() else []
             script("train.py", "--seed", self.world, "--mode", self.mode, "--gamma", self.gamma, "--epochs", self.epochs,
                    "--out", self.folder, *resume)
-        if self.mode in BOTH_ANSWERS:
+        if self.both:
             script("infer.py", "--data", self.club / "test.jsonl", "--out", self.folder / "never_preds.jsonl", "--model",
                    self.folder / "last", "--think", "never", "--batch-size", 128, "--max-new-tokens", TOY["max_new_tokens"],
                    "--workers", 1)
@@ -93,7 +97,7 @@ class Cell:
                "reasoned, unseen": scores["unseen"]["reasoned"]}
         for kind in KINDS:
             row[f"reasoned, {kind}"] = statistics.mean(t for t, post in zip(thought, posts) if post["kind"] == kind)
-        if self.mode in BOTH_ANSWERS:
+        if self.both:
             direct = self.scores("never_preds.jsonl")
             row |= {"All, thinking forbidden": direct["all"]["F1@1"], "Unseen, thinking forbidden": direct["unseen"]["F1@1"]}
         return row
