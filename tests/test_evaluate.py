@@ -722,7 +722,8 @@ def test_interrupt_is_quiet(tmp_path):
         "import evaluate, time", "def main():", "    print('ready', flush=True)", "    time.sleep(60)",
         "evaluate.run(main)"])
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={"PYTHONPATH": str(HERE.parent)})
+                               env={"PYTHONPATH": str(HERE.parent)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130 and process.stderr.read() == b""
