@@ -23,7 +23,7 @@ import warnings
 from array import array
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -585,21 +585,22 @@ class Loader:
                                 prefetch_factor=2 if workers else None, worker_init_fn=leave_signals)
 
     def __iter__(self):
-        steps, parts = self._items(), iter(self.parts)
-        while True:
-            started = time.perf_counter()
-            packed = next(steps, None)
-            if packed is None:
-                return
-            items = unpack(*packed)
-            for error in items:
-                if isinstance(error, UserError):
-                    raise error
-            samples = [item for item in items if isinstance(item, Sample)]
-            chunks = by_length(samples, next(parts)) if self.with_answers else [samples] if samples else []
-            micro_batches = [collate(chunk, self.encoder) for chunk in chunks]
-            self.waited = time.perf_counter() - started
-            yield micro_batches, [item for item in items if isinstance(item, Skipped)]
+        parts = iter(self.parts)
+        with closing(self._items()) as steps:  # at an error the workers end at once, not when it is forgotten
+            while True:
+                started = time.perf_counter()
+                packed = next(steps, None)
+                if packed is None:
+                    return
+                items = unpack(*packed)
+                for error in items:
+                    if isinstance(error, UserError):
+                        raise error
+                samples = [item for item in items if isinstance(item, Sample)]
+                chunks = by_length(samples, next(parts)) if self.with_answers else [samples] if samples else []
+                micro_batches = [collate(chunk, self.encoder) for chunk in chunks]
+                self.waited = time.perf_counter() - started
+                yield micro_batches, [item for item in items if isinstance(item, Skipped)]
 
     def _items(self):
         try:
