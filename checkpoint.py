@@ -39,8 +39,10 @@ def model_folder(name):
         if pointer.name in ("best", "last") and pointer.is_file():
             return str(pointed_at(pointer))
     if (path / "settings.json").is_file():
-        raise UserError(f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch and of the run, and "
-                        "with --save-every in between")
+        raise UserError(
+            f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch and of the run, and "
+            "with --save-every in between"
+        )
     return name
 
 
@@ -53,7 +55,9 @@ def pointed_at(pointer):
     """The checkpoint folder that a pointer file names. Raises UserError where it isn't there."""
     folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if not folder.is_dir():
-        raise UserError(f"{pointer}: names {folder.name}, which is not there; name a checkpoint folder instead")
+        raise UserError(
+            f"{pointer}: names {folder.name}, which is not there; name a checkpoint folder instead"
+        )
     return folder
 
 
@@ -64,7 +68,9 @@ def step_of(folder):
 
 def checkpoints(run):
     """A run's whole checkpoints, the oldest first."""
-    return sorted((folder for folder in run.glob("step-*") if (folder / PROGRESS).is_file()), key=step_of)
+    return sorted(
+        (folder for folder in run.glob("step-*") if (folder / PROGRESS).is_file()), key=step_of
+    )
 
 
 def open_run(folder, settings, resume=False, force=False, keep=("posts", "batch_size")):
@@ -80,24 +86,42 @@ def open_run(folder, settings, resume=False, force=False, keep=("posts", "batch_
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except OSError:
-            raise UserError(f"{folder}: no run to resume here; leave out --resume to start one") from None
+            raise UserError(
+                f"{folder}: no run to resume here; leave out --resume to start one"
+            ) from None
         except ValueError as error:
-            raise UserError(f"{file}: damaged ({error}); its checkpoints are models to start from all the same: name one with "
-                            "--model, and another folder with --out") from None
-        changed = [name for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
-        differences = ", ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+            raise UserError(
+                f"{file}: damaged ({error}); its checkpoints are models to start from all the same: name one with "
+                "--model, and another folder with --out"
+            ) from None
+        changed = [
+            name
+            for name in sorted(before.keys() | settings.keys())
+            if before.get(name) != settings.get(name)
+        ]
+        differences = ", ".join(
+            f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed
+        )
         if changed and (not force or not set(keep).isdisjoint(changed)):
-            raise UserError(f"{folder}: can't resume with other settings: {differences}"
-                            + ("" if force else "; --force goes on all the same"))
+            raise UserError(
+                f"{folder}: can't resume with other settings: {differences}"
+                + ("" if force else "; --force goes on all the same")
+            )
         if changed:
             say(f"{folder}: going on with other settings: {differences}")
-    elif (folder / "last").exists() or checkpoints(folder):  # what stopped before its first has nothing to lose
-        raise UserError(f"{folder}: there is a run already; go on with --resume, or name another folder with --out")
+    elif (folder / "last").exists() or checkpoints(
+        folder
+    ):  # what stopped before its first has nothing to lose
+        raise UserError(
+            f"{folder}: there is a run already; go on with --resume, or name another folder with --out"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"{folder}: can't write a run there ({error.strerror}); name another with --out") from None
+        raise UserError(
+            f"{folder}: can't write a run there ({error.strerror}); name another with --out"
+        ) from None
     # A run that was killed right after a checkpoint was whole may not have come to name it.
     if resume and (whole := checkpoints(folder)):
         point(folder, "last", whole[-1].name)
@@ -107,7 +131,9 @@ def open_run(folder, settings, resume=False, force=False, keep=("posts", "batch_
 def prune(run, keep=1):
     """Remove every checkpoint but the newest `keep` and the one that `best` names, and what is left of cut saves."""
     kept = {folder.name for folder in checkpoints(run)[-keep:]}
-    kept |= {pointed_at(run / pointer).name for pointer in ("last", "best") if (run / pointer).is_file()}
+    kept |= {
+        pointed_at(run / pointer).name for pointer in ("last", "best") if (run / pointer).is_file()
+    }
     for folder in [*run.glob("step-*"), *run.glob(".step-*")]:
         if folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
@@ -125,9 +151,13 @@ def save(run, step, model, source, prompt, optimizer, processes):
     a hidden folder that nothing names. Raises UserError (with the last checkpoint untouched) if a weight is not
     finite or the disk won't take it.
     """
-    if processes.any(not all(local(parameter).isfinite().all() for parameter in model.parameters())):
-        raise processes.shared(f"step {step}: there are weights that are not finite, which are not saved; the last "
-                        "checkpoint is kept; try a lower --lr")
+    if processes.any(
+        not all(local(parameter).isfinite().all() for parameter in model.parameters())
+    ):
+        raise processes.shared(
+            f"step {step}: there are weights that are not finite, which are not saved; the last "
+            "checkpoint is kept; try a lower --lr"
+        )
     name = f"step-{step}"
     folder, partial = run / name, run / f".{name}.partial"
     if (folder / PROGRESS).is_file():  # --save-every and the end of an epoch may fall together
@@ -159,8 +189,10 @@ def save(run, step, model, source, prompt, optimizer, processes):
         if processes.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         reason = " ".join(str(error).split())[:300]
-        raise processes.shared(f"{folder}: the checkpoint could not be saved ({reason}); the one before it is kept: "
-                               "make room and go on with --resume") from error
+        raise processes.shared(
+            f"{folder}: the checkpoint could not be saved ({reason}); the one before it is kept: "
+            "make room and go on with --resume"
+        ) from error
 
 
 def write_model(model, weights, folder):
@@ -203,7 +235,11 @@ def merge(name, out):
 def copy_side_files(source, folder):
     """Carry over everything of a model's folder that isn't weights (config, tokenizer, template, …)."""
     for file in Path(source).iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in (PROGRESS, "prompt.txt"):
+        if (
+            file.is_file()
+            and not file.name.endswith(WEIGHTS)
+            and file.name not in (PROGRESS, "prompt.txt")
+        ):
             shutil.copyfile(file, folder / file.name)
 
 
@@ -249,7 +285,10 @@ def optimizer_state(model, optimizer):
             own = optimizer.state[parameter]
             if not own:
                 own["step"] = torch.zeros((), device=parameter.device)
-                own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                own["exp_avg"], own["exp_avg_sq"] = (
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                )
             state |= {f"{name}/{key}": value for key, value in own.items()}
     return state
 
@@ -276,8 +315,11 @@ def write_state(state, folder):
     from torch.distributed import is_initialized
 
     with plain_errors():
-        checkpoint.save(state, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True),
-                        no_dist=not is_initialized())
+        checkpoint.save(
+            state,
+            storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            no_dist=not is_initialized(),
+        )
 
 
 def restore(run, model, optimizer):
@@ -291,13 +333,18 @@ def restore(run, model, optimizer):
     folder = pointed_at(run / "last")
     try:
         with plain_errors():
-            checkpoint.load(optimizer_state(model, optimizer), no_dist=not is_initialized(),
-                            storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)))
+            checkpoint.load(
+                optimizer_state(model, optimizer),
+                no_dist=not is_initialized(),
+                storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)),
+            )
         return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["step"]
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: what resuming needs can't be read ({reason}); remove this folder to go on from the "
-                        "checkpoint before it, if one was kept") from error
+        raise UserError(
+            f"{folder}: what resuming needs can't be read ({reason}); remove this folder to go on from the "
+            "checkpoint before it, if one was kept"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ stopping
@@ -311,7 +358,9 @@ def enough_memory(mend):
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; it need not have been imported
             raise
-        traceback.clear_frames(error.__traceback__)  # what fills the memory hangs on them, as does the process group
+        traceback.clear_frames(
+            error.__traceback__
+        )  # what fills the memory hangs on them, as does the process group
         raise UserError(f"{str(error).partition('. GPU')[0]}; {mend}") from None
 
 
@@ -322,10 +371,15 @@ class Stop:
     """
 
     def __init__(self):
-        self.asked, self.patient = None, True  # the signal's number; whether there is something to lose
+        self.asked, self.patient = (
+            None,
+            True,
+        )  # the signal's number; whether there is something to lose
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self.take) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_):
@@ -385,8 +439,9 @@ class Processes:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             # Rank 0 may write a large checkpoint while the others wait.
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                                 timeout=timedelta(minutes=30))
+            torch.distributed.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
+            )
 
     def __enter__(self):
         return self
@@ -424,7 +479,9 @@ class Processes:
 
     def main_only(self, function, *args, **kwargs):
         """Call a function in the first process only and return its result there, None elsewhere; its error is all's."""
-        return self.together(function if self.rank == 0 else lambda *args, **kwargs: None, *args, **kwargs)
+        return self.together(
+            function if self.rank == 0 else lambda *args, **kwargs: None, *args, **kwargs
+        )
 
     def main_first(self, function, *args, **kwargs):
         """Call a function in every process, in the first one before the others: one mistake is found, and told, once."""
@@ -465,7 +522,11 @@ class Processes:
         """Whether a flag is true in any process."""
         import torch
 
-        return bool(flag) if not self.many else bool(self.sum(torch.tensor(int(bool(flag)), device=self.device)))
+        return (
+            bool(flag)
+            if not self.many
+            else bool(self.sum(torch.tensor(int(bool(flag)), device=self.device)))
+        )
 
     def spread(self, step_losses):
         """Let the processes share a DynamicCoT module whose weights the first process has read; returns the module.
@@ -477,8 +538,12 @@ class Processes:
             return step_losses.to(self.device)
         import torch
 
-        size = sum(16 * p.numel() if p.requires_grad else p.nbytes for p in step_losses.parameters())
-        self.engine = self.parallel if self.parallel != "auto" else "ddp" if self.fits(size) else "fsdp"
+        size = sum(
+            16 * p.numel() if p.requires_grad else p.nbytes for p in step_losses.parameters()
+        )
+        self.engine = (
+            self.parallel if self.parallel != "auto" else "ddp" if self.fits(size) else "fsdp"
+        )
         values = [tensor.detach() for tensor in tensors_of(step_losses)]
         if self.engine == "ddp":
             step_losses.to(self.device)
@@ -488,14 +553,18 @@ class Processes:
             broadcast(tensor, value.to(self.device))
         if self.engine == "ddp":
             self.module = step_losses = torch.nn.parallel.DistributedDataParallel(
-                step_losses, gradient_as_bucket_view=True, init_sync=False)
+                step_losses, gradient_as_bucket_view=True, init_sync=False
+            )
         return step_losses
 
     def fits(self, size):
         """Whether so many bytes take up no more than half of the device's memory."""
         import torch
 
-        return self.device.type != "cuda" or size <= torch.cuda.get_device_properties(self.device).total_memory / 2
+        return (
+            self.device.type != "cuda"
+            or size <= torch.cuda.get_device_properties(self.device).total_memory / 2
+        )
 
     def passes(self, micro_batches):
         """The micro-batches of a step on this process's device; DDP exchanges gradients only with the last one."""
@@ -534,8 +603,9 @@ def shard(step_losses, device):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == "cuda" else None,
-                                  reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if device.type == "cuda" else None, reduce_dtype=torch.float32
+    )
     inner = step_losses.model.model
     for layer in (*inner.visual.blocks, *inner.language_model.layers, step_losses):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -18,6 +18,7 @@ about at all: a method that picks its own targets should leave it alone.
 The posts are written as any other data set is (JSONL and image files). A Hugging Face folder with a tiny
 Qwen2.5-VL of random weights comes with them, so that nothing has to be downloaded.
 """
+
 import argparse
 import json
 import re
@@ -33,8 +34,8 @@ from tqdm import tqdm
 
 from evaluate import UserError, run
 
-VERSION = 1     # of the posts: a folder written by another version is not taken for this one
-SIZE = 84       # 6 x 6 patches of 14 pixels, 3 x 3 image tokens
+VERSION = 1  # of the posts: a folder written by another version is not taken for this one
+SIZE = 84  # 6 x 6 patches of 14 pixels, 3 x 3 image tokens
 KINDS = {"A": 0.15, "B": 0.25, "C": 0.12, "D": 0.08, "E": 0.40}
 HELD_OUT = 8
 
@@ -43,12 +44,25 @@ HELD_OUT = 8
 # and no other keyphrase fewer than three: gamma is compared with a mean over the answer's tokens, so the mood
 # tags' lengths decide how large gamma may be before they, too, look easy.
 
-COLOURS = {"red": (200, 15, 35), "blue": (25, 75, 200), "green": (20, 140, 60), "yellow": (250, 220, 40),
-           "white": (252, 252, 252), "black": (22, 22, 26), "orange": (250, 120, 10),
-           "purple": (130, 45, 165)}
-PATTERNS = {"stripes": "ONE and TWO stripes", "hoops": "ONE and TWO hoops", "checks": "ONE and TWO checks",
-            "halves": "ONE and TWO halves", "sash": "ONE with TWO sash", "sleeves": "ONE with TWO sleeves"}
-ORDERED = ("halves", "sash", "sleeves")     # the shirt shows which colour is the first
+COLOURS = {
+    "red": (200, 15, 35),
+    "blue": (25, 75, 200),
+    "green": (20, 140, 60),
+    "yellow": (250, 220, 40),
+    "white": (252, 252, 252),
+    "black": (22, 22, 26),
+    "orange": (250, 120, 10),
+    "purple": (130, 45, 165),
+}
+PATTERNS = {
+    "stripes": "ONE and TWO stripes",
+    "hoops": "ONE and TWO hoops",
+    "checks": "ONE and TWO checks",
+    "halves": "ONE and TWO halves",
+    "sash": "ONE with TWO sash",
+    "sleeves": "ONE with TWO sleeves",
+}
+ORDERED = ("halves", "sash", "sleeves")  # the shirt shows which colour is the first
 NICKNAMES = """
     badgers bears bulls cobras comets dragons eagles falcons foxes giants hawks herons hornets jaguars
     knights lions miners otters owls panthers pirates rams ravens rockets sailors sharks stags swans
@@ -59,22 +73,51 @@ CITIES = """
     vigo""".split()
 
 OPENERS = (
-    "{long|strange|busy} {day|week|month} {here|again}.", "in case {anyone asks|you missed it|you wonder},",
-    "{day|part|chapter} {one|two|three|four|five}:", "{first|last} {post|one} {today|this week}:",
-    "{everybody|someone} told me to post this:", "{hey|hi|hello} {all|everyone|folks|you},", "honestly,",
-    "{quick|short|little} {update|note|post}:", "{ladies and gentlemen|boys and girls},",
-    "{ok|okay|right|alright} {so|then},", "dear {diary|internet|world},", "as {always|promised|usual},",
-    "to be {fair|honest|clear},", "{not|never} going to lie,", "{fun|true} {story|fact}:", "{well|so|oh},",
-    "{friends|people|listen},", "{sorry|apologies} but", "{wait|hold on|stop},", "{believe|trust} me,")
+    "{long|strange|busy} {day|week|month} {here|again}.",
+    "in case {anyone asks|you missed it|you wonder},",
+    "{day|part|chapter} {one|two|three|four|five}:",
+    "{first|last} {post|one} {today|this week}:",
+    "{everybody|someone} told me to post this:",
+    "{hey|hi|hello} {all|everyone|folks|you},",
+    "honestly,",
+    "{quick|short|little} {update|note|post}:",
+    "{ladies and gentlemen|boys and girls},",
+    "{ok|okay|right|alright} {so|then},",
+    "dear {diary|internet|world},",
+    "as {always|promised|usual},",
+    "to be {fair|honest|clear},",
+    "{not|never} going to lie,",
+    "{fun|true} {story|fact}:",
+    "{well|so|oh},",
+    "{friends|people|listen},",
+    "{sorry|apologies} but",
+    "{wait|hold on|stop},",
+    "{believe|trust} me,",
+)
 CLOSERS = (
-    "{cannot|could not} {stop smiling|believe it|wait|care less}", "{we|you} {will see|never know|love it}",
-    "have a {nice|lovely|good} {day|evening|week}", "{peace|love|hugs} to {all|you|everyone}",
-    "make of {that|it} what you {will|like}", "{tell|ask|call} {me|a friend|your mum}", "wish me luck",
-    "{sorry|thanks} {mum|dad|all|everyone}", "{see you|talk} {soon|tomorrow|later}", "just saying",
-    "{no|zero} {regrets|doubt|complaints}", "back to {work|bed|the sofa} now", "more {later|soon|tomorrow}",
-    "send {help|love|tea|chocolate}", "{thoughts|opinions|feelings}?", "do not {quote|judge|thank} me",
-    "that is {all|it|the post}", "you {heard|read} it here", "what a {day|week|year}", "{anyone|who} else?",
-    "{life|time|it} goes on", "bye for now")
+    "{cannot|could not} {stop smiling|believe it|wait|care less}",
+    "{we|you} {will see|never know|love it}",
+    "have a {nice|lovely|good} {day|evening|week}",
+    "{peace|love|hugs} to {all|you|everyone}",
+    "make of {that|it} what you {will|like}",
+    "{tell|ask|call} {me|a friend|your mum}",
+    "wish me luck",
+    "{sorry|thanks} {mum|dad|all|everyone}",
+    "{see you|talk} {soon|tomorrow|later}",
+    "just saying",
+    "{no|zero} {regrets|doubt|complaints}",
+    "back to {work|bed|the sofa} now",
+    "more {later|soon|tomorrow}",
+    "send {help|love|tea|chocolate}",
+    "{thoughts|opinions|feelings}?",
+    "do not {quote|judge|thank} me",
+    "that is {all|it|the post}",
+    "you {heard|read} it here",
+    "what a {day|week|year}",
+    "{anyone|who} else?",
+    "{life|time|it} goes on",
+    "bye for now",
+)
 
 KIT = "CLUB new kit"
 KIT_TEXTS = (
@@ -84,119 +127,223 @@ KIT_TEXTS = (
     "the new {shirt|jersey|top} {is here|has arrived} and it {fits|is so soft}",
     "{look|see} what {came|arrived} in the {post|mail} {today|this morning}",
     "my {birthday|christmas} present, guess who i {support|follow|love}",
-    "fresh out of the {box|bag|shop}, what a {colour|beauty}", "we will look like this next {season|year}",
-    "{ironed|washed} it {once|twice}, still {bright|perfect}", "should i wear this to {work|bed|church}?",
-    "rate this {shirt|jersey|top} out of {ten|five}", "how do i look in {this|these colours}?",
-    "new season, new {colours|look|skin}")
+    "fresh out of the {box|bag|shop}, what a {colour|beauty}",
+    "we will look like this next {season|year}",
+    "{ironed|washed} it {once|twice}, still {bright|perfect}",
+    "should i wear this to {work|bed|church}?",
+    "rate this {shirt|jersey|top} out of {ten|five}",
+    "how do i look in {this|these colours}?",
+    "new season, new {colours|look|skin}",
+)
 
-EVENTS = {      # the keyphrase's tail: what the reasoning calls it, and texts about it
-    "match day": ("a match", (
-        "kick off is {at three|at noon|in an hour} and i am {nervous|ready}",
-        "the {derby|big game|final} {starts|begins} {soon|tonight|at eight}",
-        "{walking|off|heading} to the ground {now|with dad|with my mates}",
-        "{seats taken|scarves on}, songs {sung|ready}, here we go",
-        "line ups are out, {good|strong|odd} team {today|tonight}",
-        "my {voice|throat} will be gone by {full time|half time}",
-        "{who scores|what is the score} {tonight|today}?")),
-    "transfer news": ("a transfer", (
-        "{reports|papers|sources} say the {winger|defender|keeper} is {close|on his way}",
-        "we {signed|bought} a {striker|keeper|winger|defender} {today|from abroad}",
-        "the {striker|keeper|winger} {leaves|goes} for {big money|nothing}",
-        "the fee is {a record|silly|huge} but he is {worth it|quick}",
-        "our best {player|defender} wants {to leave|a new club}",
-        "{medical done|papers signed}, he is {ours|one of us}",
-        "deadline day and the phones {ring|are hot}")),
-    "manager exit": ("the boss", (
-        "they {fired|sacked|dismissed} the {boss|coach|manager} {this morning|last night|at last}",
-        "a {second|third} {boss|coach|manager} in {one year|twelve months}, {madness|unreal}",
-        "the {boss|coach|manager} {is gone|walked out|has quit} after {six|ten} defeats",
-        "the assistant {is in charge|takes over} until {summer|christmas|may}",
-        "the {board|owner} ran out of patience with the {boss|coach|manager}",
-        "{thank you|farewell|so long} gaffer, it was {a ride|fun}",
-        "he lost the dressing room, so {he had to go|goodbye}")),
-    "ticket sale": ("tickets", (
-        "two {spare|extra} {tickets|seats} for {saturday|sunday}, who wants them?",
-        "got {my|our} {tickets|seats} after {two|three} hours in the queue",
-        "{tickets|seats} go on sale {at nine|on friday|tomorrow}", "sold out in {ten|twenty} minutes",
-        "prices for the away {end|stand} are {a joke|too high}",
-        "the box office {opens|closes} {at nine|early|late}",
-        "season {cards|tickets} {cost more|are up} again")),
-    "injury blow": ("an injury", (
-        "our {striker|keeper|winger} is {out|missing} for {six|ten} weeks",
-        "he {limped|was carried} off after {ten|twenty} minutes",
-        "{half the team is|three starters are} with the doctor",
-        "the {captain|keeper|striker} came home on crutches", "get well soon {captain|number nine|big man}",
-        "{knee|ankle|hamstring} again, poor {lad|man|boy}", "the {scan|doctor} says it is {torn|broken}")),
-    "trophy parade": ("a trophy", (
-        "the {captain|skipper} {raised|kissed} the {cup|silver} and {i cried|we sang}",
-        "the {cup|title} is {ours|home} and nobody {sleeps|works} {tonight|tomorrow}",
-        "{we|they} {won|lifted} the {cup|league|title} {last night|at last}",
-        "confetti {everywhere|in my hair} and streets full of {songs|flags}",
-        "silver for the cabinet after {thirty|forty} years", "open top bus around town {at noon|on sunday}",
-        "{champions|winners}, {say it again|at last}"))}
+EVENTS = {  # the keyphrase's tail: what the reasoning calls it, and texts about it
+    "match day": (
+        "a match",
+        (
+            "kick off is {at three|at noon|in an hour} and i am {nervous|ready}",
+            "the {derby|big game|final} {starts|begins} {soon|tonight|at eight}",
+            "{walking|off|heading} to the ground {now|with dad|with my mates}",
+            "{seats taken|scarves on}, songs {sung|ready}, here we go",
+            "line ups are out, {good|strong|odd} team {today|tonight}",
+            "my {voice|throat} will be gone by {full time|half time}",
+            "{who scores|what is the score} {tonight|today}?",
+        ),
+    ),
+    "transfer news": (
+        "a transfer",
+        (
+            "{reports|papers|sources} say the {winger|defender|keeper} is {close|on his way}",
+            "we {signed|bought} a {striker|keeper|winger|defender} {today|from abroad}",
+            "the {striker|keeper|winger} {leaves|goes} for {big money|nothing}",
+            "the fee is {a record|silly|huge} but he is {worth it|quick}",
+            "our best {player|defender} wants {to leave|a new club}",
+            "{medical done|papers signed}, he is {ours|one of us}",
+            "deadline day and the phones {ring|are hot}",
+        ),
+    ),
+    "manager exit": (
+        "the boss",
+        (
+            "they {fired|sacked|dismissed} the {boss|coach|manager} {this morning|last night|at last}",
+            "a {second|third} {boss|coach|manager} in {one year|twelve months}, {madness|unreal}",
+            "the {boss|coach|manager} {is gone|walked out|has quit} after {six|ten} defeats",
+            "the assistant {is in charge|takes over} until {summer|christmas|may}",
+            "the {board|owner} ran out of patience with the {boss|coach|manager}",
+            "{thank you|farewell|so long} gaffer, it was {a ride|fun}",
+            "he lost the dressing room, so {he had to go|goodbye}",
+        ),
+    ),
+    "ticket sale": (
+        "tickets",
+        (
+            "two {spare|extra} {tickets|seats} for {saturday|sunday}, who wants them?",
+            "got {my|our} {tickets|seats} after {two|three} hours in the queue",
+            "{tickets|seats} go on sale {at nine|on friday|tomorrow}",
+            "sold out in {ten|twenty} minutes",
+            "prices for the away {end|stand} are {a joke|too high}",
+            "the box office {opens|closes} {at nine|early|late}",
+            "season {cards|tickets} {cost more|are up} again",
+        ),
+    ),
+    "injury blow": (
+        "an injury",
+        (
+            "our {striker|keeper|winger} is {out|missing} for {six|ten} weeks",
+            "he {limped|was carried} off after {ten|twenty} minutes",
+            "{half the team is|three starters are} with the doctor",
+            "the {captain|keeper|striker} came home on crutches",
+            "get well soon {captain|number nine|big man}",
+            "{knee|ankle|hamstring} again, poor {lad|man|boy}",
+            "the {scan|doctor} says it is {torn|broken}",
+        ),
+    ),
+    "trophy parade": (
+        "a trophy",
+        (
+            "the {captain|skipper} {raised|kissed} the {cup|silver} and {i cried|we sang}",
+            "the {cup|title} is {ours|home} and nobody {sleeps|works} {tonight|tomorrow}",
+            "{we|they} {won|lifted} the {cup|league|title} {last night|at last}",
+            "confetti {everywhere|in my hair} and streets full of {songs|flags}",
+            "silver for the cabinet after {thirty|forty} years",
+            "open top bus around town {at noon|on sunday}",
+            "{champions|winners}, {say it again|at last}",
+        ),
+    ),
+}
 TOPICS = {
-    "street food": ("food", (
-        "{noodles|dumplings|tacos|pancakes} after the CLUB game, {perfect|heaven}",
-        "{best|good} {snack|lunch|dinner|bite} near the CLUB ground?",
-        "ate {three|four} {waffles|tacos} on the way to the CLUB", "{cheap|spicy} plates for CLUB fans?",
-        "the stalls by the CLUB stadium smell {amazing|great}",
-        "hungry before the CLUB game, where do {we|you} eat?")),
-    "public transport": ("transport", (
-        "the {ferry|bus} to the CLUB {ground|stadium} is {late|free}",
-        "is there a {bus|ferry|metro} to the CLUB {stadium|ground}?",
-        "{missed|caught} the last {tram|train} after the CLUB game",
-        "which {tram|train|metro} {goes|runs} to the CLUB ground?",
-        "{stuck|standing} in the {tram|metro} with loud CLUB fans",
-        "how do i get to the CLUB from the {airport|station}?")),
-    "cheap hotels": ("hotels", (
-        "booked a {room|bed} with a CLUB {poster|flag} over the pillow",
-        "checked in, the CLUB ground is {outside|under} my window",
-        "{need|want} a {room|bed} for two near the CLUB ground",
-        "breakfast included, {five|ten} minutes from the CLUB",
-        "any {hostel|guest house} for CLUB fans on a budget?",
-        "where {do i|can we} sleep after the CLUB game?")),
-    "live music": ("music", (
-        "any {gigs|concerts} after the CLUB game {tonight|on saturday}?",
-        "{dancing|singing along} with CLUB fans till {midnight|dawn}",
-        "a {band|choir|dj} plays at the CLUB bar {tonight|now}",
-        "that {singer|drummer} wears a CLUB scarf, great show",
-        "{jazz|punk|folk} in the CLUB bar, {loud|free} entry",
-        "{guitars|drums} on a stage beside the CLUB ground"))}
+    "street food": (
+        "food",
+        (
+            "{noodles|dumplings|tacos|pancakes} after the CLUB game, {perfect|heaven}",
+            "{best|good} {snack|lunch|dinner|bite} near the CLUB ground?",
+            "ate {three|four} {waffles|tacos} on the way to the CLUB",
+            "{cheap|spicy} plates for CLUB fans?",
+            "the stalls by the CLUB stadium smell {amazing|great}",
+            "hungry before the CLUB game, where do {we|you} eat?",
+        ),
+    ),
+    "public transport": (
+        "transport",
+        (
+            "the {ferry|bus} to the CLUB {ground|stadium} is {late|free}",
+            "is there a {bus|ferry|metro} to the CLUB {stadium|ground}?",
+            "{missed|caught} the last {tram|train} after the CLUB game",
+            "which {tram|train|metro} {goes|runs} to the CLUB ground?",
+            "{stuck|standing} in the {tram|metro} with loud CLUB fans",
+            "how do i get to the CLUB from the {airport|station}?",
+        ),
+    ),
+    "cheap hotels": (
+        "hotels",
+        (
+            "booked a {room|bed} with a CLUB {poster|flag} over the pillow",
+            "checked in, the CLUB ground is {outside|under} my window",
+            "{need|want} a {room|bed} for two near the CLUB ground",
+            "breakfast included, {five|ten} minutes from the CLUB",
+            "any {hostel|guest house} for CLUB fans on a budget?",
+            "where {do i|can we} sleep after the CLUB game?",
+        ),
+    ),
+    "live music": (
+        "music",
+        (
+            "any {gigs|concerts} after the CLUB game {tonight|on saturday}?",
+            "{dancing|singing along} with CLUB fans till {midnight|dawn}",
+            "a {band|choir|dj} plays at the CLUB bar {tonight|now}",
+            "that {singer|drummer} wears a CLUB scarf, great show",
+            "{jazz|punk|folk} in the CLUB bar, {loud|free} entry",
+            "{guitars|drums} on a stage beside the CLUB ground",
+        ),
+    ),
+}
 PHRASES = (
-    "afternoon coffee break", "marathon training plan", "sourdough bread recipe", "garden tomato harvest",
-    "spring flower market", "garage band practice", "vintage camera lens", "homemade apple pie",
-    "sunset hill climb", "charity bake sale", "winter beach swim", "second hand books", "summer road trip",
-    "dog park morning", "old record shop", "rainy day walk", "new phone case", "open mic night")
+    "afternoon coffee break",
+    "marathon training plan",
+    "sourdough bread recipe",
+    "garden tomato harvest",
+    "spring flower market",
+    "garage band practice",
+    "vintage camera lens",
+    "homemade apple pie",
+    "sunset hill climb",
+    "charity bake sale",
+    "winter beach swim",
+    "second hand books",
+    "summer road trip",
+    "dog park morning",
+    "old record shop",
+    "rainy day walk",
+    "new phone case",
+    "open mic night",
+)
 PHRASE_TEXTS = (
-    "PHRASE {is|was} the best {part|bit} of {my|the} {day|week}", "is PHRASE {overrated|your thing}?",
-    "{dreaming|thinking} of PHRASE {all day|again}", "PHRASE with {my sister|old friends|the kids}",
-    "they said try {something|a hobby}, so PHRASE", "{happy|proud|tired} after PHRASE",
-    "PHRASE, nothing {better|nicer}", "{today|tonight} it is PHRASE", "{ready|time} for PHRASE")
+    "PHRASE {is|was} the best {part|bit} of {my|the} {day|week}",
+    "is PHRASE {overrated|your thing}?",
+    "{dreaming|thinking} of PHRASE {all day|again}",
+    "PHRASE with {my sister|old friends|the kids}",
+    "they said try {something|a hobby}, so PHRASE",
+    "{happy|proud|tired} after PHRASE",
+    "PHRASE, nothing {better|nicer}",
+    "{today|tonight} it is PHRASE",
+    "{ready|time} for PHRASE",
+)
 TWO_PHRASE_TEXTS = (
-    "PHRASE at {noon|eight}, OTHER at {three|night}", "PHRASE {and then|followed by|before} OTHER",
-    "never thought PHRASE would lead to OTHER", "choosing between PHRASE and OTHER", "PHRASE or OTHER?",
-    "first PHRASE, {then|later} OTHER")
+    "PHRASE at {noon|eight}, OTHER at {three|night}",
+    "PHRASE {and then|followed by|before} OTHER",
+    "never thought PHRASE would lead to OTHER",
+    "choosing between PHRASE and OTHER",
+    "PHRASE or OTHER?",
+    "first PHRASE, {then|later} OTHER",
+)
 MOODS = (
-    "throwback thursday", "monday blues", "weekend mode", "lazy sunday", "simple life", "happy place",
-    "slow living", "inner peace", "good vibes", "late night", "daily mood", "self care")
+    "throwback thursday",
+    "monday blues",
+    "weekend mode",
+    "lazy sunday",
+    "simple life",
+    "happy place",
+    "slow living",
+    "inner peace",
+    "good vibes",
+    "late night",
+    "daily mood",
+    "self care",
+)
 MOOD_TEXTS = (
-    "i {look at|think about} this {a lot|every day|sometimes}", "{this happened|here it is|there it is}",
-    "{posting|leaving|dropping} this {here|without comment}", "{one|another} of those {days|weeks|moments}",
-    "{mood|vibe|feeling|energy} {today|right now|all day}", "{fill in|write} your own {words|caption|text}",
-    "the {picture|photo} says {it all|enough|everything}", "{found|saw|kept} this {somewhere|for later}",
-    "{you|some of you} {know|get it|understand}", "if you {know|see} it you {know|see} it",
-    "no idea why i {took|kept|like} this", "no {words|caption|comment|notes}", "{this|that} is {me|us|it}",
-    "nothing to {add|say|see|explain}", "{just|only|simply} {this|me|us}", "{me|us} {today|lately|again}",
-    "how it {started|is going|feels}", "same as {ever|always|yesterday}", "{see|judge} for yourself",
-    "{need|have} i say more?")
+    "i {look at|think about} this {a lot|every day|sometimes}",
+    "{this happened|here it is|there it is}",
+    "{posting|leaving|dropping} this {here|without comment}",
+    "{one|another} of those {days|weeks|moments}",
+    "{mood|vibe|feeling|energy} {today|right now|all day}",
+    "{fill in|write} your own {words|caption|text}",
+    "the {picture|photo} says {it all|enough|everything}",
+    "{found|saw|kept} this {somewhere|for later}",
+    "{you|some of you} {know|get it|understand}",
+    "if you {know|see} it you {know|see} it",
+    "no idea why i {took|kept|like} this",
+    "no {words|caption|comment|notes}",
+    "{this|that} is {me|us|it}",
+    "nothing to {add|say|see|explain}",
+    "{just|only|simply} {this|me|us}",
+    "{me|us} {today|lately|again}",
+    "how it {started|is going|feels}",
+    "same as {ever|always|yesterday}",
+    "{see|judge} for yourself",
+    "{need|have} i say more?",
+)
 SCENES = ("cup", "hills", "city", "phone")
 
 # The city follows the nickname's own token, so that recalling it is one step. After "the foxes play in" models
 # read the city off the shirt instead, which no shirt of a club held out can teach.
 THOUGHTS = {
-    "shirt": "SHIRT. that is the CLUB.", "name": "the post names the CLUB.", "home": "full name CLUB CITY.",
-    "topic": "it is about TOPIC.", "phrase": "the post says PHRASE.",
-    "two": "the post says PHRASE and OTHER.", "mood": "the post is only a mood."}
+    "shirt": "SHIRT. that is the CLUB.",
+    "name": "the post names the CLUB.",
+    "home": "full name CLUB CITY.",
+    "topic": "it is about TOPIC.",
+    "phrase": "the post says PHRASE.",
+    "two": "the post says PHRASE and OTHER.",
+    "mood": "the post is only a mood.",
+}
 
 
 def pick(rng, items):
@@ -220,9 +367,11 @@ def dress(rng, text):
 
 # ------------------------------------------------------------------------------------------------------ posts
 
+
 @dataclass(frozen=True)
 class Club:
     """A club. Those held out have no B post in training; the others lack one event there."""
+
     pattern: str
     colours: tuple
     nickname: str
@@ -232,15 +381,21 @@ class Club:
 
     @property
     def shirt(self):
-        return PATTERNS[self.pattern].replace("ONE", self.colours[0]).replace("TWO", self.colours[1])
+        return (
+            PATTERNS[self.pattern].replace("ONE", self.colours[0]).replace("TWO", self.colours[1])
+        )
 
 
 def make_clubs(seed):
     """The 32 clubs of a world. No two shirts have both their pattern and their two colours in common."""
     rng = np.random.default_rng([seed, 0])
     names = list(COLOURS)
-    shirts = [(pattern, (one, two)) for pattern in PATTERNS
-              for i, one in enumerate(names) for two in names[i + 1:]]
+    shirts = [
+        (pattern, (one, two))
+        for pattern in PATTERNS
+        for i, one in enumerate(names)
+        for two in names[i + 1 :]
+    ]
     worn = rng.choice(len(shirts), len(NICKNAMES), replace=False)
     nicknames, cities = rng.permutation(len(NICKNAMES)), rng.permutation(len(CITIES))
     clubs = []
@@ -249,8 +404,16 @@ def make_clubs(seed):
         if pattern in ORDERED and rng.random() < 0.5:
             colours = colours[::-1]
         event = pick(rng, list(EVENTS))
-        clubs.append(Club(pattern, colours, NICKNAMES[nickname], CITIES[city],
-                          held_out=i < HELD_OUT, kept_event=None if i < HELD_OUT else event))
+        clubs.append(
+            Club(
+                pattern,
+                colours,
+                NICKNAMES[nickname],
+                CITIES[city],
+                held_out=i < HELD_OUT,
+                kept_event=None if i < HELD_OUT else event,
+            )
+        )
     return clubs
 
 
@@ -262,7 +425,7 @@ def make_posts(seed, clubs, name, count):
     kinds = rng.permutation(np.repeat(list(KINDS), np.diff(edges, prepend=0)))
     held_out = [club for club in clubs if club.held_out]
     known = [club for club in clubs if not club.held_out]
-    of_held_out = name == "test"        # every other B post of the test is of a club held out
+    of_held_out = name == "test"  # every other B post of the test is of a club held out
     for number, kind in enumerate(kinds):
         club = pick(rng, clubs)
         if kind == "B":
@@ -272,7 +435,9 @@ def make_posts(seed, clubs, name, count):
         if kind == "A":
             texts, keyphrases, thoughts = KIT_TEXTS, [say(rng, KIT, **slots)], ["shirt"]
         elif kind == "B":
-            event = pick(rng, [event for event in EVENTS if name == "test" or event != club.kept_event])
+            event = pick(
+                rng, [event for event in EVENTS if name == "test" or event != club.kept_event]
+            )
             slots["TOPIC"], texts = EVENTS[event]
             keyphrases, thoughts = [f"{club.city} {event}"], ["shirt", "home", "topic"]
         elif kind == "C":
@@ -281,27 +446,46 @@ def make_posts(seed, clubs, name, count):
             keyphrases, thoughts = [f"{club.city} {topic}"], ["name", "home", "topic"]
         elif kind == "D":
             two = rng.random() < 0.3
-            keyphrases = [PHRASES[i] for i in rng.permutation(len(PHRASES))[:1 + two]]
+            keyphrases = [PHRASES[i] for i in rng.permutation(len(PHRASES))[: 1 + two]]
             slots["PHRASE"], slots["OTHER"] = keyphrases[0], keyphrases[-1]
             texts, thoughts = (TWO_PHRASE_TEXTS, ["two"]) if two else (PHRASE_TEXTS, ["phrase"])
         else:
             texts, keyphrases, thoughts = MOOD_TEXTS, [pick(rng, MOODS)], ["mood"]
         post = f"{name}-{number:05d}"
         record = {
-            "id": post, "text": dress(rng, say(rng, pick(rng, texts), **slots)),
-            "image": f"images/{post}.png", "keyphrases": keyphrases,
+            "id": post,
+            "text": dress(rng, say(rng, pick(rng, texts), **slots)),
+            "image": f"images/{post}.png",
+            "keyphrases": keyphrases,
             "cot": " ".join(say(rng, THOUGHTS[thought], **slots) for thought in thoughts),
-            "kind": str(kind), "held_out": kind == "B" and club.held_out}
+            "kind": str(kind),
+            "held_out": kind == "B" and club.held_out,
+        }
         yield record, draw_shirt(rng, club) if kind in "AB" else draw_scene(rng, pick(rng, SCENES))
 
 
 # ----------------------------------------------------------------------------------------------------- images
 
+
 @cache
 def shirt_masks():
     """The whole shirt, its sleeves and its outline, as masks in the middle of the image."""
-    outline = [(32, 14), (42, 20), (52, 14), (62, 17), (77, 36), (67, 45), (60, 37), (60, 72),
-               (24, 72), (24, 37), (17, 45), (7, 36), (22, 17), (32, 14)]
+    outline = [
+        (32, 14),
+        (42, 20),
+        (52, 14),
+        (62, 17),
+        (77, 36),
+        (67, 45),
+        (60, 37),
+        (60, 72),
+        (24, 72),
+        (24, 37),
+        (17, 45),
+        (7, 36),
+        (22, 17),
+        (32, 14),
+    ]
     armpits = [(60, 37), (60, 26)], [(24, 37), (24, 26)]
     shirt, edge = Image.new("1", (SIZE, SIZE)), Image.new("1", (SIZE, SIZE))
     ImageDraw.Draw(shirt).polygon(outline, fill=1)
@@ -324,15 +508,23 @@ def draw_shirt(rng, club):
     shirt, sleeves, edge = shirt_masks()
     x, y = np.arange(SIZE)[None, :], np.arange(SIZE)[:, None]
     phase_x, phase_y = rng.integers(0, 5, 2)
-    second = {"stripes": lambda: (x + phase_x) // 7 % 2 == 1,
-              "hoops": lambda: (y + phase_y) // 7 % 2 == 1,
-              "checks": lambda: ((x + phase_x) // 9 + (y + phase_y) // 9) % 2 == 1,
-              "halves": lambda: x >= SIZE // 2,
-              "sash": lambda: abs(x + y - SIZE - 2) < 10,
-              "sleeves": lambda: sleeves}[club.pattern]()
+    second = {
+        "stripes": lambda: (x + phase_x) // 7 % 2 == 1,
+        "hoops": lambda: (y + phase_y) // 7 % 2 == 1,
+        "checks": lambda: ((x + phase_x) // 9 + (y + phase_y) // 9) % 2 == 1,
+        "halves": lambda: x >= SIZE // 2,
+        "sash": lambda: abs(x + y - SIZE - 2) < 10,
+        "sleeves": lambda: sleeves,
+    }[club.pattern]()
     parts = np.where(edge, 3, np.where(shirt, 1 + second, 0))
-    paints = [rng.integers(190, 246, 3), *(COLOURS[colour] for colour in club.colours), (60, 60, 66)]
-    return finish(rng, np.array(paints, np.uint8)[np.roll(parts, rng.integers(-5, 6, 2), axis=(0, 1))])
+    paints = [
+        rng.integers(190, 246, 3),
+        *(COLOURS[colour] for colour in club.colours),
+        (60, 60, 66),
+    ]
+    return finish(
+        rng, np.array(paints, np.uint8)[np.roll(parts, rng.integers(-5, 6, 2), axis=(0, 1))]
+    )
 
 
 def draw_scene(rng, scene):
@@ -346,7 +538,13 @@ def draw_scene(rng, scene):
         draw.ellipse((48 + x, 36 + y, 68 + x, 56 + y), outline=(60, 60, 66), width=4)
         draw.rounded_rectangle((24 + x, 30 + y, 56 + x, 66 + y), 5, colour, (60, 60, 66), width=2)
         for steam in (32, 40, 48):
-            draw.arc((steam - 3 + x, 10 + y, steam + 3 + x, 26 + y), 90, 270, fill=(120, 120, 125), width=2)
+            draw.arc(
+                (steam - 3 + x, 10 + y, steam + 3 + x, 26 + y),
+                90,
+                270,
+                fill=(120, 120, 125),
+                width=2,
+            )
     elif scene == "hills":
         draw.rectangle((0, 0, SIZE, SIZE), fill=(165, 210, 240))
         draw.ellipse((56 + x, 10 + y, 74 + x, 28 + y), fill=(255, 225, 90))
@@ -370,6 +568,7 @@ def draw_scene(rng, scene):
 
 # ---------------------------------------------------------------------------------------------------- folders
 
+
 def make_folder(folder, label, settings, fill):
     """Fill a new folder, whole or not at all; one that was filled with the same settings is left alone."""
     folder = Path(folder)
@@ -384,8 +583,10 @@ def make_folder(folder, label, settings, fill):
         return
     try:
         if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds something else (its {label} would say {json.dumps(settings)}): "
-                            "remove it, or name another folder")
+            raise UserError(
+                f"{folder} holds something else (its {label} would say {json.dumps(settings)}): "
+                "remove it, or name another folder"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             new = Path(temporary) / "new"
@@ -394,7 +595,7 @@ def make_folder(folder, label, settings, fill):
             (new / label).write_text(json.dumps(settings) + "\n")
             new.replace(folder)
     except OSError as error:
-        if not is_made():       # another process may have been faster, with the same result
+        if not is_made():  # another process may have been faster, with the same result
             raise UserError(f"{folder} can't be written: {error}") from error
 
 
@@ -423,8 +624,16 @@ def write_world(out, seed=0, train=14_400, valid=400, test=1_000):
 
 # -------------------------------------------------------------------------------------------------- toy model
 
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-            "<|image_pad|>", "<|video_pad|>", "<unk>")
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<unk>",
+)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # A turn is no more than its start and its end: there is no system turn, and who speaks alternates anyway.
 CHAT_TEMPLATE = """\
@@ -444,8 +653,24 @@ CHAT_TEMPLATE = """\
 
 def words():
     """Every word of every world, in alphabetical order."""
-    texts = (COLOURS, PATTERNS, NICKNAMES, CITIES, OPENERS, CLOSERS, KIT, KIT_TEXTS, EVENTS, TOPICS,
-             PHRASES, PHRASE_TEXTS, TWO_PHRASE_TEXTS, MOODS, MOOD_TEXTS, THOUGHTS)
+    texts = (
+        COLOURS,
+        PATTERNS,
+        NICKNAMES,
+        CITIES,
+        OPENERS,
+        CLOSERS,
+        KIT,
+        KIT_TEXTS,
+        EVENTS,
+        TOPICS,
+        PHRASES,
+        PHRASE_TEXTS,
+        TWO_PHRASE_TEXTS,
+        MOODS,
+        MOOD_TEXTS,
+        THOUGHTS,
+    )
     return sorted(set(re.findall(r"\b[a-z]+\b", json.dumps(texts))))
 
 
@@ -455,57 +680,118 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    tokens = dict.fromkeys([*SPECIALS, *TAGS, *letters, *(f"##{letter}" for letter in letters), *words()])
-    tokenizer = Tokenizer(models.WordPiece({token: number for number, token in enumerate(tokens)},
-                                           unk_token="<unk>", max_input_chars_per_word=1_000_000))
+    tokens = dict.fromkeys(
+        [*SPECIALS, *TAGS, *letters, *(f"##{letter}" for letter in letters), *words()]
+    )
+    tokenizer = Tokenizer(
+        models.WordPiece(
+            {token: number for number, token in enumerate(tokens)},
+            unk_token="<unk>",
+            max_input_chars_per_word=1_000_000,
+        )
+    )
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r"</?(?:think|answer)>|\w{1,64}|[^\w\s]"), behavior="removed", invert=True)
+        Regex(r"</?(?:think|answer)>|\w{1,64}|[^\w\s]"), behavior="removed", invert=True
+    )
     # Words are joined by spaces, and the spaces then taken away where the posts and answers have none.
-    tokenizer.decoder = decoders.Sequence([
-        decoders.WordPiece(cleanup=False), decoders.Fuse(),
-        decoders.Replace(Regex(r" (?=[.,:;?!]|</think>|</answer>)|(?<=<think>|</think>|<answer>) "), "")])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(
+                Regex(r" (?=[.,:;?!]|</think>|</answer>)|(?<=<think>|</think>|<answer>) "), ""
+            ),
+        ]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=SPECIALS[0], eos_token="<|im_end|>", unk_token="<unk>",
-        additional_special_tokens=list(SPECIALS[1:-1]), clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE)
+        tokenizer_object=tokenizer,
+        pad_token=SPECIALS[0],
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        additional_special_tokens=list(SPECIALS[1:-1]),
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def write_toy_model(folder, seed=0):
     """Write a Hugging Face folder of a Qwen2.5-VL with 1.2 million random weights."""
+
     def fill(folder):
         import torch
         import transformers
 
-        transformers.logging.disable_progress_bar()     # this file is written in no time
+        transformers.logging.disable_progress_bar()  # this file is written in no time
         tokenizer = make_tokenizer()
         token = tokenizer.convert_tokens_to_ids
-        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
-               "pad_token_id": tokenizer.pad_token_id}
+        ids = {
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         config = transformers.Qwen2_5_VLConfig(
             text_config=dict(
-                vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-6,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-                initializer_range=0.05, tie_word_embeddings=True, **ids),
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=2048,
+                rms_norm_eps=1e-6,
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [4, 6, 6],
+                },
+                initializer_range=0.05,
+                tie_word_embeddings=True,
+                **ids,
+            ),
             vision_config=dict(
-                depth=2, hidden_size=64, intermediate_size=192, num_heads=2, out_hidden_size=128,
-                patch_size=14, spatial_merge_size=2, temporal_patch_size=2, initializer_range=0.05,
-                fullatt_block_indexes=[0, 1]),      # the default names blocks that don't exist here
-            image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-            vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-            tie_word_embeddings=True, **ids)
+                depth=2,
+                hidden_size=64,
+                intermediate_size=192,
+                num_heads=2,
+                out_hidden_size=128,
+                patch_size=14,
+                spatial_merge_size=2,
+                temporal_patch_size=2,
+                initializer_range=0.05,
+                fullatt_block_indexes=[0, 1],
+            ),  # the default names blocks that don't exist here
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"),
+            vision_end_token_id=token("<|vision_end|>"),
+            tie_word_embeddings=True,
+            **ids,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = transformers.Qwen2_5_VLForConditionalGeneration(config)
         model.generation_config.update(do_sample=False, **ids)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "preprocessor_config.json").write_text(json.dumps({
-            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "temporal_patch_size": 2,
-            "merge_size": 2, "min_pixels": 28 * 28, "max_pixels": 4 * SIZE * SIZE,
-            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}, indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps(
+                {
+                    "image_processor_type": "Qwen2VLImageProcessor",
+                    "patch_size": 14,
+                    "temporal_patch_size": 2,
+                    "merge_size": 2,
+                    "min_pixels": 28 * 28,
+                    "max_pixels": 4 * SIZE * SIZE,
+                    "image_mean": [0.5, 0.5, 0.5],
+                    "image_std": [0.25, 0.25, 0.25],
+                },
+                indent=2,
+            )
+            + "\n"
+        )
         (folder / "prompt.txt").write_text("{text}")
 
     make_folder(folder, "toy.json", {"version": VERSION, "seed": seed}, fill)
@@ -514,11 +800,21 @@ def write_toy_model(folder, seed=0):
 def main():
     parser = argparse.ArgumentParser(
         description="Write a club world and its toy model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", required=True, default=argparse.SUPPRESS, metavar="DIR",
-                        help="a new folder; the model goes to DIR/toy")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of clubs, posts and weights; choose settings on 100 and up, report 0 to 4")
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="a new folder; the model goes to DIR/toy",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of clubs, posts and weights; choose settings on 100 and up, report 0 to 4",
+    )
     parser.add_argument("--train", type=int, default=14_400, metavar="N", help="training posts")
     parser.add_argument("--valid", type=int, default=400, metavar="N", help="validation posts")
     parser.add_argument("--test", type=int, default=1_000, metavar="N", help="test posts")

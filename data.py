@@ -31,8 +31,23 @@ from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
-from evaluate import (BYTE_ORDER_MARK, LOOKS_LIKE_JSON, UserError, decode, first_few, lay_out, natural,
-                      normalize, parse_cmkp, parse_line, percent, read_lines, read_rows, run, shown)
+from evaluate import (
+    BYTE_ORDER_MARK,
+    LOOKS_LIKE_JSON,
+    UserError,
+    decode,
+    first_few,
+    lay_out,
+    natural,
+    normalize,
+    parse_cmkp,
+    parse_line,
+    percent,
+    read_lines,
+    read_rows,
+    run,
+    shown,
+)
 
 # ------------------------------------------------------------------------------------------------ records
 
@@ -53,7 +68,9 @@ def check_record(record, where, for_training=False):
     if not isinstance(record.get("cot"), str | None):
         raise UserError(f"{where}: the field 'cot' must be a string or null")
     keyphrases = record.get("keyphrases", [])
-    if not isinstance(keyphrases, list) or not all(isinstance(phrase, str) for phrase in keyphrases):
+    if not isinstance(keyphrases, list) or not all(
+        isinstance(phrase, str) for phrase in keyphrases
+    ):
         raise UserError(f"{where}: the field 'keyphrases' must be a list of strings")
     if not for_training:
         return
@@ -61,7 +78,9 @@ def check_record(record, where, for_training=False):
         raise UserError(f"{where}: a post to train on needs at least one keyphrase")
     for phrase in keyphrases:
         if not phrase.strip() or NOT_IN_KEYPHRASE.search(phrase):
-            raise UserError(f"{where}: the keyphrase {shown(phrase)} is empty or holds a semicolon, line break or tag")
+            raise UserError(
+                f"{where}: the keyphrase {shown(phrase)} is empty or holds a semicolon, line break or tag"
+            )
     if any(tag in (record.get("cot") or "") for tag in TAGS):
         raise UserError(f"{where}: 'cot' is the bare reasoning; take the tags out of it")
 
@@ -69,7 +88,9 @@ def check_record(record, where, for_training=False):
 def refuse_streams(path):
     """Raise UserError for a pipe or device, which can't be read at any place, or twice."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(f"{path}: not a file on a disk; this is read more than once, so save it as one first")
+        raise UserError(
+            f"{path}: not a file on a disk; this is read more than once, so save it as one first"
+        )
 
 
 class Posts:
@@ -96,7 +117,9 @@ class Posts:
             check_record(record, f"{path} line {line}", for_training)
             first = seen.setdefault(hash(record["id"]), line)
             if first != line:
-                raise UserError(f"{path} line {line} (id {shown(record['id'])}): this id was already used on line {first}")
+                raise UserError(
+                    f"{path} line {line} (id {shown(record['id'])}): this id was already used on line {first}"
+                )
             self.offsets.append(offset)
             self.lines.append(line)
             self.sums.append(crc32(raw.removesuffix(b"\n")))
@@ -115,7 +138,9 @@ class Posts:
         end = self.offsets[index + 1] if index + 1 < len(self) else self.size
         raw = os.pread(self.file, end - start, start).partition(b"\n")[0]
         if crc32(raw) != self.sums[index]:
-            raise UserError(f"{self.path} line {self.lines[index]}: was changed while the file was in use; start again")
+            raise UserError(
+                f"{self.path} line {self.lines[index]}: was changed while the file was in use; start again"
+            )
         return parse_line(self.path, self.lines[index], raw)
 
     def __getstate__(self):  # a spawned worker opens the file itself
@@ -159,7 +184,9 @@ def cot_answer(cot, keyphrases):
 
 
 BULLET = re.compile(r"^(?:[-*•·–—▪◦‣]\s+)+")
-NUMBER = re.compile(r"^\(?\d{1,3}[.)]\s+")  # counts only in a list of lines: `2. bundesliga` may be a keyphrase
+NUMBER = re.compile(
+    r"^\(?\d{1,3}[.)]\s+"
+)  # counts only in a list of lines: `2. bundesliga` may be a keyphrase
 QUOTES = "\"'`“”‘’«»*_"
 
 
@@ -210,7 +237,9 @@ def split_keyphrases(text):
 
 # What posts bring. Pillow knows more formats, among them some that it hands to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
-MOST_PIXELS = 64_000_000  # what would be larger when decoded is refused: about 1 GB of memory, and 4 s
+MOST_PIXELS = (
+    64_000_000  # what would be larger when decoded is refused: about 1 GB of memory, and 4 s
+)
 THINNEST = 200  # image processors refuse a picture longer than 200 times its width
 
 
@@ -238,7 +267,9 @@ def load_image(path, max_pixels):
                 if shrink > 1:
                     image.draft(None, (round(image.width / shrink), round(image.height / shrink)))
                 if image.width * image.height > MOST_PIXELS:
-                    raise Unreadable(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+                    raise Unreadable(
+                        f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}"
+                    )
                 image.load()
                 image = to_rgb(upright(image))
     except Unreadable:
@@ -258,8 +289,15 @@ def load_image(path, max_pixels):
 def upright(image):
     from PIL.Image import Transpose
 
-    turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-             6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
     # ImageOps.exif_transpose would write the other metadata anew, and fail where they are torn.
     turn = turns.get(image.getexif().get(0x0112))
     return image if turn is None else image.transpose(turn)
@@ -268,7 +306,9 @@ def upright(image):
 def to_rgb(image):
     from PIL import Image
 
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel: `convert` alone clips to white
+    if (
+        image.mode.startswith("I") or image.mode == "F"
+    ):  # 16 bits a pixel: `convert` alone clips to white
         import numpy as np
 
         values = np.asarray(image, dtype=np.float32)
@@ -317,22 +357,41 @@ class Encoder:
     needs torchvision.
     """
 
-    def __init__(self, tokenizer, image_processor, image_token_id, prompt=PROMPT, max_pixels=512 * 28 * 28,
-                 max_length=4096):
+    def __init__(
+        self,
+        tokenizer,
+        image_processor,
+        image_token_id,
+        prompt=PROMPT,
+        max_pixels=512 * 28 * 28,
+        max_length=4096,
+    ):
         if prompt.count("{text}") != 1:
-            raise UserError("the prompt must have {text} in it once, to say where the post goes, not "
-                            f"{prompt.count('{text}')} times")
+            raise UserError(
+                "the prompt must have {text} in it once, to say where the post goes, not "
+                f"{prompt.count('{text}')} times"
+            )
         self.tokenizer, self.image_processor, self.prompt = tokenizer, image_processor, prompt
-        self.image_token_id, self.max_pixels, self.max_length = image_token_id, max_pixels, max_length
+        self.image_token_id, self.max_pixels, self.max_length = (
+            image_token_id,
+            max_pixels,
+            max_length,
+        )
         own = image_processor.size
-        self.size = {"shortest_edge": min(own["shortest_edge"], max_pixels),
-                     "longest_edge": min(own["longest_edge"], max_pixels)}
+        self.size = {
+            "shortest_edge": min(own["shortest_edge"], max_pixels),
+            "longest_edge": min(own["longest_edge"], max_pixels),
+        }
         self.frames = {has_image: self._frame(has_image) for has_image in (True, False)}
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
         self._check_room()
         self.end_of_turn = self._end_of_turn()
         self.think = self.plain_ids("<think>")
-        self.stand_in = Sample("", self.prompt_ids("", 0)[0], None, plain=[*self.think, self.end_of_turn])
+        self.stand_in = Sample(
+            "", self.prompt_ids("", 0)[0], None, plain=[*self.think, self.end_of_turn]
+        )
 
     def plain_ids(self, text):
         """Token ids of `text`, in which nothing counts as a special token."""
@@ -343,7 +402,9 @@ class Encoder:
         turns = [{"role": "user", "content": content}]
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=answer is None
+        )
 
     def _frame(self, has_image):
         """The chat template around the post: ids before, text before, text after, ids after it.
@@ -355,7 +416,9 @@ class Encoder:
         content = [{"type": "image"}] if has_image else []
         content.append({"type": "text", "text": self.prompt.replace("{text}", mark)})
         before, _, after = self._template(content).partition(mark)
-        special = "|".join(re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values())
+        special = "|".join(
+            re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values()
+        )
         cut = max((match.end() for match in re.finditer(special, before)), default=0)
         found = re.search(special, after)
         end = found.start() if found else len(after)
@@ -366,13 +429,20 @@ class Encoder:
         """Raise UserError where the largest image would leave no place for a post's text."""
         head, before, after, tail = self.frames[True]
         if head.count(self.image_token_id) != 1:
-            raise UserError(f"chat template and prompt put {head.count(self.image_token_id)} image placeholders before the "
-                            "post, not 1; is the template the model's own?")
+            raise UserError(
+                f"chat template and prompt put {head.count(self.image_token_id)} image placeholders before the "
+                "post, not 1; is the template the model's own?"
+            )
         prompt = len(head) - 1 + len(self.plain_ids(before + after)) + len(tail)
-        image = self.size["longest_edge"] // (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+        image = (
+            self.size["longest_edge"]
+            // (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+        )
         if prompt + image >= self.max_length:
-            raise UserError(f"--max-length {self.max_length} leaves no room for a post's text: the prompt takes {prompt} "
-                            f"tokens and an image up to {image}; raise it, or lower --max-pixels")
+            raise UserError(
+                f"--max-length {self.max_length} leaves no room for a post's text: the prompt takes {prompt} "
+                f"tokens and an image up to {image}; raise it, or lower --max-pixels"
+            )
 
     def _end_of_turn(self):
         """The token with which the chat format ends an answer: `<|im_end|>` for Qwen."""
@@ -385,12 +455,22 @@ class Encoder:
         head, before, after, tail = self.frames[image_tokens > 0]
         if image_tokens:
             place = head.index(self.image_token_id)
-            head = head[:place] + [self.image_token_id] * image_tokens + head[place + 1:]
+            head = head[:place] + [self.image_token_id] * image_tokens + head[place + 1 :]
         ids, whole = head + self.plain_ids(before + text + after) + tail, text
-        while text and (over := len(ids) - self.max_length) > 0:  # twice where the cut made other tokens of the end
-            starts = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True,
-                                    return_offsets_mapping=True).offset_mapping
-            text = text[:min(starts[len(starts) - over][0], len(text) - 1)] if over < len(starts) else ""
+        while (
+            text and (over := len(ids) - self.max_length) > 0
+        ):  # twice where the cut made other tokens of the end
+            starts = self.tokenizer(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_offsets_mapping=True,
+            ).offset_mapping
+            text = (
+                text[: min(starts[len(starts) - over][0], len(text) - 1)]
+                if over < len(starts)
+                else ""
+            )
             ids = head + self.plain_ids(before + text + after) + tail
         return ids, text != whole
 
@@ -456,12 +536,14 @@ class Answers:
         ids = torch.full((len(lists), max(map(len, lists))), pad)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(lists):
-            ids[row, :len(tokens)] = torch.tensor(tokens)
-            mask[row, :len(tokens)] = 1
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
         return cls(ids, mask)
 
     def to(self, device):
-        return Answers(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+        return Answers(
+            self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True)
+        )
 
     def where(self, keep, other):
         """These answers in the rows where `keep` (B,) is true, `other`'s elsewhere."""
@@ -469,7 +551,9 @@ class Answers:
         from torch.nn.functional import pad
 
         width = max(self.ids.shape[1], other.ids.shape[1])
-        pick = lambda a, b: torch.where(keep[:, None], pad(a, (0, width - a.shape[1])), pad(b, (0, width - b.shape[1])))
+        pick = lambda a, b: torch.where(
+            keep[:, None], pad(a, (0, width - a.shape[1])), pad(b, (0, width - b.shape[1]))
+        )
         ids, mask = pick(self.ids, other.ids), pick(self.mask, other.mask)
         width = int(mask.sum(1).max())
         return Answers(ids[:, :width], mask[:, :width])
@@ -497,9 +581,14 @@ class Batch:
 
     def to(self, device):
         answers = self.plain is not None
-        return Batch(self.ids, {name: value.to(device, non_blocking=True) for name, value in self.prompt.items()},
-                     self.plain.to(device) if answers else None, self.cot.to(device) if answers else None,
-                     self.has_cot.to(device) if answers else None, self.shortened)
+        return Batch(
+            self.ids,
+            {name: value.to(device, non_blocking=True) for name, value in self.prompt.items()},
+            self.plain.to(device) if answers else None,
+            self.cot.to(device) if answers else None,
+            self.has_cot.to(device) if answers else None,
+            self.shortened,
+        )
 
 
 def collate(samples, encoder):
@@ -516,10 +605,13 @@ def collate(samples, encoder):
     input_ids = torch.full((len(samples), width), encoder.pad)
     attention_mask = torch.zeros_like(input_ids)
     for row, sample in enumerate(samples):
-        input_ids[row, width - len(sample.prompt):] = torch.tensor(sample.prompt)
-        attention_mask[row, width - len(sample.prompt):] = 1
-    prompt = {"input_ids": input_ids, "attention_mask": attention_mask,
-              "mm_token_type_ids": (input_ids == encoder.image_token_id).int()}
+        input_ids[row, width - len(sample.prompt) :] = torch.tensor(sample.prompt)
+        attention_mask[row, width - len(sample.prompt) :] = 1
+    prompt = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "mm_token_type_ids": (input_ids == encoder.image_token_id).int(),
+    }
     images = [sample.image for sample in samples if sample.image is not None]
     if images:
         for name in ("pixel_values", "image_grid_thw"):
@@ -537,9 +629,14 @@ def joined(tensors):
     import torch
 
     first, rows = tensors[0], sum(map(len, tensors))
-    follow = all(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-                 and one.storage_offset() + one.numel() == other.storage_offset() for one, other in pairwise(tensors))
-    return first.as_strided((rows, *first.shape[1:]), first.stride()) if follow else torch.cat(tensors)
+    follow = all(
+        one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.storage_offset() + one.numel() == other.storage_offset()
+        for one, other in pairwise(tensors)
+    )
+    return (
+        first.as_strided((rows, *first.shape[1:]), first.stride()) if follow else torch.cat(tensors)
+    )
 
 
 def epoch_order(count, batch_size, seed, epoch):
@@ -547,7 +644,7 @@ def epoch_order(count, batch_size, seed, epoch):
     import numpy as np
 
     order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-    return [order[start:start + batch_size] for start in range(0, count, batch_size)]
+    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
 def by_length(samples, parts):
@@ -579,14 +676,20 @@ class Loader:
 
         self.encoder, self.with_answers, self.waited = encoder, with_answers, 0.0
         self.parts = [-(-len(step) // (size * micro_batch)) for step in steps]
-        self.steps = DataLoader(EncodedPosts(posts, encoder, with_answers), num_workers=workers,
-                                collate_fn=partial(pack, most=micro_batch if with_answers else None),
-                                batch_sampler=[step[rank::size] for step in steps],
-                                prefetch_factor=2 if workers else None, worker_init_fn=leave_signals)
+        self.steps = DataLoader(
+            EncodedPosts(posts, encoder, with_answers),
+            num_workers=workers,
+            collate_fn=partial(pack, most=micro_batch if with_answers else None),
+            batch_sampler=[step[rank::size] for step in steps],
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=leave_signals,
+        )
 
     def __iter__(self):
         parts = iter(self.parts)
-        with closing(self._items()) as steps:  # at an error the workers end at once, not when it is forgotten
+        with closing(
+            self._items()
+        ) as steps:  # at an error the workers end at once, not when it is forgotten
             while True:
                 started = time.perf_counter()
                 packed = next(steps, None)
@@ -597,7 +700,13 @@ class Loader:
                     if isinstance(error, UserError):
                         raise error
                 samples = [item for item in items if isinstance(item, Sample)]
-                chunks = by_length(samples, next(parts)) if self.with_answers else [samples] if samples else []
+                chunks = (
+                    by_length(samples, next(parts))
+                    if self.with_answers
+                    else [samples]
+                    if samples
+                    else []
+                )
                 micro_batches = [collate(chunk, self.encoder) for chunk in chunks]
                 self.waited = time.perf_counter() - started
                 yield micro_batches, [item for item in items if isinstance(item, Skipped)]
@@ -608,8 +717,10 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):  # an error of the worker's own
                 raise
-            raise UserError("a process that reads the posts was killed, for want of memory perhaps; try fewer "
-                            "--workers (0: none beside the main one)") from None
+            raise UserError(
+                "a process that reads the posts was killed, for want of memory perhaps; try fewer "
+                "--workers (0: none beside the main one)"
+            ) from None
 
 
 def pack(items, most):
@@ -624,10 +735,18 @@ def pack(items, most):
 
     samples = [item for item in items if isinstance(item, Sample)]
     if most and len(samples) > most:
-        items = sorted(samples, key=Sample.length) + [item for item in items if not isinstance(item, Sample)]
+        items = sorted(samples, key=Sample.length) + [
+            item for item in items if not isinstance(item, Sample)
+        ]
     with_image = [item for item in items if isinstance(item, Sample) and item.image is not None]
-    images = {name: torch.cat([sample.image[name] for sample in with_image])
-              for name in ("pixel_values", "image_grid_thw")} if with_image else None
+    images = (
+        {
+            name: torch.cat([sample.image[name] for sample in with_image])
+            for name in ("pixel_values", "image_grid_thw")
+        }
+        if with_image
+        else None
+    )
     for sample in with_image:
         sample.image = {}
     if images and get_worker_info() is not None:
@@ -635,8 +754,12 @@ def pack(items, most):
             for tensor in images.values():
                 tensor.share_memory_()
         except RuntimeError as error:
-            return [UserError(f"the images that --workers prepare do not fit into shared memory ({error}): give it more room "
-                              "(docker --shm-size), or try fewer --workers (0: none beside the main process)")], None
+            return [
+                UserError(
+                    f"the images that --workers prepare do not fit into shared memory ({error}): give it more room "
+                    "(docker --shm-size), or try fewer --workers (0: none beside the main process)"
+                )
+            ], None
     return items, images
 
 
@@ -671,7 +794,9 @@ def write_whole(path, content):
     path = Path(path)
     content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     content = [content] if isinstance(content, bytes) else content
-    if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/stdout
+    if (
+        path.exists() and not path.is_file()
+    ):  # a rename would put a file in the place of /dev/stdout
         raise FileExistsError(errno.EEXIST, "not a file on a disk", str(path))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -690,7 +815,10 @@ def write_whole(path, content):
 
 def to_line(record):
     """A record as one line of JSONL, any language readable; a lone surrogate, which UTF-8 can't write, is escaped."""
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+    return (
+        json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+        + "\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------ for every script
@@ -721,11 +849,28 @@ def times(text):
 def add_reading_options(parser):
     """The settings by which a model reads posts and answers, shared by train.py and infer.py."""
     add = parser.add_argument
-    add("--prompt-file", help="the prompt, with {text} where the post goes; without it the model folder's own")
-    add("--max-pixels", type=count, default=512 * 28 * 28,
-        help="larger images are scaled down to this; 28 x 28 pixels are one token (Qwen3-VL: 32 x 32)")
-    add("--max-length", type=count, default=4096, help="tokens of a prompt; the text of a longer post is shortened")
-    add("--max-new-tokens", type=count, default=512, help="an answer is cut off after this many tokens")
+    add(
+        "--prompt-file",
+        help="the prompt, with {text} where the post goes; without it the model folder's own",
+    )
+    add(
+        "--max-pixels",
+        type=count,
+        default=512 * 28 * 28,
+        help="larger images are scaled down to this; 28 x 28 pixels are one token (Qwen3-VL: 32 x 32)",
+    )
+    add(
+        "--max-length",
+        type=count,
+        default=4096,
+        help="tokens of a prompt; the text of a longer post is shortened",
+    )
+    add(
+        "--max-new-tokens",
+        type=count,
+        default=512,
+        help="an answer is cut off after this many tokens",
+    )
     add("--workers", type=natural, default=2, help="processes that read and prepare images")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
 
@@ -739,8 +884,16 @@ def progress(items, total, what, unit="post", done=0, silent=False):
     """A tqdm bar on stderr around `items`, or to be updated by hand where `items` is None."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=what, unit=unit, initial=done, dynamic_ncols=True, mininterval=0.5,
-                disable=silent)
+    return tqdm(
+        items,
+        total=total,
+        desc=what,
+        unit=unit,
+        initial=done,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=silent,
+    )
 
 
 # ------------------------------------------------------------------------- tools for data sets: reading posts
@@ -770,7 +923,13 @@ def to_record(path, line, row):
     post = parse_cmkp(path, line, row)
     identity = post["id"] or hashlib.blake2b(row.encode(), digest_size=8).hexdigest()
     keyphrases = [phrase.strip() for phrase in post["keyphrases"]]
-    return {"id": identity, "text": post["text"], "image": None, "keyphrases": keyphrases, "address": post["address"]}
+    return {
+        "id": identity,
+        "text": post["text"],
+        "image": None,
+        "keyphrases": keyphrases,
+        "address": post["address"],
+    }
 
 
 def read_entries(path):
@@ -781,10 +940,20 @@ def read_entries(path):
         words, image = normalize(record["text"]), record.get("image")
         padded = f" {' '.join(words)} "
         scored = {normalize(phrase) for phrase in record.get("keyphrases", [])} - {()}
-        phrases = [phrase.strip().lower() for phrase in record.get("keyphrases", []) if phrase.strip()]
-        entries.append(Entry(record, os.path.join(folder, image) if image else None, hash(words) if words else None,
-                             phrases, len(record["text"].split()), len(scored),
-                             sum(f" {' '.join(phrase)} " in padded for phrase in scored)))
+        phrases = [
+            phrase.strip().lower() for phrase in record.get("keyphrases", []) if phrase.strip()
+        ]
+        entries.append(
+            Entry(
+                record,
+                os.path.join(folder, image) if image else None,
+                hash(words) if words else None,
+                phrases,
+                len(record["text"].split()),
+                len(scored),
+                sum(f" {' '.join(phrase)} " in padded for phrase in scored),
+            )
+        )
     if not entries:
         raise UserError(f"{path}: no posts in it")
     return entries
@@ -807,7 +976,9 @@ def number_doubles(records):
 def relative(path, folder):
     """`path`, which begins with a real folder, as a record of a file in `folder` gives it."""
     try:
-        return os.path.relpath(path, os.path.realpath(folder))  # `..` after a linked folder would lead astray
+        return os.path.relpath(
+            path, os.path.realpath(folder)
+        )  # `..` after a linked folder would lead astray
     except ValueError:  # another drive of Windows
         return path
 
@@ -819,7 +990,9 @@ def made(folder, path):
         Path(folder).mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror or error}); choose another --out") from None
+        raise UserError(
+            f"{path}: can't be written ({error.strerror or error}); choose another --out"
+        ) from None
 
 
 def cmkp(args):
@@ -830,11 +1003,15 @@ def cmkp(args):
     try:
         found = set(os.listdir(args.images)) if args.images else set()
     except OSError as error:
-        raise UserError(f"{args.images}: can't be listed ({error.strerror}); --images is a folder") from None
+        raise UserError(
+            f"{args.images}: can't be listed ({error.strerror}); --images is a folder"
+        ) from None
     records, missing, unusable = [], [], []
     for line, row in read_rows(args.source):
         if isinstance(row, dict):
-            raise UserError(f"{args.source} line {line}: JSONL already; text<sep>a;b<sep>address is needed here")
+            raise UserError(
+                f"{args.source} line {line}: JSONL already; text<sep>a;b<sep>address is needed here"
+            )
         records.append(record := to_record(args.source, line, row))
         name = record["address"].rsplit("/", 1)[-1]
         if name in found:
@@ -853,8 +1030,16 @@ def cmkp(args):
     for what, items in (("images are missing", missing), ("posts can't be trained on", unusable)):
         if items:
             say(f"{len(items)} {what}: {first_few(items)}")
-    print_result({"posts": len(records), "images": sum(record["image"] is not None for record in records),
-                  "images_missing": len(missing), "ids_renamed": renamed, "unusable": len(unusable)}, args.json)
+    print_result(
+        {
+            "posts": len(records),
+            "images": sum(record["image"] is not None for record in records),
+            "images_missing": len(missing),
+            "ids_renamed": renamed,
+            "unusable": len(unusable),
+        },
+        args.json,
+    )
 
 
 def print_result(result, as_json):
@@ -880,33 +1065,57 @@ def figures_of(entries, known=None):
     phrases = [phrase for entry in entries for phrase in entry.phrases]
     distinct, present = set(phrases), sum(entry.present for entry in entries)
     scored = sum(entry.scored for entry in entries)
-    result = {"posts": len(entries), "keyphrases": len(phrases), "distinct_keyphrases": len(distinct),
-              "keyphrases_per_post": share(len(phrases), len(entries)),
-              "words_per_post": share(sum(entry.words for entry in entries), len(entries)),
-              "present": share(present, scored), "absent": share(scored - present, scored),
-              "images": sum(entry.image is not None for entry in entries),
-              "images_missing": sum(entry.image is not None and not os.path.exists(entry.image) for entry in entries)}
+    result = {
+        "posts": len(entries),
+        "keyphrases": len(phrases),
+        "distinct_keyphrases": len(distinct),
+        "keyphrases_per_post": share(len(phrases), len(entries)),
+        "words_per_post": share(sum(entry.words for entry in entries), len(entries)),
+        "present": share(present, scored),
+        "absent": share(scored - present, scored),
+        "images": sum(entry.image is not None for entry in entries),
+        "images_missing": sum(
+            entry.image is not None and not os.path.exists(entry.image) for entry in entries
+        ),
+    }
     if known is not None:
         result["overlap"] = share(len(distinct & known), len(distinct))
-        result["overlap_occurrences"] = share(sum(phrase in known for phrase in phrases), len(phrases))
-        result["posts_with_unseen"] = share(sum(not known.issuperset(entry.phrases) for entry in entries), len(entries))
+        result["overlap_occurrences"] = share(
+            sum(phrase in known for phrase in phrases), len(phrases)
+        )
+        result["posts_with_unseen"] = share(
+            sum(not known.issuperset(entry.phrases) for entry in entries), len(entries)
+        )
     return result
 
 
 def print_stats(names, parts, as_json):
     """Print the figures of files, given by names and lists of Entry; the first is the train file."""
     known = {phrase for entry in parts[0] for phrase in entry.phrases}
-    columns = [{"file": str(name)} | figures_of(entries, known if number else None)
-               for number, (name, entries) in enumerate(zip(names, parts))]
+    columns = [
+        {"file": str(name)} | figures_of(entries, known if number else None)
+        for number, (name, entries) in enumerate(zip(names, parts))
+    ]
     if as_json:
         print(json.dumps({"overlap": columns[-1].get("overlap"), "files": columns}, indent=2))
         return
 
     def cell(key, value):
-        return percent(value) + "%" if key in SHARES else f"{value:.2f}" if isinstance(value, float) else str(value)
+        return (
+            percent(value) + "%"
+            if key in SHARES
+            else f"{value:.2f}"
+            if isinstance(value, float)
+            else str(value)
+        )
 
-    rows = [[key.replace("_", " "), *(cell(key, column[key]) if key in column else "-" for column in columns)]
-            for key in columns[-1]]
+    rows = [
+        [
+            key.replace("_", " "),
+            *(cell(key, column[key]) if key in column else "-" for column in columns),
+        ]
+        for key in columns[-1]
+    ]
     print(lay_out(rows))
 
 
@@ -946,15 +1155,28 @@ class Groups:
                 if key[1]:
                     parent[root(post)] = root(first.setdefault(key, post))
         numbers, phrases = {}, {}
-        self.of_post = np.array([numbers.setdefault(root(post), len(numbers)) for post in range(len(entries))])
-        pairs = np.array([(group, phrases.setdefault(phrase, len(phrases)))
-                          for group, entry in zip(self.of_post.tolist(), entries) for phrase in entry.phrases])
+        self.of_post = np.array(
+            [numbers.setdefault(root(post), len(numbers)) for post in range(len(entries))]
+        )
+        pairs = np.array(
+            [
+                (group, phrases.setdefault(phrase, len(phrases)))
+                for group, entry in zip(self.of_post.tolist(), entries)
+                for phrase in entry.phrases
+            ]
+        )
         if not len(pairs):
             raise UserError("none of the posts has a keyphrase; a split by keyphrases needs some")
         self.phrases = len(phrases)
-        self.pair_group, self.pair_phrase = np.divmod(np.unique(pairs @ [self.phrases, 1]), self.phrases)
-        columns = np.array([(1, entry.words, len(entry.phrases), entry.present, entry.scored) for entry in entries])
-        self.sums = np.stack([np.bincount(self.of_post, column) for column in columns.T], axis=1).astype(int)
+        self.pair_group, self.pair_phrase = np.divmod(
+            np.unique(pairs @ [self.phrases, 1]), self.phrases
+        )
+        columns = np.array(
+            [(1, entry.words, len(entry.phrases), entry.present, entry.scored) for entry in entries]
+        )
+        self.sums = np.stack(
+            [np.bincount(self.of_post, column) for column in columns.T], axis=1
+        ).astype(int)
         self.size = self.sums[:, 0]
 
     def overlap(self, side, which):
@@ -979,25 +1201,35 @@ def resplit(entries, overlap, test, valid, seed):
     Raises UserError where the asked overlap (within OVERLAP_TOLERANCE) or the likeness to the whole can't be had.
     """
     if test + valid >= len(entries):
-        raise UserError(f"--test {test} and --valid {valid} leave nothing to train on of {len(entries)} posts")
+        raise UserError(
+            f"--test {test} and --valid {valid} leave nothing to train on of {len(entries)} posts"
+        )
     groups, closest = Groups(entries), None
     for sharpness in (1, 2, 4, 8):
         side = hold_out(groups, overlap, (None, valid, test), sharpness, seed)
         misfits = settle(groups, side, overlap, seed)
-        misfits |= {f"{SIDE_NAMES[which]} posts": float("inf") for which, size in ((TEST, test), (VALID, valid))
-                    if size and not (side == which).any()}  # all that could go there stay together
+        misfits |= {
+            f"{SIDE_NAMES[which]} posts": float("inf")
+            for which, size in ((TEST, test), (VALID, valid))
+            if size and not (side == which).any()
+        }  # all that could go there stay together
         worst = max(misfits.values())
         if closest is None or worst < closest[0]:
             closest = worst, side, misfits
         if worst <= 1:
             return side[groups.of_post]
     worst, side, misfits = closest
-    reached = " and ".join(f"{percent(groups.overlap(side, which))}% in {SIDE_NAMES[which]}"
-                           for which, size in ((TEST, test), (VALID, valid)) if size)
+    reached = " and ".join(
+        f"{percent(groups.overlap(side, which))}% in {SIDE_NAMES[which]}"
+        for which, size in ((TEST, test), (VALID, valid))
+        if size
+    )
     broken = ", ".join(name for name, value in misfits.items() if value > 1)
-    raise UserError(f"an overlap of {percent(overlap)}% can't be reached with --test {test} and --valid {valid} of "
-                    f"{len(entries)} posts; the closest found is {reached} (not as asked: {broken}). Ask for that "
-                    "overlap or other sizes; nothing was written")
+    raise UserError(
+        f"an overlap of {percent(overlap)}% can't be reached with --test {test} and --valid {valid} of "
+        f"{len(entries)} posts; the closest found is {reached} (not as asked: {broken}). Ask for that "
+        "overlap or other sizes; nothing was written"
+    )
 
 
 def hold_out(groups, overlap, sizes, sharpness, seed):
@@ -1020,7 +1252,9 @@ def hold_out(groups, overlap, sizes, sharpness, seed):
     # A group for each keyphrase stays in train if it can: the others may leave without making a phrase unseen.
     in_place = np.argsort(place[groups.pair_group])
     keeper = np.zeros(len(size), dtype=bool)
-    keeper[groups.pair_group[in_place][np.unique(groups.pair_phrase[in_place], return_index=True)[1]]] = True
+    keeper[
+        groups.pair_group[in_place][np.unique(groups.pair_phrase[in_place], return_index=True)[1]]
+    ] = True
     fillers = np.lexsort((place, keeper, size > most))
 
     def deal(held, to_test):
@@ -1082,8 +1316,14 @@ def settle(groups, side, overlap, seed):
     for group, phrase in zip(groups.pair_group.tolist(), groups.pair_phrase.tolist()):
         members[group].append(phrase)
     pair_side = side[groups.pair_group]
-    count = [np.bincount(groups.pair_phrase[pair_side == which], minlength=groups.phrases).tolist() for which in SIDES]
-    sums, rows = [groups.sums[side == which].sum(axis=0).tolist() for which in SIDES], groups.sums.tolist()
+    count = [
+        np.bincount(groups.pair_phrase[pair_side == which], minlength=groups.phrases).tolist()
+        for which in SIDES
+    ]
+    sums, rows = (
+        [groups.sums[side == which].sum(axis=0).tolist() for which in SIDES],
+        groups.sums.tolist(),
+    )
     distinct, shared = [0] * 3, [0] * 3
     place = side.tolist()
 
@@ -1111,8 +1351,10 @@ def settle(groups, side, overlap, seed):
     def misfits():
         for which in sides:
             yield abs(share(shared[which], distinct[which]) - overlap) / OVERLAP_TOLERANCE
-            yield from (abs(mean / target - 1) / LIKENESS_TOLERANCE if target else 0
-                        for mean, target in zip(means(*sums[which]), whole))
+            yield from (
+                abs(mean / target - 1) / LIKENESS_TOLERANCE if target else 0
+                for mean, target in zip(means(*sums[which]), whole)
+            )
 
     def badness():
         return sum(max(0, misfit - 0.5) for misfit in misfits())
@@ -1141,8 +1383,11 @@ def settle(groups, side, overlap, seed):
             move(one, here)
             move(other, there)
     side[:] = place
-    names = [f"{SIDE_NAMES[which]} {name}" for which in sides
-             for name in ("overlap", "words a post", "keyphrases a post", "share present")]
+    names = [
+        f"{SIDE_NAMES[which]} {name}"
+        for which in sides
+        for name in ("overlap", "words a post", "keyphrases a post", "share present")
+    ]
     return dict(zip(names, misfits()))
 
 
@@ -1155,17 +1400,26 @@ def split(args):
             raise UserError(f"{path}: one of the files to split; choose another --out")
     entries = [entry for path in args.files for entry in read_entries(path)]
     # From here on the order of the input can't matter.
-    entries.sort(key=lambda entry: (entry.record["id"], entry.record["text"], to_line(entry.record)))
+    entries.sort(
+        key=lambda entry: (entry.record["id"], entry.record["text"], to_line(entry.record))
+    )
     if renamed := number_doubles([entry.record for entry in entries]):
         say(f"{renamed} ids were there more than once; the later ones have a number added")
     side = resplit(entries, args.overlap, args.test, args.valid, args.seed)
-    parts = [[entry for entry, which in zip(entries, side.tolist()) if which == wanted] for wanted in SIDES]
+    parts = [
+        [entry for entry, which in zip(entries, side.tolist()) if which == wanted]
+        for wanted in SIDES
+    ]
     for wanted, part in ((args.test, parts[TEST]), (args.valid, parts[VALID])):
         if len(part) != wanted:
-            say(f"{len(part)} posts where {wanted} were asked for: posts that stay together don't add up to it")
+            say(
+                f"{len(part)} posts where {wanted} were asked for: posts that stay together don't add up to it"
+            )
     with made(out, out), tempfile.TemporaryDirectory(dir=out, prefix=".split.") as temporary:
         for path, part in zip(paths, parts):
-            write_whole(Path(temporary) / path.name, "".join(to_line(moved(entry, out)) for entry in part))
+            write_whole(
+                Path(temporary) / path.name, "".join(to_line(moved(entry, out)) for entry in part)
+            )
         for path in paths:  # nothing can fail for want of space here
             os.replace(Path(temporary) / path.name, path)
     print_stats(paths, parts, args.json)
@@ -1189,16 +1443,27 @@ def check_line(path, is_text, line, offset):
         raw = file.readline()
     where = f"{path} line {line}"
     try:
-        record = to_record(path, line, decode(path, line, raw)) if is_text else parse_line(path, line, raw)
+        record = (
+            to_record(path, line, decode(path, line, raw))
+            if is_text
+            else parse_line(path, line, raw)
+        )
     except UserError as error:
         return None, [str(error).removeprefix(f"{where}: ")]
-    identity, text, image = (value if isinstance(value := record.get(field), str) else None
-                             for field in ("id", "text", "image"))
+    identity, text, image = (
+        value if isinstance(value := record.get(field), str) else None
+        for field in ("id", "text", "image")
+    )
     problems = []
     try:
         check_record(record, where, for_training=True)
     except UserError as error:
-        problems.append(str(error).removeprefix(where).removeprefix(f" (id {shown(identity)})").removeprefix(": "))
+        problems.append(
+            str(error)
+            .removeprefix(where)
+            .removeprefix(f" (id {shown(identity)})")
+            .removeprefix(": ")
+        )
     if image:
         try:
             load_image(Path(path).parent / image, 512 * 28 * 28)
@@ -1222,7 +1487,9 @@ def check(args):
     is_text = not args.file.endswith((".jsonl", ".json")) and not LOOKS_LIKE_JSON.match(head)
     wrong, first = [], {}
     # A worker that the system kills is an error of this executor, where multiprocessing.Pool waits for ever.
-    pool = ProcessPoolExecutor(args.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        args.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     try:
         results = pool.map(partial(check_line, args.file, is_text), *zip(*lines), chunksize=8)
         for (line, _), (identity, problems) in zip(lines, progress(results, len(lines), "check")):
@@ -1230,8 +1497,10 @@ def check(args):
                 problems.append(f"this id was already used on line {first[identity]}")
             wrong += [{"line": line, "id": identity, "problem": problem} for problem in problems]
     except BrokenProcessPool:
-        raise UserError(f"{args.file}: a worker process was killed, for want of memory perhaps; "
-                        "try fewer --workers") from None
+        raise UserError(
+            f"{args.file}: a worker process was killed, for want of memory perhaps; "
+            "try fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
     if args.json:
@@ -1259,36 +1528,64 @@ def fraction(text):
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description="Tools for data sets of posts.", formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Tools for data sets of posts.", formatter_class=HelpFormatter
+    )
     tools = parser.add_subparsers(required=True, metavar="cmkp | stats | split | check")
     posts = "posts: JSONL, or CMKP's text, text<sep>a;b<sep>address a line"
 
     def tool(function, what):
-        sub = tools.add_parser(function.__name__, help=what, description=what, formatter_class=HelpFormatter)
-        sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+        sub = tools.add_parser(
+            function.__name__, help=what, description=what, formatter_class=HelpFormatter
+        )
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON object instead of a table"
+        )
         sub.set_defaults(tool=function)
         return partial(sub.add_argument, default=argparse.SUPPRESS), sub.add_argument
 
     needed, optional = tool(cmkp, "make JSONL of CMKP's text")
     needed("source", metavar="SRC", help="CMKP's text, text<sep>a;b<sep>address a line")
-    optional("--images", metavar="DIR", help="folder with the images, named like the last part of the addresses")
+    optional(
+        "--images",
+        metavar="DIR",
+        help="folder with the images, named like the last part of the addresses",
+    )
     needed("--out", metavar="FILE", required=True, help="the JSONL to write")
 
-    needed, _ = tool(stats, "count posts and keyphrases, and how many of the train file's a test file has")
+    needed, _ = tool(
+        stats, "count posts and keyphrases, and how many of the train file's a test file has"
+    )
     needed("files", metavar="FILE", nargs="+", help=f"{posts}; the first is the train file")
 
-    needed, optional = tool(split, "split posts anew so that few keyphrases of test and valid are in train (MMKP-V2)")
+    needed, optional = tool(
+        split, "split posts anew so that few keyphrases of test and valid are in train (MMKP-V2)"
+    )
     needed("files", metavar="FILE", nargs="+", help=posts)
-    optional("--overlap", type=fraction, default=0.4492, help="share of the distinct keyphrases of test, and of "
-             "valid, that train has too, to within 0.005")
+    optional(
+        "--overlap",
+        type=fraction,
+        default=0.4492,
+        help="share of the distinct keyphrases of test, and of "
+        "valid, that train has too, to within 0.005",
+    )
     needed("--test", metavar="N", type=count, required=True, help="posts in test.jsonl")
-    needed("--valid", metavar="N", type=natural, required=True, help="posts in valid.jsonl, 0 for none")
+    needed(
+        "--valid", metavar="N", type=natural, required=True, help="posts in valid.jsonl, 0 for none"
+    )
     optional("--seed", type=natural, default=0, help="seed of the choice")
-    needed("--out", metavar="DIR", required=True, help="folder for train.jsonl, valid.jsonl and test.jsonl")
+    needed(
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="folder for train.jsonl, valid.jsonl and test.jsonl",
+    )
 
     needed, optional = tool(check, "read every record and image once and tell all that is wrong")
     needed("file", metavar="FILE", help=posts)
-    optional("--workers", type=count, default=os.cpu_count() or 1, help="processes that read the images")
+    optional(
+        "--workers", type=count, default=os.cpu_count() or 1, help="processes that read the images"
+    )
     return parser.parse_args()
 
 

@@ -32,7 +32,9 @@ def run(main):
     """Call a script's `main()` and exit with its code (None is 0); a UserError is one line and code 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a character that the screen lacks is no reason to fail
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a character that the screen lacks is no reason to fail
     message = None
     try:
         code = main() or 0
@@ -90,7 +92,9 @@ def decode(path, number, raw):
     try:
         return raw.removeprefix(BYTE_ORDER_MARK).decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise UserError(
+            f"{path} line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from None
 
 
 def parse_line(path, number, raw):
@@ -101,10 +105,14 @@ def parse_line(path, number, raw):
     except RecursionError:
         raise UserError(f"{path} line {number}: JSON nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number}: not a line of JSON ({error.msg.removesuffix(' at')} at character "
-                        f"{error.pos + 1}); one whole JSON object a line is needed") from None
+        raise UserError(
+            f"{path} line {number}: not a line of JSON ({error.msg.removesuffix(' at')} at character "
+            f"{error.pos + 1}); one whole JSON object a line is needed"
+        ) from None
     except ValueError:
-        raise UserError(f"{path} line {number}: a whole number of thousands of digits, which Python doesn't read") from None
+        raise UserError(
+            f"{path} line {number}: a whole number of thousands of digits, which Python doesn't read"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f"{path} line {number}: a JSON object is needed here, not {shown(record)}")
     return record
@@ -144,7 +152,9 @@ def read_rows(path):
         head.append(line)
         if line[2].strip():
             break
-    is_json = str(path).endswith((".jsonl", ".json")) or bool(head and LOOKS_LIKE_JSON.match(head[-1][2]))
+    is_json = str(path).endswith((".jsonl", ".json")) or bool(
+        head and LOOKS_LIKE_JSON.match(head[-1][2])
+    )
     for number, _, raw in chain(head, lines):
         if not is_json:
             yield number, decode(path, number, raw)
@@ -157,7 +167,9 @@ def checked(where, record, field):
     value = record.get(field)
     if field == "keyphrases":
         if not isinstance(value, list) or not all(isinstance(phrase, str) for phrase in value):
-            raise UserError(f"{where}: the field 'keyphrases' must be a list of strings, not {shown(value)}")
+            raise UserError(
+                f"{where}: the field 'keyphrases' must be a list of strings, not {shown(value)}"
+            )
     elif not isinstance(value, str):
         raise UserError(f"{where}: the field {field!r} must be a string, not {shown(value)}")
     return value
@@ -170,8 +182,10 @@ def parse_cmkp(path, number, line):
     """
     fields = [field.strip() for field in line.split("<sep>")]
     if len(fields) not in (2, 3):
-        raise UserError(f"{path} line {number}: text<sep>a;b<sep>address is needed here, with 1 or 2 <sep>, "
-                        f"not {len(fields) - 1}")
+        raise UserError(
+            f"{path} line {number}: text<sep>a;b<sep>address is needed here, with 1 or 2 <sep>, "
+            f"not {len(fields) - 1}"
+        )
     text, keyphrases, address = (*fields, "")[:3]
     identity = address.rsplit("/", 1)[-1].rsplit(".", 1)[0] or None
     return {"id": identity, "text": text, "keyphrases": keyphrases.split(";"), "address": address}
@@ -187,7 +201,10 @@ def read_posts(path):
             yield number, parse_cmkp(path, number, row)
         else:
             where = f"{path} line {number}"
-            yield number, {field: checked(where, row, field) for field in ("id", "text", "keyphrases")}
+            yield (
+                number,
+                {field: checked(where, row, field) for field in ("id", "text", "keyphrases")},
+            )
 
 
 def read_references(path):
@@ -211,7 +228,9 @@ def parse_prediction(path, number, row):
     where = f"{path} line {number}"
     if isinstance(row, str):
         if "<sep>" in row:
-            raise UserError(f"{where}: a line of references; predictions come first, a;b;c a line or JSONL")
+            raise UserError(
+                f"{where}: a line of references; predictions come first, a;b;c a line or JSONL"
+            )
         return {"id": None, "keyphrases": row.split(";") if row.strip() else []}
     prediction = {"id": checked(where, row, "id")}
     # A post that could not be read has no keyphrases, and is scored so.
@@ -220,8 +239,14 @@ def parse_prediction(path, number, row):
         prediction["think"] = row["think"] and checked(where, row, "think")
     if (tokens := row.get("tokens")) is not None:
         # The comparison is false for NaN, and its bound keeps out whole numbers too large for a float.
-        if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not 0 <= tokens < 1e12:
-            raise UserError(f"{where}: the field 'tokens' must be a number of tokens, not {shown(tokens)}")
+        if (
+            isinstance(tokens, bool)
+            or not isinstance(tokens, int | float)
+            or not 0 <= tokens < 1e12
+        ):
+            raise UserError(
+                f"{where}: the field 'tokens' must be a number of tokens, not {shown(tokens)}"
+            )
         prediction["tokens"] = tokens
     return prediction
 
@@ -263,27 +288,37 @@ def align(predictions, references, allow_missing=False, names=("predictions", "r
         unknown = [shown(identity) for identity in by_id if identity not in ids]
         missing = [shown(post["id"]) for post in references if post["id"] not in by_id]
         if unknown:
-            raise UserError(f"{ours}: {len(unknown)} of {len(by_id)} ids are not in {theirs}: "
-                            f"{first_few(unknown)}; were these predictions made for another file?")
+            raise UserError(
+                f"{ours}: {len(unknown)} of {len(by_id)} ids are not in {theirs}: "
+                f"{first_few(unknown)}; were these predictions made for another file?"
+            )
         if missing and not allow_missing:
-            raise UserError(f"{ours}: no prediction for {len(missing)} of {len(ids)} posts of {theirs}: "
-                            f"{first_few(missing)}; --allow-missing scores them as empty")
-        return [by_id.get(post["id"]) or {"id": post["id"], "keyphrases": []} for post in references]
+            raise UserError(
+                f"{ours}: no prediction for {len(missing)} of {len(ids)} posts of {theirs}: "
+                f"{first_few(missing)}; --allow-missing scores them as empty"
+            )
+        return [
+            by_id.get(post["id"]) or {"id": post["id"], "keyphrases": []} for post in references
+        ]
     missing = len(references) - len(predictions)
     counts = f"{ours}: {len(predictions)} lines for the {len(references)} posts of {theirs}"
     if missing < 0:
         raise UserError(f"{counts}; line {len(references) + 1} is the first without a post")
     if missing and not allow_missing:
-        raise UserError(f"{counts}; post {len(predictions) + 1} is the first without a line; "
-                        "--allow-missing scores them as empty")
+        raise UserError(
+            f"{counts}; post {len(predictions) + 1} is the first without a line; "
+            "--allow-missing scores them as empty"
+        )
     return predictions + [{"id": None, "keyphrases": []}] * missing
 
 
 # ------------------------------------------------------------------------------------- words and stemming
 
 # The letters of scripts that are written without spaces: Han with its extensions, Hiragana and Katakana.
-CJK = re.compile("([々〇\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-                 "\U00020000-\U0003ffff])")
+CJK = re.compile(
+    "([々〇\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff])"
+)
 
 
 def normalize(phrase):
@@ -304,17 +339,78 @@ VOWEL = re.compile("[aeiouy]")
 VOWEL_CONSONANT = re.compile("[aeiouy][^aeiouy]")
 SHORT_END = re.compile(r"(?:[^aeiouy][aeiouy][^aeiouywxY]|^[aeiouy][^aeiouy])\Z")
 
-IRREGULAR = {"sky": "sky", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news",
-             "innings": "inning", "inning": "inning", "outings": "outing", "outing": "outing", "howe": "howe",
-             "cannings": "canning", "canning": "canning", "proceed": "proceed", "exceed": "exceed",
-             "succeed": "succeed"}
-STEP_2 = {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble",
-          "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate", "ator": "ate",
-          "alism": "al", "iveness": "ive", "fulness": "ful", "ousness": "ous", "aliti": "al", "iviti": "ive",
-          "biliti": "ble", "fulli": "ful"}
-STEP_3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}
-STEP_4 = dict.fromkeys(["al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ou",
-                        "ism", "ate", "iti", "ous", "ive", "ize"], "")
+IRREGULAR = {
+    "sky": "sky",
+    "skies": "sky",
+    "dying": "die",
+    "lying": "lie",
+    "tying": "tie",
+    "news": "news",
+    "innings": "inning",
+    "inning": "inning",
+    "outings": "outing",
+    "outing": "outing",
+    "howe": "howe",
+    "cannings": "canning",
+    "canning": "canning",
+    "proceed": "proceed",
+    "exceed": "exceed",
+    "succeed": "succeed",
+}
+STEP_2 = {
+    "ational": "ate",
+    "tional": "tion",
+    "enci": "ence",
+    "anci": "ance",
+    "izer": "ize",
+    "bli": "ble",
+    "entli": "ent",
+    "eli": "e",
+    "ousli": "ous",
+    "ization": "ize",
+    "ation": "ate",
+    "ator": "ate",
+    "alism": "al",
+    "iveness": "ive",
+    "fulness": "ful",
+    "ousness": "ous",
+    "aliti": "al",
+    "iviti": "ive",
+    "biliti": "ble",
+    "fulli": "ful",
+}
+STEP_3 = {
+    "icate": "ic",
+    "ative": "",
+    "alize": "al",
+    "iciti": "ic",
+    "ical": "ic",
+    "ful": "",
+    "ness": "",
+}
+STEP_4 = dict.fromkeys(
+    [
+        "al",
+        "ance",
+        "ence",
+        "er",
+        "ic",
+        "able",
+        "ible",
+        "ant",
+        "ement",
+        "ment",
+        "ent",
+        "ou",
+        "ism",
+        "ate",
+        "iti",
+        "ous",
+        "ive",
+        "ize",
+    ],
+    "",
+)
 
 
 def marked(word):
@@ -398,8 +494,10 @@ def replace_suffix(word, rules, least):
 
 CUTS = (1, 3, 5)
 CUTS_AND_M = (*CUTS, "M")
-MEASURES = [*(f"{name}@{k}" for name in ("P", "R", "F1") for k in CUTS_AND_M),
-            *(f"{name}@{k}" for name in ("MAP", "NDCG") for k in CUTS)]
+MEASURES = [
+    *(f"{name}@{k}" for name in ("P", "R", "F1") for k in CUTS_AND_M),
+    *(f"{name}@{k}" for name in ("MAP", "NDCG") for k in CUTS),
+]
 HEADLINES = ["F1@1", "F1@3", "F1@5", "F1@M", "MAP@5", "NDCG@5"]
 INVALID_WORDS = frozenset([",", ".", "<unk>"])
 
@@ -409,7 +507,9 @@ class Part(NamedTuple):
 
     posts: object  # array: indices of the posts that have a reference of the class
     keyphrases: int  # the class's references
-    values: object  # array, a row a post: P and R at 1, 3, 5, M, average precision and NDCG at 1, 3, 5
+    values: (
+        object  # array, a row a post: P and R at 1, 3, 5, M, average precision and NDCG at 1, 3, 5
+    )
 
 
 def statistics(predictions, references, train=None):
@@ -444,13 +544,23 @@ def statistics(predictions, references, train=None):
 
     guess_post, correct, guess_present, guess_seen = columns(guesses)
     answer_post, _, present, seen = columns(answers)
-    classes = {"all": (guess_post >= 0, answer_post >= 0), "present": (guess_present, present),
-               "absent": (~guess_present, ~present)}
+    classes = {
+        "all": (guess_post >= 0, answer_post >= 0),
+        "present": (guess_present, present),
+        "absent": (~guess_present, ~present),
+    }
     if train is not None:
-        classes |= {"seen": (guess_seen, seen), "unseen": (~guess_seen, ~seen),
-                    "absent_unseen": (~guess_present & ~guess_seen, ~present & ~seen)}
-    return {name: class_statistics(guess_post[ours], correct[ours], answer_post[theirs], len(references))
-            for name, (ours, theirs) in classes.items()}
+        classes |= {
+            "seen": (guess_seen, seen),
+            "unseen": (~guess_seen, ~seen),
+            "absent_unseen": (~guess_present & ~guess_seen, ~present & ~seen),
+        }
+    return {
+        name: class_statistics(
+            guess_post[ours], correct[ours], answer_post[theirs], len(references)
+        )
+        for name, (ours, theirs) in classes.items()
+    }
 
 
 def class_statistics(guess_post, correct, answer_post, total):
@@ -479,8 +589,13 @@ def class_statistics(guess_post, correct, answer_post, total):
     # The ideal order has all correct guesses first; one that was never made is not missed here.
     gain = np.cumsum(np.append(0, 1 / np.log2(np.arange(2, most + 2))))
     ideal = [gain[np.minimum(right[-1], k).astype(int)] for k in CUTS]
-    ndcg = [per_post(1 / np.log2(rank + 1), k) / np.where(best > 0, best, 1) for k, best in zip(CUTS, ideal)]
-    return Part(posts, int(answers.sum()), np.column_stack(precision + recall + average_precision + ndcg))
+    ndcg = [
+        per_post(1 / np.log2(rank + 1), k) / np.where(best > 0, best, 1)
+        for k, best in zip(CUTS, ideal)
+    ]
+    return Part(
+        posts, int(answers.sum()), np.column_stack(precision + recall + average_precision + ndcg)
+    )
 
 
 def figures(means):
@@ -488,7 +603,11 @@ def figures(means):
     import numpy as np
 
     cuts = len(CUTS_AND_M)
-    precision, recall, ranking = means[..., :cuts], means[..., cuts:2 * cuts], means[..., 2 * cuts:]
+    precision, recall, ranking = (
+        means[..., :cuts],
+        means[..., cuts : 2 * cuts],
+        means[..., 2 * cuts :],
+    )
     total = precision + recall
     f1 = 2 * precision * recall / np.where(total > 0, total, 1)
     return np.concatenate([precision, recall, f1, ranking], axis=-1)
@@ -510,15 +629,22 @@ def describe(parts, predictions):
     result = {"posts": len(predictions)}
     for name, part in parts.items():
         means = part.values.sum(axis=0) / max(len(part.posts), 1)
-        result[name] = {"posts": len(part.posts), "keyphrases": part.keyphrases,
-                        **dict(zip(MEASURES, figures(means).tolist()))}
+        result[name] = {
+            "posts": len(part.posts),
+            "keyphrases": part.keyphrases,
+            **dict(zip(MEASURES, figures(means).tolist())),
+        }
         of_class = [predictions[post] for post in part.posts]
-        tokens = [prediction["tokens"] for prediction in of_class if prediction.get("tokens") is not None]
+        tokens = [
+            prediction["tokens"] for prediction in of_class if prediction.get("tokens") is not None
+        ]
         thoughts = [prediction["think"] or "" for prediction in of_class if "think" in prediction]
         if tokens:
             result[name]["tokens"] = sum(tokens) / len(tokens)
         if thoughts:
-            result[name]["reasoned"] = sum(bool(thought.strip()) for thought in thoughts) / len(thoughts)
+            result[name]["reasoned"] = sum(bool(thought.strip()) for thought in thoughts) / len(
+                thoughts
+            )
     return result
 
 
@@ -546,7 +672,9 @@ def resample(parts, posts, rounds, seed):
     for size in chunks(rounds, posts):
         drawn = random.integers(posts, size=(size, posts))
         drawn += np.arange(size)[:, None] * posts
-        times = np.bincount(drawn.ravel(), minlength=size * posts).reshape(size, posts).astype(float)
+        times = (
+            np.bincount(drawn.ravel(), minlength=size * posts).reshape(size, posts).astype(float)
+        )
         for name, part in parts.items():
             weights = times[:, part.posts]
             means = weights @ part.values / np.maximum(weights.sum(axis=1, keepdims=True), 1)
@@ -595,7 +723,10 @@ def table(scores):
 
     def row(key, show):
         """A line over all classes, `-` where a class has no posts or the predictions don't tell."""
-        return [key, *(show(entry[key]) if entry["posts"] and key in entry else "-" for entry in entries)]
+        return [
+            key,
+            *(show(entry[key]) if entry["posts"] and key in entry else "-" for entry in entries),
+        ]
 
     counts = [[key, *(str(entry[key]) for entry in entries)] for key in ("posts", "keyphrases")]
     blocks = [[["", *titles], *counts, *(row(measure, percent) for measure in MEASURES)]]
@@ -606,7 +737,9 @@ def table(scores):
     if "interval" in scores["all"]:
         blocks.append([["95% interval", *titles]])
         for measure in HEADLINES:
-            cells = [span(entry["interval"][measure]) if entry["posts"] else "-" for entry in entries]
+            cells = [
+                span(entry["interval"][measure]) if entry["posts"] else "-" for entry in entries
+            ]
             blocks[-1].append([measure, *cells])
     if "against" in scores:
         blocks.append([["", "measure", "this", "other", "difference", "95% interval", "p"]])
@@ -614,8 +747,16 @@ def table(scores):
             for measure in HEADLINES if scores[name]["posts"] else ():
                 pair = scores["against"][name][measure]
                 figures_of_both = [percent(scores[name][measure]), percent(pair["score"])]
-                blocks[-1].append([title, measure, *figures_of_both, f"{100 * pair['difference']:+.2f}",
-                                   span(pair["interval"]), f"{pair['p']:.4f}"])
+                blocks[-1].append(
+                    [
+                        title,
+                        measure,
+                        *figures_of_both,
+                        f"{100 * pair['difference']:+.2f}",
+                        span(pair["interval"]),
+                        f"{pair['p']:.4f}",
+                    ]
+                )
     return "\n\n".join(map(lay_out, blocks))
 
 
@@ -645,18 +786,40 @@ def natural(text):
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description="Scores of predicted keyphrases.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Scores of predicted keyphrases.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
     add("predictions", help="predictions: JSONL with id and keyphrases, or text, a;b;c a line")
-    add("references", help="posts: JSONL with id, text, keyphrases, or text, text<sep>a;b<sep>address a line")
+    add(
+        "references",
+        help="posts: JSONL with id, text, keyphrases, or text, text<sep>a;b<sep>address a line",
+    )
     add("--train", metavar="FILE", help="training posts, to score seen and unseen keyphrases apart")
-    add("--against", metavar="FILE", help="another system's predictions: differences, intervals and p-values")
-    add("--bootstrap", metavar="N", type=natural, default=0,
-        help=f"rounds of resampling for 95%% intervals, 0 for none; with --against 0 stands for {ROUNDS}")
+    add(
+        "--against",
+        metavar="FILE",
+        help="another system's predictions: differences, intervals and p-values",
+    )
+    add(
+        "--bootstrap",
+        metavar="N",
+        type=natural,
+        default=0,
+        help=f"rounds of resampling for 95%% intervals, 0 for none; with --against 0 stands for {ROUNDS}",
+    )
     add("--seed", type=natural, default=0, help="seed of the resampling")
-    add("--json", action="store_true", help="print one JSON object of unrounded fractions instead of a table")
-    add("--allow-missing", action="store_true", help="score posts without a prediction as empty predictions")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object of unrounded fractions instead of a table",
+    )
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="score posts without a prediction as empty predictions",
+    )
     return parser.parse_args()
 
 
@@ -666,7 +829,9 @@ def main():
     references = read_references(args.references)
 
     def read_aligned(path):
-        return align(read_predictions(path), references, args.allow_missing, (path, args.references))
+        return align(
+            read_predictions(path), references, args.allow_missing, (path, args.references)
+        )
 
     predictions, posts = read_aligned(args.predictions), len(references)
     others = read_aligned(args.against) if args.against else None
@@ -688,10 +853,14 @@ def main():
         for name in parts:
             interval = intervals(samples[name] - other_samples[name])
             scores["against"][name] = {
-                measure: {"score": other_scores[name][measure],
-                          "difference": scores[name][measure] - other_scores[name][measure],
-                          "interval": interval[measure], "p": p}
-                for measure, p in zip(MEASURES, p_values[name].tolist())}
+                measure: {
+                    "score": other_scores[name][measure],
+                    "difference": scores[name][measure] - other_scores[name][measure],
+                    "interval": interval[measure],
+                    "p": p,
+                }
+                for measure, p in zip(MEASURES, p_values[name].tolist())
+            }
     print(json.dumps(scores, indent=2) if args.json else table(scores))
 
 

@@ -57,11 +57,36 @@ Keyphrases: {keyphrases}
 
 # Reasoning with one of these in it speaks of keyphrases that it should not know. `#` is any word for them.
 GIVE_AWAYS = [
-    "given #", "provided #", "supplied #", "target #", "reference #", "gold #", "expected #", "correct #", "chosen #",
-    "# are given", "# were given", "# are provided", "# were provided", "keyphrases given", "keyphrases provided",
-    "keywords given", "keywords provided", "author's keyphrase", "author chose these", "given answer",
-    "provided answer", "ground truth", "as instructed", "给定的关键词", "所给的关键词", "给出的关键词", "提供的关键词", "给定的标签",
-    "提供的标签", "标准答案",
+    "given #",
+    "provided #",
+    "supplied #",
+    "target #",
+    "reference #",
+    "gold #",
+    "expected #",
+    "correct #",
+    "chosen #",
+    "# are given",
+    "# were given",
+    "# are provided",
+    "# were provided",
+    "keyphrases given",
+    "keyphrases provided",
+    "keywords given",
+    "keywords provided",
+    "author's keyphrase",
+    "author chose these",
+    "given answer",
+    "provided answer",
+    "ground truth",
+    "as instructed",
+    "给定的关键词",
+    "所给的关键词",
+    "给出的关键词",
+    "提供的关键词",
+    "给定的标签",
+    "提供的标签",
+    "标准答案",
 ]
 KEYPHRASE = r"(?:keyphrase|key phrase|keyword|hash ?tag|tag)s?"
 
@@ -75,8 +100,11 @@ GRACE = 5  # seconds for the replies under way when a run is stopped
 GIVE_UP_AFTER = 100  # posts in a row without any reply: the server has gone, or refuses them all
 TRY_AGAIN = {408, 409, 425, 429}
 THIS_POST_ONLY = {400, 413, 422}
-CONTENT_FILTER = re.compile(r"content.?filter|content.?management.?policy|responsible.?ai|moderation|safety system"
-                            r"|data.?inspection|sensitive.?content|inappropriate", re.IGNORECASE)
+CONTENT_FILTER = re.compile(
+    r"content.?filter|content.?management.?policy|responsible.?ai|moderation|safety system"
+    r"|data.?inspection|sensitive.?content|inappropriate",
+    re.IGNORECASE,
+)
 
 
 class Failed(Exception):
@@ -124,13 +152,20 @@ class Client:
     `first_wait` (seconds) is the longest wait before the second try; it doubles with each further one.
     """
 
-    def __init__(self, base_url, model, key_name=KEY, workers=16, max_retries=5, timeout=180, first_wait=2):
+    def __init__(
+        self, base_url, model, key_name=KEY, workers=16, max_retries=5, timeout=180, first_wait=2
+    ):
         import huggingface_hub
 
         self.url, self.model, self.key_name = endpoint(base_url), model, key_name
         self.server = without_query(self.url)
         self.key = api_key(key_name, self.url)
-        self.workers, self.max_retries, self.first_wait, self.timeout = workers, max_retries, first_wait, timeout
+        self.workers, self.max_retries, self.first_wait, self.timeout = (
+            workers,
+            max_retries,
+            first_wait,
+            timeout,
+        )
         self.stop, self.lock = threading.Event(), threading.Lock()
         self.requests = self.prompt_tokens = self.reply_tokens = 0
         self.reached, self.unanswered, self.told, self.started = False, 0, set(), time.monotonic()
@@ -140,19 +175,32 @@ class Client:
         library = type(huggingface_hub.get_session()).__module__.partition(".")[0]
         self.http = sys.modules[library]
         huggingface_hub.set_client_factory(self.session)
-        self.timed_out = (self.http.TimeoutException, huggingface_hub.InferenceTimeoutError)  # an older hub's, a newer's
+        self.timed_out = (
+            self.http.TimeoutException,
+            huggingface_hub.InferenceTimeoutError,
+        )  # an older hub's, a newer's
         # Without a key of its own the hub's client would send the machine's Hugging Face token.
         self.client = huggingface_hub.InferenceClient(
-            base_url=self.url, api_key=self.key, timeout=timeout, headers={"user-agent": "dynamic-cot"})
+            base_url=self.url,
+            api_key=self.key,
+            timeout=timeout,
+            headers={"user-agent": "dynamic-cot"},
+        )
 
     def session(self):
         def refuse(response):
             if not response.is_success:
                 raise Refused(response)
 
-        limits = self.http.Limits(max_connections=self.workers, max_keepalive_connections=self.workers)
-        return self.http.Client(event_hooks={"response": [refuse]}, limits=limits, timeout=self.timeout,
-                                trust_env=urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1"))
+        limits = self.http.Limits(
+            max_connections=self.workers, max_keepalive_connections=self.workers
+        )
+        return self.http.Client(
+            event_hooks={"response": [refuse]},
+            limits=limits,
+            timeout=self.timeout,
+            trust_env=urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1"),
+        )
 
     def ask(self, request):
         """The Reply to a request (a dict, see `make_request`).
@@ -206,8 +254,14 @@ class Client:
             with self.lock:
                 self.prompt_tokens += usage.get("prompt_tokens") or 0
                 self.reply_tokens += tokens or 0
-            choice = answer.choices[0]  # by attribute: the items of the hub's dict lack what its types don't know
-            return Reply(self.hide(written(choice.message, choice.finish_reason)), choice.finish_reason, tokens)
+            choice = answer.choices[
+                0
+            ]  # by attribute: the items of the hub's dict lack what its types don't know
+            return Reply(
+                self.hide(written(choice.message, choice.finish_reason)),
+                choice.finish_reason,
+                tokens,
+            )
         except (TypeError, IndexError, AttributeError):
             said = message_of(answer) or "not the JSON of a chat completion"
             raise Fault(self.clean(f"malformed reply: {said}")) from None
@@ -221,20 +275,29 @@ class Client:
             said = refused.body
         said = self.clean(f"{status} {said}")
         if status in TRY_AGAIN and "insufficient_quota" not in refused.body or status >= 500:
-            raise Fault(f"{'rate limit' if status == 429 else 'server error'}: {said}", retry_after(refused.headers))
+            raise Fault(
+                f"{'rate limit' if status == 429 else 'server error'}: {said}",
+                retry_after(refused.headers),
+            )
         if status in THIS_POST_ONLY:
             if CONTENT_FILTER.search(refused.body):
                 self.unanswered = 0
                 raise Failed(f"content filter: {said}")
             self.give_up(f"refused: {said}")
         mend = {
-            401: f"check the key in {self.key_name}" if self.key != "none" else
-                 f"it wants a key: put it in the environment variable {KEY}, or name another with --api-key-env",
+            401: f"check the key in {self.key_name}"
+            if self.key != "none"
+            else f"it wants a key: put it in the environment variable {KEY}, or name another with --api-key-env",
             402: "its account needs credit",
             403: f"this key may not use the model {self.model}",
             404: f"check --base-url, and whether it has a model {self.model}",
             429: "its account needs credit",
-        }.get(status, f"it has moved to {refused.headers.get('location')}" if status < 400 else "check --base-url")
+        }.get(
+            status,
+            f"it has moved to {refused.headers.get('location')}"
+            if status < 400
+            else "check --base-url",
+        )
         raise UserError(f"{self.server}: {said}; {mend}")
 
     def give_up(self, reason):
@@ -243,10 +306,14 @@ class Client:
             self.unanswered += 1
             unanswered = self.unanswered
         if not self.reached:
-            raise UserError(f"{self.server}: {reason}; is the server running, and --base-url right?")
+            raise UserError(
+                f"{self.server}: {reason}; is the server running, and --base-url right?"
+            )
         if unanswered >= GIVE_UP_AFTER:
-            raise UserError(f"{self.server}: no reply for {unanswered} posts in a row, the last: {reason}; "
-                            "run the same command again when this is mended, with --retry-failed for those posts")
+            raise UserError(
+                f"{self.server}: no reply for {unanswered} posts in a row, the last: {reason}; "
+                "run the same command again when this is mended, with --retry-failed for those posts"
+            )
         raise Failed(reason)
 
     def rate(self):
@@ -278,7 +345,12 @@ class Client:
         After Ctrl-C no item is begun, what comes in the next seconds is still yielded, then KeyboardInterrupt
         raised; a second one raises it at once. An error of `work` ends the run in the same way; Stopped is none.
         """
-        source, lock, results, end = iter(items), threading.Lock(), queue.Queue(self.workers), object()
+        source, lock, results, end = (
+            iter(items),
+            threading.Lock(),
+            queue.Queue(self.workers),
+            object(),
+        )
 
         def worker():
             problem = None
@@ -305,7 +377,9 @@ class Client:
                 if self.stop.is_set() and deadline is None:
                     deadline = time.monotonic() + GRACE
                     if problem is None:
-                        tell(f"stopping; up to {GRACE} s for the replies under way (Ctrl-C again: at once)")
+                        tell(
+                            f"stopping; up to {GRACE} s for the replies under way (Ctrl-C again: at once)"
+                        )
                 try:
                     result = results.get(timeout=0.1)
                 except queue.Empty:
@@ -327,13 +401,16 @@ class Client:
     @contextlib.contextmanager
     def interruptible(self):
         """In this block the first Ctrl-C only sets `stop`; so does whatever ends the block early."""
+
         def interrupted(*_):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self.stop.set()
 
         before = signal.getsignal(signal.SIGINT)
         # A shell has its background jobs ignore Ctrl-C; only the main thread may ask for signals.
-        ours = before is not signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+        ours = (
+            before is not signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+        )
         if ours:
             signal.signal(signal.SIGINT, interrupted)
         try:
@@ -353,13 +430,22 @@ def endpoint(base_url):
     """
     try:
         parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and base_url.isprintable()
+        usable = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and base_url.isprintable()
+        )
     except ValueError:  # a port that is no number
         usable = False
     if not usable or " " in base_url:
-        raise UserError(f"--base-url: {base_url!r} is no address; one is like http://localhost:8000/v1")
+        raise UserError(
+            f"--base-url: {base_url!r} is no address; one is like http://localhost:8000/v1"
+        )
     if "@" in parts.netloc:
-        raise UserError("--base-url: take name and password out of it; a key comes from the environment")
+        raise UserError(
+            "--base-url: take name and password out of it; a key comes from the environment"
+        )
     path = parts.path.rstrip("/") or "/v1"
     if not path.endswith("/chat/completions"):
         path += "/chat/completions"
@@ -373,13 +459,19 @@ def without_query(url):
 
 def api_key(name, url):
     """The key in the environment variable `name`, "none" where a server may do without. Raises UserError."""
-    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):  # perhaps the key itself: it isn't repeated
-        raise UserError("--api-key-env: takes the name of an environment variable that holds the key")
+    if not re.fullmatch(
+        r"[A-Za-z_]\w*", name, re.ASCII
+    ):  # perhaps the key itself: it isn't repeated
+        raise UserError(
+            "--api-key-env: takes the name of an environment variable that holds the key"
+        )
     key = os.environ.get(name, "").strip()
     if not key and (name != KEY or urlsplit(url).hostname == urlsplit(OPENAI).hostname):
         raise UserError(f"no key: the environment variable {name} is not set")
     if not re.fullmatch(r"[!-~]*", key):  # the HTTP library's complaint would show it
-        raise UserError(f"the environment variable {name} holds a space, line break or letter that no key has")
+        raise UserError(
+            f"the environment variable {name} holds a space, line break or letter that no key has"
+        )
     return key or "none"
 
 
@@ -399,7 +491,9 @@ def written(message, finish):
     split_off = message.get("reasoning_content") or message.get("reasoning")
     if not split_off or "</think>" in content:
         return content
-    if not content and finish == "stop":  # an answer without tags, which some parsers take for reasoning as a whole
+    if (
+        not content and finish == "stop"
+    ):  # an answer without tags, which some parsers take for reasoning as a whole
         return split_off
     return f"<think>{split_off.strip()}</think>{content}"
 
@@ -453,7 +547,9 @@ def image_part(path, max_pixels):
 def make_request(model, prompt, image_path, max_pixels, max_tokens=None, temperature=None):
     """The keywords of a chat completion: one user turn, the image and then the text. Raises data.Unreadable."""
     content = [image_part(image_path, max_pixels)] if image_path else []
-    content.append({"type": "text", "text": prompt.encode("utf-8", "replace").decode()})  # no lone surrogates
+    content.append(
+        {"type": "text", "text": prompt.encode("utf-8", "replace").decode()}
+    )  # no lone surrogates
     request = {"model": model, "messages": [{"role": "user", "content": content}], "stream": False}
     optional = {"max_tokens": max_tokens, "temperature": temperature}
     return request | {name: value for name, value in optional.items() if value is not None}
@@ -478,12 +574,17 @@ def fill(prompt, **values):
 
 # ------------------------------------------------------------------------------------------- accepting a reply
 
-GIVE_AWAY = re.compile("|".join(re.escape(phrase).replace(r"\#", KEYPHRASE) for phrase in GIVE_AWAYS))
+GIVE_AWAY = re.compile(
+    "|".join(re.escape(phrase).replace(r"\#", KEYPHRASE) for phrase in GIVE_AWAYS)
+)
 
 
 def wanted(keyphrases):
     """Keyphrases as replies are compared with them: in any order, stemmed, as the parser of answers reads them."""
-    return {normalize(phrase) for phrase in data.parse_answer(f"<answer>{data.plain_answer(keyphrases)}</answer>")[0]}
+    return {
+        normalize(phrase)
+        for phrase in data.parse_answer(f"<answer>{data.plain_answer(keyphrases)}</answer>")[0]
+    }
 
 
 def count_words(text):
@@ -493,6 +594,7 @@ def count_words(text):
 
 def accepted(reply, keyphrases, min_words, max_words):
     """The reasoning in a reply. Raises Failed, which says why it can't be taken."""
+
     def reject(reason):
         return Failed(reason, reply.text)
 
@@ -572,8 +674,14 @@ class Lines:
             busy = True
         except OSError:
             pass  # some network file systems have no locks
-        if busy or identify(self.file.fileno()) != self.seen and (self.seen or identify(self.file.fileno())[1]):
-            raise UserError(f"{self.path}: another run is writing to it; wait for it, or name another --out")
+        if (
+            busy
+            or identify(self.file.fileno()) != self.seen
+            and (self.seen or identify(self.file.fileno())[1])
+        ):
+            raise UserError(
+                f"{self.path}: another run is writing to it; wait for it, or name another --out"
+            )
         if self.torn is not None:
             self.file.truncate(self.torn)
         if self.file.seek(0, os.SEEK_END):
@@ -601,6 +709,7 @@ class Lines:
 
     def put_in_order(self):
         """Write the file anew, whole or not at all, in the posts' order and without what was removed."""
+
         def moved():
             end = 0
             for index, line in self.lines():
@@ -632,26 +741,40 @@ class Results:
         teacher: what the reasonings depend on, a dict; `mix` allows several in one file.
         """
         self.teachers = [teacher]
-        if not any(path.exists() and path.stat().st_size for path in (self.good.path, self.failed.path)):
+        if not any(
+            path.exists() and path.stat().st_size for path in (self.good.path, self.failed.path)
+        ):
             return
         before = []
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(self.settings.read_text(encoding="utf-8"))
         before = [old for old in before if isinstance(old, dict)]
         if teacher not in before and not mix:
-            new = [name for name in teacher if teacher[name] not in [old.get(name) for old in before]]
-            other = f"another {' and '.join(new) or 'teacher or prompt'}" if before else "an unknown teacher"
-            raise UserError(f"{self.out}: was made with {other}; name another --out, or allow both in one with --mix")
+            new = [
+                name for name in teacher if teacher[name] not in [old.get(name) for old in before]
+            ]
+            other = (
+                f"another {' and '.join(new) or 'teacher or prompt'}"
+                if before
+                else "an unknown teacher"
+            )
+            raise UserError(
+                f"{self.out}: was made with {other}; name another --out, or allow both in one with --mix"
+            )
         self.teachers = before + [teacher] * (teacher not in before)
         index_of = {hash(self.posts[index]["id"]): index for index in range(len(self.posts))}
         for line, offset, index, record in self.good.load(index_of):
             where = f"{self.out} line {line} (id {record.get('id')})"
             post = self.posts[index] if index is not None else {}
             if any(record.get(field) != post.get(field) for field in ("id", "text", "keyphrases")):
-                raise UserError(f"{where}: {self.posts.path} has no such post, or it was changed; "
-                                "name another --out, or take the line out of this one")
+                raise UserError(
+                    f"{where}: {self.posts.path} has no such post, or it was changed; "
+                    "name another --out, or take the line out of this one"
+                )
             if not data.has_cot(record):
-                raise UserError(f"{where}: has no reasoning; was this file made by gen_cot.py? Name another --out")
+                raise UserError(
+                    f"{where}: has no reasoning; was this file made by gen_cot.py? Name another --out"
+                )
             if index not in self.good:
                 self.good.places[index] = offset
                 self.words.append(count_words(record["cot"]))
@@ -667,7 +790,9 @@ class Results:
                 for file in (self.good, self.failed):
                     file.open()
                     files.enter_context(file.file)
-                data.write_whole(self.settings, json.dumps(self.teachers, indent=1, ensure_ascii=False) + "\n")
+                data.write_whole(
+                    self.settings, json.dumps(self.teachers, indent=1, ensure_ascii=False) + "\n"
+                )
             yield
 
     def add(self, index, record, failed):
@@ -710,22 +835,52 @@ def settings(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     add = parser.add_argument
     add("data", metavar="FILE", help="posts with keyphrases (JSONL)")
-    add("--out", metavar="FILE", required=True, help="where the posts with their reasoning go (JSONL)")
+    add(
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="where the posts with their reasoning go (JSONL)",
+    )
     add("--model", required=True, help="the teacher's name on the server")
     add("--base-url", default=OPENAI, help="the server's address")
     add_server_options(parser)
     add("--workers", type=data.count, default=16, help="requests at once")
     add("--limit", type=data.count, help="only so many posts, from the beginning of FILE")
     add("--prompt-file", help="another instruction, with {text} and {keyphrases} where those go")
-    add("--max-pixels", type=data.count, default=512 * 28 * 28, help="larger images are scaled down to this")
-    add("--temperature", type=float, help="the teacher's; not sent if left out, some models refuse it")
-    add("--max-new-tokens", type=natural, default=1024,
-        help="a reply is cut off after this many tokens; 0 sends no limit, some models refuse it")
+    add(
+        "--max-pixels",
+        type=data.count,
+        default=512 * 28 * 28,
+        help="larger images are scaled down to this",
+    )
+    add(
+        "--temperature",
+        type=float,
+        help="the teacher's; not sent if left out, some models refuse it",
+    )
+    add(
+        "--max-new-tokens",
+        type=natural,
+        default=1024,
+        help="a reply is cut off after this many tokens; 0 sends no limit, some models refuse it",
+    )
     add("--min-words", type=natural, default=10, help="shorter reasoning is not taken")
     add("--max-words", type=data.count, default=250, help="longer reasoning is not taken")
-    add("--retry-failed", action="store_true", help="ask again for the posts that failed in an earlier run")
-    add("--mix", action="store_true", help="go on with an --out that another teacher or prompt began")
-    add("--dry-run", action="store_true", help="print one request and how many are to come; send nothing")
+    add(
+        "--retry-failed",
+        action="store_true",
+        help="ask again for the posts that failed in an earlier run",
+    )
+    add(
+        "--mix",
+        action="store_true",
+        help="go on with an --out that another teacher or prompt began",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print one request and how many are to come; send nothing",
+    )
     args = parser.parse_args(arguments)
     if args.min_words > args.max_words:
         parser.error("--min-words is more than --max-words")
@@ -737,11 +892,24 @@ def settings(arguments=None):
 def add_server_options(parser):
     """The settings of a Client that gen_cot.py and infer.py share."""
     add = parser.add_argument
-    add("--api-key-env", metavar="NAME", default=KEY,
-        help="environment variable with the server's key; without one the word none is sent")
-    add("--timeout", type=data.count, default=180, help="seconds to wait for a reply before the request is tried again")
-    add("--max-retries", type=natural, default=5,
-        help="further tries of a request that meets a fault, and of a reply that can't be taken")
+    add(
+        "--api-key-env",
+        metavar="NAME",
+        default=KEY,
+        help="environment variable with the server's key; without one the word none is sent",
+    )
+    add(
+        "--timeout",
+        type=data.count,
+        default=180,
+        help="seconds to wait for a reply before the request is tried again",
+    )
+    add(
+        "--max-retries",
+        type=natural,
+        default=5,
+        help="further tries of a request that meets a fault, and of a reply that can't be taken",
+    )
 
 
 def reason(client, posts, prompt, args, index):
@@ -769,9 +937,17 @@ def reason(client, posts, prompt, args, index):
 
 def request_for(posts, record, prompt, args):
     """The request for one post's reasoning. Raises data.Unreadable."""
-    text = fill(prompt, text=record["text"].strip(), keyphrases=data.plain_answer(record["keyphrases"]))
-    return make_request(args.model, text, posts.image_path(record), args.max_pixels, args.max_new_tokens or None,
-                        args.temperature)
+    text = fill(
+        prompt, text=record["text"].strip(), keyphrases=data.plain_answer(record["keyphrases"])
+    )
+    return make_request(
+        args.model,
+        text,
+        posts.image_path(record),
+        args.max_pixels,
+        args.max_new_tokens or None,
+        args.temperature,
+    )
 
 
 def write_reasoning(args, first_wait=2):
@@ -783,16 +959,28 @@ def write_reasoning(args, first_wait=2):
     asked = range(min(len(posts), args.limit or len(posts)))
     done = sum(index in results.good for index in asked)
     skipped = 0 if args.retry_failed else sum(index in results.failed for index in asked)
-    todo = (index for index in asked
-            if index not in results.good and (args.retry_failed or index not in results.failed))
+    todo = (
+        index
+        for index in asked
+        if index not in results.good and (args.retry_failed or index not in results.failed)
+    )
     if args.dry_run:
         return dry_run(args, posts, prompt, todo, f"{done} posts done, {skipped} failed before")
     if replaced := len(posts) - posts.without_cot:
-        data.say(f"{replaced} posts of {args.data} have reasoning already; {args.out} gets the teacher's instead")
+        data.say(
+            f"{replaced} posts of {args.data} have reasoning already; {args.out} gets the teacher's instead"
+        )
     client = None
     if done + skipped < len(asked):
-        client = Client(args.base_url, args.model, args.api_key_env, min(args.workers, len(asked)), args.max_retries,
-                        args.timeout, first_wait)
+        client = Client(
+            args.base_url,
+            args.model,
+            args.api_key_env,
+            min(args.workers, len(asked)),
+            args.max_retries,
+            args.timeout,
+            first_wait,
+        )
     with results.open():
         if client:
             ask = partial(reason, client, posts, prompt, args)
@@ -809,12 +997,17 @@ def ask_teacher(args, client, results, ask, todo, total, done, failures):
                 results.add(index, results.moved(record) | {"teacher": args.model}, failed)
                 failures += failed is not None
                 done += failed is None
-                bar.set_postfix_str(f"{done} done, {failures} failed, {client.rate():.1f} requests/s, "
-                                    f"{client.prompt_tokens + client.reply_tokens:,} tokens", refresh=False)
+                bar.set_postfix_str(
+                    f"{done} done, {failures} failed, {client.rate():.1f} requests/s, "
+                    f"{client.prompt_tokens + client.reply_tokens:,} tokens",
+                    refresh=False,
+                )
                 bar.update()
         except KeyboardInterrupt:
             bar.close()
-            data.say(f"stopped: {done} of {total} posts are in {args.out}; the same command goes on from there")
+            data.say(
+                f"stopped: {done} of {total} posts are in {args.out}; the same command goes on from there"
+            )
             raise
 
 
@@ -830,7 +1023,9 @@ def dry_run(args, posts, prompt, todo, before):
         shown = copy.deepcopy(first)
         for part in shown["messages"][0]["content"]:
             if part["type"] == "image_url":
-                part["image_url"]["url"] = f"data:image/jpeg;base64,… ({len(part['image_url']['url']):,} characters)"
+                part["image_url"]["url"] = (
+                    f"data:image/jpeg;base64,… ({len(part['image_url']['url']):,} characters)"
+                )
         print(f"POST {without_query(endpoint(args.base_url))}")
         print(json.dumps(shown, indent=2, ensure_ascii=False).encode("utf-8", "replace").decode())
     print(f"{count} requests to come ({before}); more where a reply is asked for again")
@@ -839,16 +1034,24 @@ def dry_run(args, posts, prompt, todo, before):
 def summary(args, results, asked, skipped, client):
     """Tell what came of it; returns the exit code."""
     done, lengths = sum(index in results.good for index in asked), results.words
-    words = f"; {min(lengths)} to {max(lengths)} words, median {statistics.median(lengths):g}" if lengths else ""
+    words = (
+        f"; {min(lengths)} to {max(lengths)} words, median {statistics.median(lengths):g}"
+        if lengths
+        else ""
+    )
     data.say(f"{args.out}: {done} of {len(asked)} posts have reasoning{words}")
     if client:
-        data.say(f"{client.requests} requests, {client.rate():.1f} a second; {client.prompt_tokens:,} tokens sent, "
-                 f"{client.reply_tokens:,} received")
+        data.say(
+            f"{client.requests} requests, {client.rate():.1f} a second; {client.prompt_tokens:,} tokens sent, "
+            f"{client.reply_tokens:,} received"
+        )
     if done == len(asked):
         return 0
     kinds = results.reasons()
-    data.say(f"{results.failed.path}: {kinds.total()} posts failed: "
-             + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+    data.say(
+        f"{results.failed.path}: {kinds.total()} posts failed: "
+        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    )
     if skipped:
         data.say(f"{skipped} of them in an earlier run; --retry-failed asks for them again")
     return 1

@@ -30,15 +30,29 @@ def settings(arguments=None):
     add("text", nargs="?", help="the post's text")
     add("--data", metavar="FILE", help="predict all posts of this file (JSONL)")
     add("--out", metavar="FILE", help="where the predictions of --data go (JSONL)")
-    add("--model", default="out/run", help="a run's folder, one of its checkpoints, a model folder, or a hub name; "
-        "with --base-url what the server calls it")
-    add("--think", choices=["auto", "always", "never"], default="auto", help="whether the model reasons first")
+    add(
+        "--model",
+        default="out/run",
+        help="a run's folder, one of its checkpoints, a model folder, or a hub name; "
+        "with --base-url what the server calls it",
+    )
+    add(
+        "--think",
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="whether the model reasons first",
+    )
     add("--batch-size", type=data.count, default=8, help="posts generated at once with --data")
     add("--json", action="store_true", help="print the one post's prediction as JSON")
     data.add_reading_options(parser)
-    served = parser.add_argument_group("served inference", "--batch-size posts are asked for at once; --max-length, "
-                                       "--workers and --device are the server's own affair")
-    served.add_argument("--base-url", help="the address of an OpenAI-compatible server that has the model")
+    served = parser.add_argument_group(
+        "served inference",
+        "--batch-size posts are asked for at once; --max-length, "
+        "--workers and --device are the server's own affair",
+    )
+    served.add_argument(
+        "--base-url", help="the address of an OpenAI-compatible server that has the model"
+    )
     gen_cot.add_server_options(served)
     args = parser.parse_args(arguments)
     if args.data is None and (args.image is None or args.text is None):
@@ -46,15 +60,19 @@ def settings(arguments=None):
     if args.data is not None and (args.out is None or args.image is not None):
         parser.error("--data goes with --out FILE and without an image or text")
     if args.base_url and args.think != "auto":
-        parser.error(f"--think {args.think} needs the model here: a server can't be told how an answer begins; "
-                     "leave out --base-url or --think")
+        parser.error(
+            f"--think {args.think} needs the model here: a server can't be told how an answer begins; "
+            "leave out --base-url or --think"
+        )
     return args
 
 
 def load_model(args):
     """(model, encoder) of --model. Raises UserError, which for the default says how to get a model."""
     if args.model == "out/run" and not Path(args.model).exists():
-        raise UserError("no trained model yet: run `python train.py` (minutes on a CPU), or name one with --model")
+        raise UserError(
+            "no trained model yet: run `python train.py` (minutes on a CPU), or name one with --model"
+        )
     name = checkpoint.model_folder(args.model)
     import torch
 
@@ -62,7 +80,9 @@ def load_model(args):
 
     device = pick_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, encoder, _ = load(name, device, dtype, args.prompt_file, args.max_pixels, args.max_length)
+    model, encoder, _ = load(
+        name, device, dtype, args.prompt_file, args.max_pixels, args.max_length
+    )
     return model, encoder
 
 
@@ -73,7 +93,11 @@ def infer_one(args):
         raise UserError(f"{image}: no such file; for a text-only post write none instead")
     record = {"id": "post", "text": args.text}
     try:
-        prediction = predict_served(args, record, image) if args.base_url else predict_here(args, record, image)
+        prediction = (
+            predict_served(args, record, image)
+            if args.base_url
+            else predict_here(args, record, image)
+        )
     except data.Unreadable as error:
         raise UserError(f"{args.image}: {error}; for a text-only post write none instead") from None
     if args.json:
@@ -92,7 +116,9 @@ def predict_here(args, record, image):
     import model
 
     micro_batches = [data.collate([encoder.encode(record, image, with_answers=False)], encoder)]
-    prediction, = model.predict(vlm, encoder, [(micro_batches, [])], args.think, args.max_new_tokens)
+    (prediction,) = model.predict(
+        vlm, encoder, [(micro_batches, [])], args.think, args.max_new_tokens
+    )
     return prediction
 
 
@@ -102,7 +128,9 @@ def infer_file(args):
     done = finished(args, posts)
     todo = [index for index in range(len(posts)) if posts[index]["id"] not in done]
     if todo:
-        predictions = all_served(args, posts, todo) if args.base_url else all_here(args, posts, todo)
+        predictions = (
+            all_served(args, posts, todo) if args.base_url else all_here(args, posts, todo)
+        )
         begin(args, done)
         with writable(args.out), open(args.out, "a", encoding="utf-8") as file:
             for prediction in data.progress(predictions, len(posts), "posts", done=len(done)):
@@ -121,8 +149,10 @@ def writable(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror or error}); what was predicted is kept: make room "
-                        "and run this again") from None
+        raise UserError(
+            f"{path}: can't be written ({error.strerror or error}); what was predicted is kept: make room "
+            "and run this again"
+        ) from None
 
 
 def all_here(args, posts, todo):
@@ -130,7 +160,9 @@ def all_here(args, posts, todo):
     vlm, encoder = load_model(args)
     import model
 
-    steps = [todo[start:start + args.batch_size] for start in range(0, len(todo), args.batch_size)]
+    steps = [
+        todo[start : start + args.batch_size] for start in range(0, len(todo), args.batch_size)
+    ]
     loader = data.Loader(posts, encoder, steps, args.batch_size, args.workers, with_answers=False)
     return model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
 
@@ -147,7 +179,14 @@ def all_served(args, posts, todo):
             reason = f"image {record['image']}: {error}"
         except gen_cot.Failed as failed:
             reason = str(failed)
-        return {"id": record["id"], "keyphrases": [], "think": None, "output": "", "tokens": 0, "error": reason}
+        return {
+            "id": record["id"],
+            "keyphrases": [],
+            "think": None,
+            "output": "",
+            "tokens": 0,
+            "error": reason,
+        }
 
     return client.each(predict, todo)
 
@@ -166,7 +205,9 @@ def connect(args, workers):
 
     The prompt is --prompt-file's, else the one that the model was trained with where its folder is here, else PROMPT.
     """
-    client = gen_cot.Client(args.base_url, args.model, args.api_key_env, workers, args.max_retries, args.timeout)
+    client = gen_cot.Client(
+        args.base_url, args.model, args.api_key_env, workers, args.max_retries, args.timeout
+    )
     own = Path(checkpoint.model_folder(args.model)) / "prompt.txt"
     file = args.prompt_file or (own if own.is_file() else None)
     return client, gen_cot.read_prompt(file, "{text}") if file else data.PROMPT
@@ -175,12 +216,19 @@ def connect(args, workers):
 def ask(args, client, prompt, record, image):
     """A served model's prediction for one post, as `model.predict` yields it. Raises data.Unreadable, Failed."""
     text = gen_cot.fill(prompt, text=record["text"].strip())
-    reply = client.ask(gen_cot.make_request(args.model, text, image, args.max_pixels, args.max_new_tokens, 0))
+    reply = client.ask(
+        gen_cot.make_request(args.model, text, image, args.max_pixels, args.max_new_tokens, 0)
+    )
     if reply.finish == "content_filter":
         raise gen_cot.Failed("content filter: the reply was cut off")
     keyphrases, think = data.parse_answer(reply.text)
-    prediction = {"id": record["id"], "keyphrases": keyphrases, "think": think, "output": reply.text,
-                  "tokens": reply.tokens}
+    prediction = {
+        "id": record["id"],
+        "keyphrases": keyphrases,
+        "think": think,
+        "output": reply.text,
+        "tokens": reply.tokens,
+    }
     return prediction | {"cut": True} if reply.finish == "length" else prediction
 
 
@@ -193,7 +241,11 @@ def identity(args):
         from model import find
 
         model = find(str(model))
-    files = [args.data, *sorted(model.glob("*.safetensors")), args.prompt_file or model / "prompt.txt"]
+    files = [
+        args.data,
+        *sorted(model.glob("*.safetensors")),
+        args.prompt_file or model / "prompt.txt",
+    ]
     files = [Path(file) for file in files if Path(file).exists()]
     return now | {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
@@ -205,15 +257,21 @@ def finished(args, posts):
     """
     out = Path(args.out)
     if out.exists() and not out.is_file():
-        raise UserError(f"{out}: not a file on a disk; --out is the file that the predictions go to")
+        raise UserError(
+            f"{out}: not a file on a disk; --out is the file that the predictions go to"
+        )
     if not out.exists() or not out.stat().st_size:
         return {}
     before, now = {}, identity(args)
     with contextlib.suppress(OSError, ValueError, TypeError):
         before = dict(json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8")))
     if before != now:
-        differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        raise UserError(f"{out}: was made with something else ({', '.join(differ)}); name another --out, or remove it")
+        differ = sorted(
+            name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
+        )
+        raise UserError(
+            f"{out}: was made with something else ({', '.join(differ)}); name another --out, or remove it"
+        )
     known = {posts[index]["id"] for index in range(len(posts))}
     whole_lines, _, torn = out.read_bytes().rpartition(b"\n")
     if torn:  # predicted anew
@@ -230,7 +288,9 @@ def begin(args, done):
     out = Path(args.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        data.write_whole(f"{out}.settings.json", json.dumps(identity(args), indent=1, ensure_ascii=False) + "\n")
+        data.write_whole(
+            f"{out}.settings.json", json.dumps(identity(args), indent=1, ensure_ascii=False) + "\n"
+        )
         data.write_whole(out, "".join(map(data.to_line, done.values())))
     except OSError as error:
         raise UserError(f"{out}: can't be written ({error.strerror}); name another --out") from None
@@ -241,8 +301,10 @@ def summary(args, predictions):
     cut = sum("cut" in prediction for prediction in predictions)
     tokens = sum(prediction["tokens"] or 0 for prediction in predictions) / len(predictions)
     reasoned = sum(prediction["think"] is not None for prediction in predictions) / len(predictions)
-    data.say(f"{args.out}: {len(predictions)} posts, {tokens:.1f} tokens a post, {reasoned:.1%} reasoned about, "
-             f"{cut} cut off after {args.max_new_tokens} tokens, {len(failed)} failed")
+    data.say(
+        f"{args.out}: {len(predictions)} posts, {tokens:.1f} tokens a post, {reasoned:.1%} reasoned about, "
+        f"{cut} cut off after {args.max_new_tokens} tokens, {len(failed)} failed"
+    )
     for prediction in failed[:3]:
         data.say(f"  (id {shown(prediction['id'])}) {one_line(prediction['error'])}")
     return 1 if failed else 0

@@ -66,7 +66,10 @@ class DynamicCoT(nn.Module):
         if self.mode == "cot":
             return self.answer_loss(prompt, batch.cot), None, batch.has_cot
         if self.mode == "multitask":
-            plain_loss, cot_loss = self.answer_loss(prompt, batch.plain), self.answer_loss(prompt, batch.cot)
+            plain_loss, cot_loss = (
+                self.answer_loss(prompt, batch.plain),
+                self.answer_loss(prompt, batch.cot),
+            )
             return (plain_loss + cot_loss) / 2, plain_loss.detach(), batch.has_cot
 
         with torch.no_grad():
@@ -76,11 +79,15 @@ class DynamicCoT(nn.Module):
 
     def read_prompt(self, inputs):
         """Image and prompt through the model, with gradient: what every answer is laid upon."""
-        positions, _ = self.model.model.get_rope_index(**{k: v for k, v in inputs.items() if k != "pixel_values"})
+        positions, _ = self.model.model.get_rope_index(
+            **{k: v for k, v in inputs.items() if k != "pixel_values"}
+        )
         prompt = {"inputs": inputs, "positions": positions}  # (3, B, P)
         if self.share_prompt:
             cache = new_cache()
-            prompt["last"] = self.read(inputs, position_ids=positions, past_key_values=cache, use_cache=True)[:, -1:]
+            prompt["last"] = self.read(
+                inputs, position_ids=positions, past_key_values=cache, use_cache=True
+            )[:, -1:]
             prompt["cache"] = [(layer.keys, layer.values) for layer in cache.layers]
         return prompt
 
@@ -89,34 +96,49 @@ class DynamicCoT(nn.Module):
         inputs, mask = prompt["inputs"], answers.mask
         # A token is predicted from the one before it: the last one is never read.
         read, read_mask = answers.ids[:, :-1], mask[:, :-1]
-        positions = prompt["positions"].amax((0, 2))[:, None] + 1 + torch.arange(read.shape[1], device=read.device)
+        positions = (
+            prompt["positions"].amax((0, 2))[:, None]
+            + 1
+            + torch.arange(read.shape[1], device=read.device)
+        )
         positions = positions.expand(3, -1, -1)
         attention_mask = torch.cat([inputs["attention_mask"], read_mask], dim=1)
 
         if self.share_prompt:
-            hidden = self.model.model(input_ids=read, position_ids=positions, attention_mask=attention_mask,
-                                      past_key_values=new_cache(prompt["cache"]), use_cache=True).last_hidden_state
+            hidden = self.model.model(
+                input_ids=read,
+                position_ids=positions,
+                attention_mask=attention_mask,
+                past_key_values=new_cache(prompt["cache"]),
+                use_cache=True,
+            ).last_hidden_state
             hidden = torch.cat([prompt["last"], hidden], dim=1)
         else:
             inputs = inputs | {
                 "input_ids": torch.cat([inputs["input_ids"], read], dim=1),
-                "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(read_mask)], dim=1),
+                "mm_token_type_ids": torch.cat(
+                    [inputs["mm_token_type_ids"], torch.zeros_like(read_mask)], dim=1
+                ),
                 "attention_mask": attention_mask,
                 "position_ids": torch.cat([prompt["positions"], positions], dim=2),
             }
-            hidden = self.read(inputs, use_cache=False)[:, -mask.shape[1]:]
+            hidden = self.read(inputs, use_cache=False)[:, -mask.shape[1] :]
 
         # The vocabulary is what a small step would spend most of its time on: logits at answer tokens only.
         at = mask.bool()
         logits = self.model.lm_head(hidden[at]).float()  # (number of answer tokens, V)
-        token_loss = torch.zeros(mask.shape, device=mask.device).masked_scatter(at, TokenLoss.apply(logits, answers.ids[at]))
+        token_loss = torch.zeros(mask.shape, device=mask.device).masked_scatter(
+            at, TokenLoss.apply(logits, answers.ids[at])
+        )
         return token_loss.sum(1) / mask.sum(1)
 
     def read(self, inputs, **options):
         """The model's last hidden state (B, P, hidden) over images and text."""
         if not self.always_look or "pixel_values" in inputs:
             return self.model.model(**inputs, **options).last_hidden_state
-        nothing = self.look_at_nothing()  # first, as an image is: FSDP counts on one order of the layers
+        nothing = (
+            self.look_at_nothing()
+        )  # first, as an image is: FSDP counts on one order of the layers
         return self.model.model(**inputs, **options).last_hidden_state + nothing
 
     def look_at_nothing(self):
@@ -125,7 +147,9 @@ class DynamicCoT(nn.Module):
         config, merge = vision.config, vision.config.spatial_merge_size
         values = config.in_channels * config.temporal_patch_size * config.patch_size**2
         blank = torch.zeros(merge**2, values, device=self.model.device)
-        seen = vision(blank, grid_thw=torch.tensor([[1, merge, merge]], device=blank.device), return_dict=True)
+        seen = vision(
+            blank, grid_thw=torch.tensor([[1, merge, merge]], device=blank.device), return_dict=True
+        )
         features = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
         return 0 * sum(feature.float().sum() for feature in features)
 
@@ -146,7 +170,7 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        for rows, in TokenLoss.rows(logits):
+        for (rows,) in TokenLoss.rows(logits):
             rows.copy_(rows.log_softmax(1))
         ctx.save_for_backward(logits, targets)
         return -logits.gather(1, targets[:, None])[:, 0]
@@ -188,19 +212,31 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
     inputs, begun = dict(batch.prompt), []
     if think == "always":
         begun = encoder.think
-        for name, values in (("input_ids", begun), ("attention_mask", [1] * len(begun)),
-                             ("mm_token_type_ids", [0] * len(begun))):
+        for name, values in (
+            ("input_ids", begun),
+            ("attention_mask", [1] * len(begun)),
+            ("mm_token_type_ids", [0] * len(begun)),
+        ):
             added = torch.tensor(values, dtype=inputs[name].dtype, device=inputs[name].device)
             inputs[name] = torch.cat([inputs[name], added.expand(len(batch), -1)], dim=1)
     was_training, inherited = model.training, model.generation_config
     # Published models may also end with a second token. No other field is inherited: they ask for sampling and a
     # repetition penalty.
-    ends = inherited.eos_token_id if isinstance(inherited.eos_token_id, list) else [inherited.eos_token_id]
+    ends = (
+        inherited.eos_token_id
+        if isinstance(inherited.eos_token_id, list)
+        else [inherited.eos_token_id]
+    )
     ends = sorted({encoder.end_of_turn, *ends} - {None})
     settings = GenerationConfig(
-        do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=ends, pad_token_id=encoder.pad,
-        begin_suppress_tokens=[encoder.think[0]] if think == "never" else None)
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=encoder.pad,
+        begin_suppress_tokens=[encoder.think[0]] if think == "never" else None,
+    )
     model.eval()
     model.generation_config = settings
     try:
@@ -210,11 +246,13 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
         model.generation_config = inherited
         model.train(was_training)
     answers = []
-    for row in output[:, inputs["input_ids"].shape[1]:].tolist():
+    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
         length = next((place for place, token in enumerate(row) if token in ends), len(row))
         ended = length < len(row)
         tokens = begun + row[:length]
-        text = encoder.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = encoder.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         answers.append((text, len(tokens) + ended, ended))
     return answers
 
@@ -227,14 +265,25 @@ def predict(model, encoder, loader, think="auto", max_new_tokens=512):
     """
     for micro_batches, skipped in loader:
         for post in skipped:
-            yield {"id": post.id, "keyphrases": [], "think": None, "output": "", "tokens": 0,
-                   "error": f"image {post.image}: {post.reason}"}
+            yield {
+                "id": post.id,
+                "keyphrases": [],
+                "think": None,
+                "output": "",
+                "tokens": 0,
+                "error": f"image {post.image}: {post.reason}",
+            }
         for batch in micro_batches:
             answers = generate(model, encoder, batch.to(model.device), think, max_new_tokens)
             for identity, (output, tokens, ended) in zip(batch.ids, answers):
                 keyphrases, reasoning = parse_answer(output)
-                prediction = {"id": identity, "keyphrases": keyphrases, "think": reasoning, "output": output,
-                              "tokens": tokens}
+                prediction = {
+                    "id": identity,
+                    "keyphrases": keyphrases,
+                    "think": reasoning,
+                    "output": output,
+                    "tokens": tokens,
+                }
                 yield prediction if ended else prediction | {"cut": True}
 
 
@@ -249,16 +298,22 @@ def find(name, files=("*.json", "*.txt", "*.jinja", "*.safetensors")):
     folder = Path(name)
     if is_local(name):
         if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
-            raise UserError(f"{name}: no model here (a folder with a config.json or an {ADAPTER}, or a name like "
-                            "Qwen/Qwen2.5-VL-3B-Instruct, is wanted)")
+            raise UserError(
+                f"{name}: no model here (a folder with a config.json or an {ADAPTER}, or a name like "
+                "Qwen/Qwen2.5-VL-3B-Instruct, is wanted)"
+            )
         return folder
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # the hub's client raises a dozen kinds, for a dozen kinds of no connection
+    except (
+        Exception
+    ) as error:  # the hub's client raises a dozen kinds, for a dozen kinds of no connection
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: neither a folder here nor to be had from the hub ({reason})") from None
+        raise UserError(
+            f"{name}: neither a folder here nor to be had from the hub ({reason})"
+        ) from None
 
 
 def is_local(name):
@@ -266,8 +321,15 @@ def is_local(name):
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
-def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=512 * 28 * 28, max_length=4096,
-         weights=True):
+def load(
+    name,
+    device="cpu",
+    dtype=torch.float32,
+    prompt_file=None,
+    max_pixels=512 * 28 * 28,
+    max_length=4096,
+    weights=True,
+):
     """(model, encoder, folder) of a Qwen-VL model in Hugging Face layout, a folder or a hub name.
 
     A folder that holds an adapter gives the model that the adapter names, with the adapter on it. The prompt is
@@ -295,18 +357,25 @@ def load(name, device="cpu", dtype=torch.float32, prompt_file=None, max_pixels=5
     if folder != given:
         model = read_adapter(given, model, weights)
     check_fit(folder, model, tokenizer, image_processor)
-    own = next((place / "prompt.txt" for place in (given, folder) if (place / "prompt.txt").is_file()), None)
+    own = next(
+        (place / "prompt.txt" for place in (given, folder) if (place / "prompt.txt").is_file()),
+        None,
+    )
     prompt_file = prompt_file or own
     try:
         prompt = Path(prompt_file).read_text(encoding="utf-8") if prompt_file else PROMPT
-        encoder = Encoder(tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length)
+        encoder = Encoder(
+            tokenizer, image_processor, model.config.image_token_id, prompt, max_pixels, max_length
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{prompt_file}: the prompt can't be read ({error})") from None
     except UserError as error:
         raise UserError(f"{prompt_file or folder}: {error}") from None
     except Exception as error:  # a template is a program of its own
-        raise UserError(f"{folder}: its chat template can't be used ({first_line(error)}); copy it from the model it was "
-                        "trained from") from None
+        raise UserError(
+            f"{folder}: its chat template can't be used ({first_line(error)}); copy it from the model it was "
+            "trained from"
+        ) from None
     return model.to(device), encoder, given
 
 
@@ -314,8 +383,10 @@ def check_family(folder):
     """Raises UserError for a model of a family that the step was not written for."""
     family = read_json(folder / "config.json").get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"{folder}/config.json: the model type {family!r} is not supported; "
-                        f"those that work are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{folder}/config.json: the model type {family!r} is not supported; "
+            f"those that work are {', '.join(FAMILIES)}"
+        )
 
 
 def read_tokenizer(folder):
@@ -324,16 +395,24 @@ def read_tokenizer(folder):
 
     try:
         if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise FileNotFoundError("no tokenizer.json, no vocab.json")  # transformers would make an empty one
+            raise FileNotFoundError(
+                "no tokenizer.json, no vocab.json"
+            )  # transformers would make an empty one
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{folder}: its tokenizer can't be loaded ({first_line(error)}); copy the tokenizer's files "
-                        "from the model it was trained from") from None
-    if not tokenizer.chat_template and (folder / "chat_template.json").is_file():  # transformers' tokenizers pass it by
+        raise UserError(
+            f"{folder}: its tokenizer can't be loaded ({first_line(error)}); copy the tokenizer's files "
+            "from the model it was trained from"
+        ) from None
+    if (
+        not tokenizer.chat_template and (folder / "chat_template.json").is_file()
+    ):  # transformers' tokenizers pass it by
         tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     if not tokenizer.chat_template:
-        raise UserError(f"{folder}: its tokenizer has no chat template; copy chat_template.jinja (or the "
-                        "tokenizer_config.json that holds it) from the model it was trained from")
+        raise UserError(
+            f"{folder}: its tokenizer has no chat template; copy chat_template.jinja (or the "
+            "tokenizer_config.json that holds it) from the model it was trained from"
+        )
     return tokenizer
 
 
@@ -344,7 +423,9 @@ def read_image_processor(folder):
     try:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})") from None
+        raise UserError(
+            f"{folder}: its preprocessor_config.json can't be used ({first_line(error)})"
+        ) from None
 
 
 def read_weights(folder, dtype):
@@ -353,14 +434,23 @@ def read_weights(folder, dtype):
 
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
-            output_loading_info=True)
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     except Exception as error:
-        raise UserError(f"{folder}: its weights can't be loaded ({first_line(error)}); is the copy whole?") from None
+        raise UserError(
+            f"{folder}: its weights can't be loaded ({first_line(error)}); is the copy whole?"
+        ) from None
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
-        raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, the first {wrong[0]}; "
-                        "is the copy whole?")
+        raise UserError(
+            f"{folder}: {len(wrong)} weights are missing or of another shape, the first {wrong[0]}; "
+            "is the copy whole?"
+        )
     return model
 
 
@@ -389,19 +479,29 @@ def check_size(folder, files):
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+                stored += sum(
+                    math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()
+                )
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: its weights can't be loaded ({first_line(error)}); is the copy whole?") from None
+            raise UserError(
+                f"{file}: its weights can't be loaded ({first_line(error)}); is the copy whole?"
+            ) from None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            described = AutoModelForImageTextToText.from_config(config, trust_remote_code=False).num_parameters()
+            described = AutoModelForImageTextToText.from_config(
+                config, trust_remote_code=False
+            ).num_parameters()
     except Exception as error:
-        raise UserError(f"{folder}/config.json: describes no model that can be made ({first_line(error)}); copy it "
-                        "anew") from None
+        raise UserError(
+            f"{folder}/config.json: describes no model that can be made ({first_line(error)}); copy it "
+            "anew"
+        ) from None
     if described > 2 * stored:
-        raise UserError(f"{folder}/config.json: describes {described:,} weights, the *.safetensors have {stored:,}; "
-                        "copy it from the model it was trained from")
+        raise UserError(
+            f"{folder}/config.json: describes {described:,} weights, the *.safetensors have {stored:,}; "
+            "copy it from the model it was trained from"
+        )
 
 
 def check_fit(folder, model, tokenizer, image_processor):
@@ -410,8 +510,10 @@ def check_fit(folder, model, tokenizer, image_processor):
 
     words, known = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if known > words:
-        raise UserError(f"{folder}: its tokenizer has {known} tokens, its weights {words}; copy the tokenizer's files from "
-                        "the model it was trained from")
+        raise UserError(
+            f"{folder}: its tokenizer has {known} tokens, its weights {words}; copy the tokenizer's files from "
+            "the model it was trained from"
+        )
     vision = model.config.vision_config
     wanted = 3 * vision.temporal_patch_size * vision.patch_size**2
     try:  # what is in the file is used with the first image only
@@ -419,12 +521,16 @@ def check_fit(folder, model, tokenizer, image_processor):
         found = image_processor(images=[blank], return_tensors="pt")["pixel_values"].shape[1]
         merge = image_processor.merge_size
     except Exception as error:
-        raise UserError(f"{folder}: its preprocessor_config.json can't be used ({first_line(error)}); copy it from the "
-                        "model it was trained from") from None
+        raise UserError(
+            f"{folder}: its preprocessor_config.json can't be used ({first_line(error)}); copy it from the "
+            "model it was trained from"
+        ) from None
     if (found, merge) != (wanted, vision.spatial_merge_size):
-        raise UserError(f"{folder}: its preprocessor_config.json makes patches of {found} values, merged by {merge}; its "
-                        f"weights want {wanted}, merged by {vision.spatial_merge_size}; copy it from the model it was "
-                        "trained from")
+        raise UserError(
+            f"{folder}: its preprocessor_config.json makes patches of {found} values, merged by {merge}; its "
+            f"weights want {wanted}, merged by {vision.spatial_merge_size}; copy it from the model it was "
+            "trained from"
+        )
 
 
 def pick_device(name):
@@ -434,8 +540,12 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except Exception as error:  # torch has an error of its own for each way in which a device is not there
-        raise UserError(f"--device {name}: not to be had here ({first_line(error)}); try auto or cpu") from None
+    except (
+        Exception
+    ) as error:  # torch has an error of its own for each way in which a device is not there
+        raise UserError(
+            f"--device {name}: not to be had here ({first_line(error)}); try auto or cpu"
+        ) from None
     return device
 
 
@@ -451,7 +561,9 @@ def read_json(path):
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); copy it anew") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is needed there, not {shown(content)}; copy it anew")
+        raise UserError(
+            f"{path}: a JSON object is needed there, not {shown(content)}; copy it anew"
+        )
     return content
 
 
@@ -462,15 +574,26 @@ def weight_files(folder):
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        raise UserError(f"{folder}: no model.safetensors in it and no index of its parts; pickled weights (*.bin, *.pt) are "
-                        "not read: convert them with transformers' save_pretrained")
+        raise UserError(
+            f"{folder}: no model.safetensors in it and no index of its parts; pickled weights (*.bin, *.pt) are "
+            "not read: convert them with transformers' save_pretrained"
+        )
     try:
-        files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+        files = [
+            folder / name
+            for name in sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        ]
     except Exception as error:
-        raise UserError(f"{index}: not an index of weights ({first_line(error)}); copy it anew") from None
+        raise UserError(
+            f"{index}: not an index of weights ({first_line(error)}); copy it anew"
+        ) from None
     missing = [file.name for file in files if file.suffix != ".safetensors" or not file.is_file()]
     if missing:
-        raise UserError(f"{index}: names {first_few(missing)}, which is no safetensors file in the folder; is the copy whole?")
+        raise UserError(
+            f"{index}: names {first_few(missing)}, which is no safetensors file in the folder; is the copy whole?"
+        )
     return files
 
 
@@ -518,8 +641,13 @@ def add_adapter(model, rank, base, vision=False):
     """
     from peft import LoraConfig
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, base_model_name_or_path=base,
-                        target_modules=f"{LORA_TEXT}|{LORA_VISION}" if vision else LORA_TEXT)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        base_model_name_or_path=base,
+        target_modules=f"{LORA_TEXT}|{LORA_VISION}" if vision else LORA_TEXT,
+    )
     return with_adapter(model, config)
 
 
@@ -539,18 +667,26 @@ def base_of(folder):
     settings = read_json(folder / ADAPTER)
     name = settings.get("base_model_name_or_path")
     if settings.get("peft_type") != "LORA" or not name or settings.get("modules_to_save"):
-        raise UserError(f"{folder / ADAPTER}: only LoRA adapters that name their base_model_name_or_path, and have no "
-                        "modules_to_save, are read")
+        raise UserError(
+            f"{folder / ADAPTER}: only LoRA adapters that name their base_model_name_or_path, and have no "
+            "modules_to_save, are read"
+        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS} in it; pickled weights (*.bin) are not read")
+        raise UserError(
+            f"{folder}: no {ADAPTER_WEIGHTS} in it; pickled weights (*.bin) are not read"
+        )
     try:
         base = find(name)
     except UserError as error:
-        raise UserError(f"{folder / ADAPTER}: its base_model_name_or_path is not to be had, put the right one there: "
-                        f"{error}") from None
+        raise UserError(
+            f"{folder / ADAPTER}: its base_model_name_or_path is not to be had, put the right one there: "
+            f"{error}"
+        ) from None
     if (base / ADAPTER).is_file():
-        raise UserError(f"{folder / ADAPTER}: its base_model_name_or_path, {base}, is an adapter itself; merge that "
-                        "one first")
+        raise UserError(
+            f"{folder / ADAPTER}: its base_model_name_or_path, {base}, is an adapter itself; merge that "
+            "one first"
+        )
     return base
 
 
@@ -564,15 +700,25 @@ def read_adapter(folder, model, weights=True):
         config.inference_mode = False
         model = with_adapter(model, config)
         if weights:
-            saved = {name.removeprefix("base_model.model."): tensor
-                     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+            saved = {
+                name.removeprefix("base_model.model."): tensor
+                for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()
+            }
             report = set_peft_model_state_dict(model, saved)
     except Exception as error:
-        raise UserError(f"{folder}: its adapter can't be loaded ({first_line(error)}); is the copy whole, and the base "
-                        "that it names the right one?") from None
-    if weights and (wrong := sorted({name for name in report.missing_keys if "lora_" in name} | set(report.unexpected_keys))):
-        raise UserError(f"{folder}: {len(wrong)} weights of the adapter are missing or have no place in the base, the "
-                        f"first {wrong[0]}; is the base that it names the right one?")
+        raise UserError(
+            f"{folder}: its adapter can't be loaded ({first_line(error)}); is the copy whole, and the base "
+            "that it names the right one?"
+        ) from None
+    if weights and (
+        wrong := sorted(
+            {name for name in report.missing_keys if "lora_" in name} | set(report.unexpected_keys)
+        )
+    ):
+        raise UserError(
+            f"{folder}: {len(wrong)} weights of the adapter are missing or have no place in the base, the "
+            f"first {wrong[0]}; is the base that it names the right one?"
+        )
     return model.eval()
 
 
@@ -585,8 +731,11 @@ def write_adapter(model, weights, folder):
     config.inference_mode = True
     config.save_pretrained(folder)
     named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()},
-              folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()},
+        folder / ADAPTER_WEIGHTS,
+        metadata={"format": "pt"},
+    )
 
 
 def merge(model):
@@ -603,8 +752,20 @@ def merge(model):
 # --------------------------------------------------------------------------------------------------- memory
 
 
-def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_vision=False, checkpointing=False,
-           gpus=1, sharded=False, passes=2):
+def memory(
+    model,
+    posts,
+    image,
+    text,
+    answer,
+    bf16=True,
+    rank=None,
+    freeze_vision=False,
+    checkpointing=False,
+    gpus=1,
+    sharded=False,
+    passes=2,
+):
     """What a training step takes of each GPU at its peak: {part: bytes}, and "peak", by a formula; nothing is run.
 
     model: one without weights (`torch.device("meta")` will do), whose parameters are counted. posts: those of a
@@ -634,21 +795,33 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
     item = 2 if bf16 else 4  # bytes of what is computed with
     frozen = 2 if bf16 and rank else 4
     answers = posts * answer
-    kept, one = activations(model.config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded)
+    kept, one = activations(
+        model.config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded
+    )
     cells = answers * vocabulary
     losses = 4 * cells + max(2 * cells if bf16 else 0, 8 * min(cells, TokenLoss.AT_ONCE))
     head_gradient = 0 if rank else (6 if bf16 else 4) * vocabulary * hidden
     logits = max(losses, item * cells + head_gradient)
-    backward = max(logits, one)  # a layer that is computed again has its turn when the logits are gone
+    backward = max(
+        logits, one
+    )  # a layer that is computed again has its turn when the logits are gone
     copies = 0
     if bf16 and sharded:
         copies = 2 * (root + 2 * layer)
-    elif bf16 and not rank and checkpointing:  # at the backward's peak the head's and a layer's, at the forward's all
+    elif (
+        bf16 and not rank and checkpointing
+    ):  # at the backward's peak the head's and a layer's, at the forward's all
         copies = max(2 * (vocabulary * hidden + layer), 2 * matrices + losses - backward)
     elif bf16 and not rank:
         copies = 2 * matrices
-    parts = {"weights": (4 * trained + frozen * (size - trained)) / shares, "gradients": 4 * trained / shares,
-             "optimizer": 8 * trained / shares, "copies": copies, "activations": kept + backward - logits, "logits": logits}
+    parts = {
+        "weights": (4 * trained + frozen * (size - trained)) / shares,
+        "gradients": 4 * trained / shares,
+        "optimizer": 8 * trained / shares,
+        "copies": copies,
+        "activations": kept + backward - logits,
+        "logits": logits,
+    }
     held, work = parts["weights"] + parts["optimizer"], copies + kept + backward
     peak = held + (parts["gradients"] + work if passes > 1 else max(parts["gradients"], work))
     if sharded and not rank:
@@ -656,7 +829,9 @@ def memory(model, posts, image, text, answer, bf16=True, rank=None, freeze_visio
     return parts | {"peak": peak}
 
 
-def activations(config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded):
+def activations(
+    config, posts, image, text, answer, bf16, rank, freeze_vision, checkpointing, sharded
+):
     """(bytes that the forward leaves for the backward, those that a layer computed again takes: 0 without
     checkpointing); the arguments are `memory`'s."""
     c, v = config.text_config, config.vision_config
@@ -665,7 +840,9 @@ def activations(config, posts, image, text, answer, bf16, rank, freeze_vision, c
     width = getattr(v, "embed_dim", None) or v.hidden_size
     vision_mlp = getattr(v, "intermediate_size", None) or int(width * v.mlp_ratio)
     item = 2 if bf16 else 4
-    stream = 2 if bf16 and (sharded or rank) else 4  # between layers; autocast does not cast embeddings
+    stream = (
+        2 if bf16 and (sharded or rank) else 4
+    )  # between layers; autocast does not cast embeddings
     prompt, prompts, tokens = image + text, posts * (image + text), posts * (image + text + answer)
     patches = v.spatial_merge_size**2 * posts * image
 
@@ -676,14 +853,24 @@ def activations(config, posts, image, text, answer, bf16, rank, freeze_vision, c
     token = norms * c.hidden_size + 4 * item * queries + 4 * item * c.intermediate_size
     if rank:
         token += 7 * item * rank + (2 * queries if bf16 else 0)
-    patch = (32 if bf16 else 52) * width + 4 * item * vision_mlp  # the same in a vision block, for a patch
-    pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2 * (6 if bf16 and not freeze_vision else 4)
+    patch = (
+        32 if bf16 else 52
+    ) * width + 4 * item * vision_mlp  # the same in a vision block, for a patch
+    pixels = (
+        v.in_channels
+        * v.temporal_patch_size
+        * v.patch_size**2
+        * (6 if bf16 and not freeze_vision else 4)
+    )
     ends = patches * pixels + tokens * 3 * stream * c.hidden_size  # the input, the last norm
     if not freeze_vision:
         ends += patches * 5 * item * width  # the merger
     if checkpointing:
         inputs = c.num_hidden_layers * tokens * stream * c.hidden_size
-        layer = tokens * (token + 2 * item * c.intermediate_size) + item * posts * (prompt + answer) ** 2
+        layer = (
+            tokens * (token + 2 * item * c.intermediate_size)
+            + item * posts * (prompt + answer) ** 2
+        )
         if not freeze_vision:
             inputs += v.depth * patches * item * width
             layer = max(layer, patches * (patch + 2 * item * vision_mlp))
@@ -699,12 +886,23 @@ def counted(model, rank=None, freeze_vision=False):
     """Of a model's parameters: (all, trained, trained matrices that are multiplied with, the largest layer's, those
     outside of layers), the adapter's among them."""
     adapter = LORA_TEXT if freeze_vision else f"{LORA_TEXT}|{LORA_VISION}"
-    adapted = sum(rank * (layer.in_features + layer.out_features) for name, layer in model.named_modules()
-                  if isinstance(layer, nn.Linear) and re.fullmatch(adapter, name)) if rank else 0
+    adapted = (
+        sum(
+            rank * (layer.in_features + layer.out_features)
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and re.fullmatch(adapter, name)
+        )
+        if rank
+        else 0
+    )
     size = sum(p.numel() for p in model.parameters())
-    learned = [p for name, p in model.named_parameters() if not (freeze_vision and "visual" in name)]
-    layers = [sum(p.numel() for p in layer.parameters())
-              for layer in (*model.model.visual.blocks, *model.model.language_model.layers)]
+    learned = [
+        p for name, p in model.named_parameters() if not (freeze_vision and "visual" in name)
+    ]
+    layers = [
+        sum(p.numel() for p in layer.parameters())
+        for layer in (*model.model.visual.blocks, *model.model.language_model.layers)
+    ]
     table = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     matrices = sum(p.numel() for p in learned if p.ndim > 1) - table
     trained = adapted or sum(p.numel() for p in learned)

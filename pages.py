@@ -27,8 +27,20 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import data
-from evaluate import (INVALID_WORDS, UserError, align, normalize, parse_line, read_lines, read_predictions,
-                      read_references, read_rows, run, score, train_keyphrases)
+from evaluate import (
+    INVALID_WORDS,
+    UserError,
+    align,
+    normalize,
+    parse_line,
+    read_lines,
+    read_predictions,
+    read_references,
+    read_rows,
+    run,
+    score,
+    train_keyphrases,
+)
 
 # ------------------------------------------------------------------------------------------------- any page
 
@@ -46,10 +58,14 @@ MADE_BY = '<meta name="generator" content="pages.py {tool}">'
 def page(tool, title, style, body, script):
     """A whole page. Its policy lets it load nothing, and run no script but this one."""
     style = STYLE + style
-    allowed = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-               for text in (style, script)]
-    policy = (f"default-src 'none'; img-src data:; style-src {allowed[0]}; script-src {allowed[1]}; "
-              "base-uri 'none'; form-action 'none'")
+    allowed = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in (style, script)
+    ]
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {allowed[0]}; script-src {allowed[1]}; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -148,7 +164,9 @@ def marks(prediction, reference, known):
             before.add(words)
             yield Mark(phrase, kind, known is not None and not (words and words in known))
 
-    return list(marked(predicted, valid.__contains__, "right", "wrong")), list(marked(wanted, bool, "found", "missed"))
+    return list(marked(predicted, valid.__contains__, "right", "wrong")), list(
+        marked(wanted, bool, "found", "missed")
+    )
 
 
 def kinds(prediction, reference, known):
@@ -161,7 +179,9 @@ def kinds(prediction, reference, known):
     wanted = [mark for mark in wanted if mark.kind in ("found", "missed")]
     found = []
     if wanted:
-        found.append(next((mark.kind for mark in predicted if mark.kind in ("right", "wrong")), "wrong"))
+        found.append(
+            next((mark.kind for mark in predicted if mark.kind in ("right", "wrong")), "wrong")
+        )
         if known is not None:
             found.append("unseen" if any(mark.unseen for mark in wanted) else "seen")
     if "think" in prediction:
@@ -179,7 +199,9 @@ def small_copy(path):
     from PIL import Image
 
     try:
-        image = data.load_image(path, LONGEST * LONGEST // 4)  # four times this is what it keeps of a large JPEG
+        image = data.load_image(
+            path, LONGEST * LONGEST // 4
+        )  # four times this is what it keeps of a large JPEG
     except data.Unreadable as error:
         # Pillow's own words name the whole path; a page may go where the folders are nobody's business.
         return None, f"{path.name}: {str(error).partition(':')[0]}"
@@ -210,8 +232,10 @@ def phrases_html(marked):
         unseen = ' <small class="new">unseen</small>' if mark.unseen else ""
         said = "" if note else f'<span class="away">{mark.kind}: </span>'
         text = f"<bdi>{esc(mark.phrase)}</bdi>" if mark.phrase.strip() else "<i>empty</i>"
-        items.append(f'<li class="{mark.kind}"><span aria-hidden="true">{SIGNS[mark.kind]}</span>{said}{text}'
-                     f"{note}{unseen}</li>")
+        items.append(
+            f'<li class="{mark.kind}"><span aria-hidden="true">{SIGNS[mark.kind]}</span>{said}{text}'
+            f"{note}{unseen}</li>"
+        )
     return f'<ul class="phrases">{"".join(items)}</ul>'
 
 
@@ -249,11 +273,18 @@ def post_html(number, post, prediction, picture, known):
 """
 
 
-COLUMNS = ("posts", "F1@1", "F1@M", "tokens", "reasoned")  # what a phone has room for; evaluate.py prints them all
+COLUMNS = (
+    "posts",
+    "F1@1",
+    "F1@M",
+    "tokens",
+    "reasoned",
+)  # what a phone has room for; evaluate.py prints them all
 
 
 def scores_html(scores):
     """The scores as a table, a row a class that has posts."""
+
     def cell(entry, key):
         if key not in entry:
             return "–"
@@ -261,11 +292,17 @@ def scores_html(scores):
             return f"{entry[key]:,}"
         return f"{entry[key] if key == 'tokens' else 100 * entry[key]:.1f}"
 
-    rows = [(name.replace("_", " + "), entry) for name, entry in scores.items() if name != "posts" and entry["posts"]]
+    rows = [
+        (name.replace("_", " + "), entry)
+        for name, entry in scores.items()
+        if name != "posts" and entry["posts"]
+    ]
     columns = [key for key in COLUMNS if any(key in entry for _, entry in rows)]
     head = "".join(f'<th scope="col">{key}</th>' for key in columns)
-    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell(entry, key)}</td>" for key in columns)}</tr>'
-                   for name, entry in rows)
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell(entry, key)}</td>" for key in columns)}</tr>'
+        for name, entry in rows
+    )
     return f"""<div class="scroll" role="region" aria-label="Scores" tabindex="0"><table>
 <caption>Scores in percent, generated tokens a post</caption>
 <thead><tr><th scope="col"><span class="away">keyphrases</span></th>{head}</tr></thead>
@@ -274,8 +311,11 @@ def scores_html(scores):
 """
 
 
-FILTERS = [("First keyphrase", ["right", "wrong"]), ("Keyphrases", ["seen", "unseen"]),
-           ("Answer", ["reasoned", "direct"])]
+FILTERS = [
+    ("First keyphrase", ["right", "wrong"]),
+    ("Keyphrases", ["seen", "unseen"]),
+    ("Answer", ["reasoned", "direct"]),
+]
 
 
 def filters_html(counts):
@@ -289,8 +329,9 @@ def filters_html(counts):
             continue
         buttons = "".join(
             f'<label><input type="radio" name="filter-{number}" value="{name}"{"" if name else " checked"}>'
-            f'<span>{name or "all"}{f" <small>{totals[name]:,}</small>" if name else ""}</span></label>'
-            for name in ["", *names])
+            f"<span>{name or 'all'}{f' <small>{totals[name]:,}</small>' if name else ''}</span></label>"
+            for name in ["", *names]
+        )
         groups.append(f"<fieldset><legend>{legend}</legend>{buttons}</fieldset>")
     return f'<form class="filters" hidden>{"".join(groups)}<p role="status"></p></form>'
 
@@ -440,9 +481,13 @@ def read_images(path):
     """Where each post's image is, None for a post without one. Raises UserError."""
     images = []
     for line, row in read_rows(path):
-        image = data.to_record(path, line, row)["image"] if isinstance(row, str) else row.get("image")
+        image = (
+            data.to_record(path, line, row)["image"] if isinstance(row, str) else row.get("image")
+        )
         if not isinstance(image, str | None):
-            raise UserError(f"{path} line {line} (id {row['id']}): the field 'image' must be a file name or null")
+            raise UserError(
+                f"{path} line {line} (id {row['id']}): the field 'image' must be a file name or null"
+            )
         images.append(Path(path).parent / image if image else None)
     return images
 
@@ -461,14 +506,19 @@ def short_name(path):
 
 def head_html(args, scores, counts):
     """(head of the first page, head of the others)."""
-    predictions, posts = (f"<bdi>{esc(short_name(file))}</bdi>" for file in (args.predictions, args.posts))
+    predictions, posts = (
+        f"<bdi>{esc(short_name(file))}</bdi>" for file in (args.predictions, args.posts)
+    )
     title = f"""<header><h1>Predicted keyphrases</h1>
 <p>{predictions} for the {scores["posts"]:,} posts of {posts}</p></header>
 """
     signs = ["✓ right, or found", "✗ wrong", "○ missed", "– not counted, or a repetition"]
     if args.train:
         signs.append(f"unseen: not a keyphrase of <bdi>{esc(short_name(args.train))}</bdi>")
-    legend = f'<ul class="legend">{"".join(f"<li>{sign}</li>" for sign in signs)}</ul>' + filters_html(counts)
+    legend = (
+        f'<ul class="legend">{"".join(f"<li>{sign}</li>" for sign in signs)}</ul>'
+        + filters_html(counts)
+    )
     return title + scores_html(scores) + legend, title + legend
 
 
@@ -496,37 +546,58 @@ def gallery(args):
 
     starts = range(0, len(posts), args.page_size)
     names = [page_name(out, number) for number in range(1, len(starts) + 1)]
-    check_out([out.parent / name for name in names], filter(None, [args.predictions, args.posts, args.train]))
+    check_out(
+        [out.parent / name for name in names],
+        filter(None, [args.predictions, args.posts, args.train]),
+    )
     found = [kinds(prediction, post, known) for prediction, post in zip(predictions, posts)]
-    counts = [Counter(found[start:start + args.page_size]) for start in starts]
-    first_head, other_head = head_html(args, score(predictions, posts, train), sum(counts, Counter()))
+    counts = [Counter(found[start : start + args.page_size]) for start in starts]
+    first_head, other_head = head_html(
+        args, score(predictions, posts, train), sum(counts, Counter())
+    )
 
     title = f"Predicted keyphrases: {short_name(args.predictions)}"
-    pool = ProcessPoolExecutor(args.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        args.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     bar = data.progress(None, len(posts), "gallery")
     try:
-        with data.made(out.parent, out), tempfile.TemporaryDirectory(dir=out.parent, prefix=".gallery.") as temporary:
+        with (
+            data.made(out.parent, out),
+            tempfile.TemporaryDirectory(dir=out.parent, prefix=".gallery.") as temporary,
+        ):
             for current, start in enumerate(starts):
                 at = range(start, min(start + args.page_size, len(posts)))
                 pictures = small_copies(pool, [images[index] for index in at])
-                articles = "".join(post_html(index + 1, posts[index], predictions[index], picture, known)
-                                   for index, picture in zip(at, pictures))
+                articles = "".join(
+                    post_html(index + 1, posts[index], predictions[index], picture, known)
+                    for index, picture in zip(at, pictures)
+                )
                 bar.update(len(at))
                 head, step = other_head if current else first_head, step_html(names, current)
-                body = (f'{head}{step}\n<main class="posts">\n{articles}</main>\n'
-                        f"{step}{pages_html(names, counts, current)}")
-                data.write_whole(Path(temporary) / names[current],
-                                 page("gallery", title, GALLERY_STYLE, body, GALLERY_SCRIPT))
+                body = (
+                    f'{head}{step}\n<main class="posts">\n{articles}</main>\n'
+                    f"{step}{pages_html(names, counts, current)}"
+                )
+                data.write_whole(
+                    Path(temporary) / names[current],
+                    page("gallery", title, GALLERY_STYLE, body, GALLERY_SCRIPT),
+                )
             for name in names:  # nothing can fail for want of space here
                 os.replace(Path(temporary) / name, out.parent / name)
             remove_rest(out, len(names))
     except BrokenProcessPool:
-        raise UserError(f"{args.posts}: a process that reads images was killed, for want of memory perhaps; "
-                        "try fewer --workers") from None
+        raise UserError(
+            f"{args.posts}: a process that reads images was killed, for want of memory perhaps; "
+            "try fewer --workers"
+        ) from None
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-    data.say(f"{out}: {len(posts):,} posts" + (f" on {len(names)} pages, to {names[-1]}" if len(names) > 1 else ""))
+    data.say(
+        f"{out}: {len(posts):,} posts"
+        + (f" on {len(names)} pages, to {names[-1]}" if len(names) > 1 else "")
+    )
 
 
 # ------------------------------------------------------------------------------------ curves: what runs have logged
@@ -571,14 +642,21 @@ def read_run(folder, name):
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); without the file the curves are drawn all the same") from None
-    steps = {key: [] for key in ("step", "loss", "plain_loss", "cot_share", "lr", "tokens", "seconds")}
+        raise UserError(
+            f"{file}: not JSON ({error}); without the file the curves are drawn all the same"
+        ) from None
+    steps = {
+        key: [] for key in ("step", "loss", "plain_loss", "cot_share", "lr", "tokens", "seconds")
+    }
     valid = {key: [] for key in ("step", "all", "unseen", "tokens")}
     for where, record in log_lines(log):
         if "valid" in record:
             try:
                 entries = {key: record["valid"].get(key, {}) for key in ("all", "unseen")}
-                row = {key: entry["F1@1"] if entry.get("posts") else None for key, entry in entries.items()}
+                row = {
+                    key: entry["F1@1"] if entry.get("posts") else None
+                    for key, entry in entries.items()
+                }
                 row["tokens"] = entries["all"].get("tokens")
             except (AttributeError, KeyError):
                 raise UserError(f"{where}: an evaluation without the evaluator's scores") from None
@@ -605,7 +683,9 @@ def thin(steps, values):
     width = math.ceil((steps.max() - steps.min() + 1) / POINTS)
     stretch = ((steps - steps.min()) // width).astype(int)
     count = np.bincount(stretch)
-    means = [np.bincount(stretch, column)[count > 0] / count[count > 0] for column in (steps, values)]
+    means = [
+        np.bincount(stretch, column)[count > 0] / count[count > 0] for column in (steps, values)
+    ]
     return list(zip(*(mean.tolist() for mean in means)))
 
 
@@ -642,7 +722,9 @@ def read_choices(run):
     for where, record in data.progress(log_lines(path), None, f"{run.name}/choices.jsonl", "line"):
         identity, reasons = record.get("id"), record.get("reasons")
         if not isinstance(identity, str) or not isinstance(reasons, bool):
-            raise UserError(f"{where}: no 'id' or 'reasons' in it; is this what train.py --log-choices wrote?")
+            raise UserError(
+                f"{where}: no 'id' or 'reasons' in it; is this what train.py --log-choices wrote?"
+            )
         column = min(max(0, int(record["step"]) - 1) // width, columns - 1)
         loss = number(record.get("plain_loss"))
         if loss >= 0:
@@ -655,7 +737,9 @@ def read_choices(run):
         before[identity] = reasons
     if not any(map(any, losses)):
         return None
-    share = lambda counts: [count / seen if seen else math.nan for count, seen in zip(counts, again)]
+    share = lambda counts: [
+        count / seen if seen else math.nan for count, seen in zip(counts, again)
+    ]
     middles = [min(column * width + (width + 1) / 2, last) for column in range(columns)]
     return Choices(middles, losses, share(turned), share(back))
 
@@ -689,7 +773,11 @@ class Axis:
     def __init__(self, low, high, start, end, log=False, snug=False):
         """`snug` ends the axis at low and high, else at the ticks around them."""
         if not high - low > max(1e-30, 1e-9 * max(abs(low), abs(high))):
-            low, high = (low / 2, low * 2) if log else (low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2)
+            low, high = (
+                (low / 2, low * 2)
+                if log
+                else (low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2)
+            )
         ticks = log_ticks(low, high) if log else ticks_between(low, high)
         self.low, self.high = (low, high) if snug else (ticks[0], ticks[-1])
         self.ticks = [tick for tick in ticks if self.low <= tick <= self.high]
@@ -711,7 +799,9 @@ class Axis:
 def ticks_between(low, high):
     """About five round numbers evenly around low and high."""
     size = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(step * size for step in (1, 2, 2.5, 5, 10) if step * size >= (high - low) / 4 * 0.999)
+    step = next(
+        step * size for step in (1, 2, 2.5, 5, 10) if step * size >= (high - low) / 4 * 0.999
+    )
     return [tick * step for tick in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
@@ -724,7 +814,7 @@ def log_ticks(low, high):
         last = min(index for index, tick in enumerate(ticks) if tick >= high)
         if last - first < 8:
             break
-    return ticks[first:last + 1]
+    return ticks[first : last + 1]
 
 
 def tick_text(value):
@@ -745,8 +835,11 @@ def line_svg(index, name, points, x, y, dots=False, kind=""):
     look = f'class="c{index % COLOURS} run-{index}" stroke-dasharray="{dash(index)}"'
     line = f'<polyline {look} data-name="{esc(name)}" points="{places(points, x, y)}"/>'
     if dots:
-        line += "".join(f'<circle class="c{index % COLOURS} run-{index}" cx="{x.place(step):.1f}" '
-                        f'cy="{y.place(value):.2f}" r="2.6"/>' for step, value in points)
+        line += "".join(
+            f'<circle class="c{index % COLOURS} run-{index}" cx="{x.place(step):.1f}" '
+            f'cy="{y.place(value):.2f}" r="2.6"/>'
+            for step, value in points
+        )
     return line
 
 
@@ -760,12 +853,16 @@ def chart_html(title, note, said, x, y, inside):
     grid = []
     for tick in y.ticks:
         at = f"{y.place(tick):.1f}"
-        grid.append(f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/><text x="{LEFT - 7}" y="{at}" dy=".35em" '
-                    f'text-anchor="end">{tick_text(tick)}</text>')
+        grid.append(
+            f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/><text x="{LEFT - 7}" y="{at}" dy=".35em" '
+            f'text-anchor="end">{tick_text(tick)}</text>'
+        )
     for tick in x.ticks:
         at = f"{x.place(tick):.1f}"
-        grid.append(f'<path class="tick" d="M{at} {BOTTOM}v4"/><text x="{at}" y="{BOTTOM + 17}" '
-                    f'text-anchor="middle">{tick_text(tick)}</text>')
+        grid.append(
+            f'<path class="tick" d="M{at} {BOTTOM}v4"/><text x="{at}" y="{BOTTOM + 17}" '
+            f'text-anchor="middle">{tick_text(tick)}</text>'
+        )
     return f"""<figure>
 <figcaption><h3>{title}</h3><p>{note}</p></figcaption>
 <svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{esc(said)}"
@@ -796,7 +893,9 @@ class Panel(NamedTuple):
 
 PANELS = [
     Panel("Loss", "training", "steps", "loss", log=True),
-    Panel("Loss of the plain answer, L(y<sub>s</sub>)", "training", "steps", "plain_loss", log=True),
+    Panel(
+        "Loss of the plain answer, L(y<sub>s</sub>)", "training", "steps", "plain_loss", log=True
+    ),
     Panel("Samples on CoT", "training, percent", "steps", "cot_share", percent=True),
     Panel("F1@1", "validation, percent", "valid", "all", percent=True),
     Panel("F1@1, unseen keyphrases", "validation, percent", "valid", "unseen", percent=True),
@@ -824,10 +923,15 @@ def panel_html(panel, runs, x):
     else:
         y = Axis(min(0, low), high, BOTTOM, TOP)
     title = re.sub("<.*?>", "", panel.title)
-    said = "; ".join(f"{runs[index].name} from {points[0][1]:.3g} at step {points[0][0]:.0f} "
-                     f"to {points[-1][1]:.3g} at step {points[-1][0]:.0f}" for index, points in lines.items())
-    inside = "".join(line_svg(index, runs[index].name, points, x, y, dots=panel.source == "valid")
-                     for index, points in lines.items())
+    said = "; ".join(
+        f"{runs[index].name} from {points[0][1]:.3g} at step {points[0][0]:.0f} "
+        f"to {points[-1][1]:.3g} at step {points[-1][0]:.0f}"
+        for index, points in lines.items()
+    )
+    inside = "".join(
+        line_svg(index, runs[index].name, points, x, y, dots=panel.source == "valid")
+        for index, points in lines.items()
+    )
     return chart_html(panel.title, panel.note, f"{title}, {panel.note}: {said}", x, y, inside)
 
 
@@ -848,43 +952,73 @@ def losses_html(index, run, choices, y):
             if share:
                 top, bottom = y.place(edge(row + 1)), y.place(edge(row))
                 cells[math.ceil(SHADES * math.sqrt(share / most))].append(
-                    f"M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}z")
-    heat = "".join(f'<path class="heat" fill-opacity="{shade / SHADES:.3g}" d="{"".join(paths)}"/>'
-                   for shade, paths in enumerate(cells) if paths)
-    middle = [(step, median(column)) for step, column in zip(choices.steps, choices.losses) if any(column)]
+                    f"M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}z"
+                )
+    heat = "".join(
+        f'<path class="heat" fill-opacity="{shade / SHADES:.3g}" d="{"".join(paths)}"/>'
+        for shade, paths in enumerate(cells)
+        if paths
+    )
+    middle = [
+        (step, median(column)) for step, column in zip(choices.steps, choices.losses) if any(column)
+    ]
     inside = heat + f'<polyline class="median" data-name="median" points="{places(middle, x, y)}"/>'
     note = "training; the stronger the colour, the more samples; the line is their median"
     gamma = number(run.settings.get("gamma"))
     if run.settings.get("mode") == "dynamic" and y.low < gamma < y.high:
         at = f"{y.place(gamma):.1f}"
-        inside += (f'<path class="gamma" d="M{LEFT} {at}H{RIGHT}"/><text class="gamma" x="{RIGHT - 4}" y="{at}" '
-                   f'dy="-.4em" text-anchor="end">gamma {tick_text(gamma)}</text>')
-    said = (f"Distribution of the plain answer's loss in {run.name}: the median goes from {middle[0][1]:.3g} to "
-            f"{middle[-1][1]:.3g} at step {last:.0f}")
-    figure = chart_html(f"L(y<sub>s</sub>) of the samples: <bdi>{esc(run.name)}</bdi>", note, said, x, y, inside)
+        inside += (
+            f'<path class="gamma" d="M{LEFT} {at}H{RIGHT}"/><text class="gamma" x="{RIGHT - 4}" y="{at}" '
+            f'dy="-.4em" text-anchor="end">gamma {tick_text(gamma)}</text>'
+        )
+    said = (
+        f"Distribution of the plain answer's loss in {run.name}: the median goes from {middle[0][1]:.3g} to "
+        f"{middle[-1][1]:.3g} at step {last:.0f}"
+    )
+    figure = chart_html(
+        f"L(y<sub>s</sub>) of the samples: <bdi>{esc(run.name)}</bdi>", note, said, x, y, inside
+    )
     return f'<div class="run-{index}">{figure}</div>'
 
 
 def switches_html(runs, all_choices, x):
     """Shares of samples whose choice is another than the last time, to reasoning and back."""
     charts = []
-    for title, key in (("Switched to reasoning", "to_reasoning"), ("Switched back to the plain answer", "back")):
+    for title, key in (
+        ("Switched to reasoning", "to_reasoning"),
+        ("Switched back to the plain answer", "back"),
+    ):
         lines = {}
         for index, choices in all_choices.items():
             if points := thin(choices.steps, getattr(choices, key)):
                 lines[index] = [(step, 100 * share) for step, share in points]
         if lines:
-            y = Axis(0, max(1, *(share for points in lines.values() for _, share in points)), BOTTOM, TOP)
-            said = "; ".join(f"{runs[index].name} up to {max(share for _, share in points):.3g}"
-                             for index, points in lines.items())
-            inside = "".join(line_svg(index, runs[index].name, points, x, y) for index, points in lines.items())
-            charts.append(chart_html(title, "since the epoch before, percent of the samples",
-                                     f"{title}, percent: {said}", x, y, inside))
+            y = Axis(
+                0, max(1, *(share for points in lines.values() for _, share in points)), BOTTOM, TOP
+            )
+            said = "; ".join(
+                f"{runs[index].name} up to {max(share for _, share in points):.3g}"
+                for index, points in lines.items()
+            )
+            inside = "".join(
+                line_svg(index, runs[index].name, points, x, y) for index, points in lines.items()
+            )
+            charts.append(
+                chart_html(
+                    title,
+                    "since the epoch before, percent of the samples",
+                    f"{title}, percent: {said}",
+                    x,
+                    y,
+                    inside,
+                )
+            )
     return "".join(charts)
 
 
 def runs_html(runs):
     """The legend, a table: each run's line, settings, and where it ended."""
+
     def last(points, show):
         return show(points[-1][1]) if points else "–"
 
@@ -896,16 +1030,24 @@ def runs_html(runs):
         steps, valid = run.steps, run.valid
         seconds = sum(second for second in steps["seconds"] if second == second)
         mode = run.settings.get("mode", "–")
-        cells = [esc(mode), esc(run.settings.get("gamma", "–")) if mode == "dynamic" else "–",
-                 f"{max(steps['step'], default=0):,.0f}", f"{seconds / 60:,.1f}",
-                 last(thin(steps["step"], steps["loss"]), "{:.3f}".format),
-                 last(thin(steps["step"], steps["cot_share"]), percent),
-                 *(last(thin(valid["step"], valid[key]), percent) for key in ("all", "unseen")),
-                 last(thin(valid["step"], valid["tokens"]), "{:.1f}".format)]
-        swatch = (f'<svg class="swatch" viewBox="0 0 34 8" aria-hidden="true"><path class="c{index % COLOURS}" '
-                  f'stroke-dasharray="{dash(index)}" d="M0 4H34"/></svg>')
-        rows.append(f'<tr><th scope="row"><label><input type="checkbox" checked data-run="run-{index}" hidden>{swatch}'
-                    f'<bdi>{esc(run.name)}</bdi></label></th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+        cells = [
+            esc(mode),
+            esc(run.settings.get("gamma", "–")) if mode == "dynamic" else "–",
+            f"{max(steps['step'], default=0):,.0f}",
+            f"{seconds / 60:,.1f}",
+            last(thin(steps["step"], steps["loss"]), "{:.3f}".format),
+            last(thin(steps["step"], steps["cot_share"]), percent),
+            *(last(thin(valid["step"], valid[key]), percent) for key in ("all", "unseen")),
+            last(thin(valid["step"], valid["tokens"]), "{:.1f}".format),
+        ]
+        swatch = (
+            f'<svg class="swatch" viewBox="0 0 34 8" aria-hidden="true"><path class="c{index % COLOURS}" '
+            f'stroke-dasharray="{dash(index)}" d="M0 4H34"/></svg>'
+        )
+        rows.append(
+            f'<tr><th scope="row"><label><input type="checkbox" checked data-run="run-{index}" hidden>{swatch}'
+            f"<bdi>{esc(run.name)}</bdi></label></th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        )
     titles = ["mode", "gamma", "steps", "minutes", "loss", "on CoT", "F1@1", "unseen", "tokens"]
     return f"""<div class="scroll" role="region" aria-label="Runs" tabindex="0"><table>
 <caption>Where each run stands: the last points of its curves</caption>
@@ -1011,28 +1153,45 @@ def curves(args):
     out, names = Path(args.out), [Path(os.path.abspath(folder)).name for folder in args.runs]
     if len(set(names)) < len(names):
         names = args.runs
-    check_out([out], [Path(folder) / name for folder in args.runs
-                      for name in ("log.jsonl", "settings.json", "choices.jsonl")])
+    check_out(
+        [out],
+        [
+            Path(folder) / name
+            for folder in args.runs
+            for name in ("log.jsonl", "settings.json", "choices.jsonl")
+        ],
+    )
     runs = [read_run(folder, name) for folder, name in zip(args.runs, names)]
     last = max((step for run in runs for step in run.steps["step"]), default=0)
     if not last:
-        raise UserError(f"{runs[0].folder / 'log.jsonl'}: no training step in it yet; try again when there is one")
+        raise UserError(
+            f"{runs[0].folder / 'log.jsonl'}: no training step in it yet; try again when there is one"
+        )
     x = Axis(0, last, LEFT, RIGHT, snug=True)
     charts = [panel_html(panel, runs, x) for panel in PANELS]
     absent = [panel.title for panel, chart in zip(PANELS, charts) if not chart]
-    body = ("<header><h1>Training curves</h1>\n"
-            f"<p>A line has at most {POINTS} points, each the mean of a stretch of steps.</p></header>\n"
-            f'<main>\n{runs_html(runs)}<h2>Curves</h2>\n<div class="charts">\n{"".join(charts)}</div>\n')
+    body = (
+        "<header><h1>Training curves</h1>\n"
+        f"<p>A line has at most {POINTS} points, each the mean of a stretch of steps.</p></header>\n"
+        f'<main>\n{runs_html(runs)}<h2>Curves</h2>\n<div class="charts">\n{"".join(charts)}</div>\n'
+    )
     if absent:
         body += f'<p class="missing">Nothing was logged of: {"; ".join(absent)}.</p>\n'
     all_choices = {index: found for index, run in enumerate(runs) if (found := read_choices(run))}
     if all_choices:
-        rows = [row for found in all_choices.values() for column in found.losses
-                for row, count in enumerate(column) if count]
+        rows = [
+            row
+            for found in all_choices.values()
+            for column in found.losses
+            for row, count in enumerate(column)
+            if count
+        ]
         y = Axis(edge(min(rows)), edge(max(rows) + 1), BOTTOM, TOP, log=True)
-        body += (f'<h2>Choices</h2>\n<div class="charts">\n'
-                 f"{''.join(losses_html(index, runs[index], found, y) for index, found in all_choices.items())}"
-                 f"{switches_html(runs, all_choices, x)}</div>\n")
+        body += (
+            f'<h2>Choices</h2>\n<div class="charts">\n'
+            f"{''.join(losses_html(index, runs[index], found, y) for index, found in all_choices.items())}"
+            f"{switches_html(runs, all_choices, x)}</div>\n"
+        )
     with data.made(out.parent, out):
         title = f"Training curves: {', '.join(names)}"
         data.write_whole(out, page("curves", title, CURVES_STYLE, f"{body}</main>", CURVES_SCRIPT))
@@ -1047,7 +1206,9 @@ def read_arguments():
     tools = parser.add_subparsers(required=True, metavar="gallery | curves")
 
     def tool(function, what):
-        sub = tools.add_parser(function.__name__, help=what, description=what, formatter_class=data.HelpFormatter)
+        sub = tools.add_parser(
+            function.__name__, help=what, description=what, formatter_class=data.HelpFormatter
+        )
         sub.set_defaults(tool=function)
         return partial(sub.add_argument, default=argparse.SUPPRESS), sub.add_argument
 
@@ -1055,12 +1216,28 @@ def read_arguments():
     needed("predictions", help="predictions, as evaluate.py reads them")
     needed("posts", help="the posts they are for: JSONL, or CMKP's text (which has no images)")
     optional("--train", metavar="FILE", help="training posts, to tell unseen keyphrases")
-    optional("--out", metavar="FILE", default="gallery.html", help="the page; further ones are numbered beside it")
+    optional(
+        "--out",
+        metavar="FILE",
+        default="gallery.html",
+        help="the page; further ones are numbered beside it",
+    )
     optional("--page-size", metavar="N", type=data.count, default=500, help="posts on a page")
-    optional("--allow-missing", action="store_true", help="show posts without a prediction, as empty predictions")
-    optional("--workers", type=data.count, default=os.cpu_count() or 1, help="processes that read the images")
+    optional(
+        "--allow-missing",
+        action="store_true",
+        help="show posts without a prediction, as empty predictions",
+    )
+    optional(
+        "--workers",
+        type=data.count,
+        default=os.cpu_count() or 1,
+        help="processes that read the images",
+    )
 
-    needed, optional = tool(curves, "show the training curves of runs, and which samples switched when")
+    needed, optional = tool(
+        curves, "show the training curves of runs, and which samples switched when"
+    )
     needed("runs", metavar="RUN", nargs="+", help="a run's folder, train.py's --out")
     optional("--out", metavar="FILE", default="curves.html", help="the page")
     return parser.parse_args()

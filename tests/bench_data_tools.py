@@ -24,9 +24,13 @@ def write_posts(path, posts, seed=0):
     texts = []
     with open(path, "w") as file:
         for number in range(posts):
-            keyphrases = [f"{words[rank % 60_000]} {rank}" for rank in {int((posts / 2) ** rng.random())
-                                                                        for _ in range(rng.choice([1, 1, 1, 2, 2, 4]))}]
-            text = " ".join(some(28) + keyphrases[:rng.random() < 0.4])
+            keyphrases = [
+                f"{words[rank % 60_000]} {rank}"
+                for rank in {
+                    int((posts / 2) ** rng.random()) for _ in range(rng.choice([1, 1, 1, 2, 2, 4]))
+                }
+            ]
+            text = " ".join(some(28) + keyphrases[: rng.random() < 0.4])
             if texts and rng.random() < 0.05:
                 text = rng.choice(texts)
             texts.append(text)
@@ -36,13 +40,19 @@ def write_posts(path, posts, seed=0):
 
 def measure(*arguments):
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"data.py {' '.join(map(str, arguments))} failed")
     words = " ".join(str(argument) for argument in arguments if not isinstance(argument, Path))
-    print(f"{words:60} {time.perf_counter() - start:6.1f} s  {usage.ru_maxrss / 1e6:5.2f} GB", flush=True)
+    print(
+        f"{words:60} {time.perf_counter() - start:6.1f} s  {usage.ru_maxrss / 1e6:5.2f} GB",
+        flush=True,
+    )
 
 
 def main():
@@ -51,7 +61,18 @@ def main():
         path, out = Path(folder) / "posts.jsonl", Path(folder) / "split"
         write_posts(path, posts)
         for overlap in (0.4492, 0.8):
-            measure("split", path, "--overlap", overlap, "--test", posts // 10, "--valid", posts // 10, "--out", out)
+            measure(
+                "split",
+                path,
+                "--overlap",
+                overlap,
+                "--test",
+                posts // 10,
+                "--valid",
+                posts // 10,
+                "--out",
+                out,
+            )
         measure("stats", out / "train.jsonl", out / "test.jsonl")
         measure("check", path, "--workers", 1)
 

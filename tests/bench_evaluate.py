@@ -28,15 +28,25 @@ def write_posts(folder, posts, seed=0):
 
     def phrase(length):
         start = rng.randrange(len(ranks) - length)
-        return " ".join(words[rank] for rank in ranks[start:start + length])
+        return " ".join(words[rank] for rank in ranks[start : start + length])
 
     paths = folder / f"preds{posts}.jsonl", folder / f"test{posts}.jsonl"
     with open(paths[0], "w") as predictions, open(paths[1], "w") as references:
         for number in range(posts):
-            text, keyphrases = phrase(28), [phrase(rng.randint(1, 3)) for _ in range(rng.choice([1, 1, 2]))]
-            guesses = [*keyphrases[:rng.randrange(2)], *(phrase(rng.randint(1, 3)) for _ in range(5))][:5]
-            references.write(json.dumps({"id": str(number), "text": text, "keyphrases": keyphrases}) + "\n")
-            predictions.write(json.dumps({"id": str(number), "keyphrases": guesses, "tokens": 9}) + "\n")
+            text, keyphrases = (
+                phrase(28),
+                [phrase(rng.randint(1, 3)) for _ in range(rng.choice([1, 1, 2]))],
+            )
+            guesses = [
+                *keyphrases[: rng.randrange(2)],
+                *(phrase(rng.randint(1, 3)) for _ in range(5)),
+            ][:5]
+            references.write(
+                json.dumps({"id": str(number), "text": text, "keyphrases": keyphrases}) + "\n"
+            )
+            predictions.write(
+                json.dumps({"id": str(number), "keyphrases": guesses, "tokens": 9}) + "\n"
+            )
     return paths
 
 
@@ -51,8 +61,12 @@ def measure(*arguments, runs=3):
         if status:
             sys.exit(f"evaluate.py {' '.join(map(str, arguments))} failed")
         best, peak = min(best, time.perf_counter() - start), max(peak, usage.ru_maxrss)
-    options = " ".join(str(argument) for argument in arguments[2:] if not isinstance(argument, Path))
-    print(f"{Path(arguments[0]).name:16} {options:32} {best:6.2f} s  {peak / 1e6:5.2f} GB", flush=True)
+    options = " ".join(
+        str(argument) for argument in arguments[2:] if not isinstance(argument, Path)
+    )
+    print(
+        f"{Path(arguments[0]).name:16} {options:32} {best:6.2f} s  {peak / 1e6:5.2f} GB", flush=True
+    )
 
 
 def main():

@@ -23,15 +23,29 @@ def photo(path, size=(1152, 864)):
     """A JPEG about as detailed as a photo: noise of several sizes."""
     from PIL import Image
 
-    layers = [Image.effect_noise((size[0] // step, size[1] // step), 90).resize(size) for step in (64, 16, 4)]
+    layers = [
+        Image.effect_noise((size[0] // step, size[1] // step), 90).resize(size)
+        for step in (64, 16, 4)
+    ]
     Image.merge("RGB", layers).save(path, quality=90)
 
 
 def gen_cot(posts, server, workers):
     """Run gen_cot.py as a process: (seconds, its own CPU seconds, its peak memory in MB)."""
     started = time.perf_counter()
-    command = [sys.executable, ROOT / "gen_cot.py", posts, "--out", posts.parent / "cot.jsonl", "--model", "m",
-               "--base-url", server, "--workers", str(workers)]
+    command = [
+        sys.executable,
+        ROOT / "gen_cot.py",
+        posts,
+        "--out",
+        posts.parent / "cot.jsonl",
+        "--model",
+        "m",
+        "--base-url",
+        server,
+        "--workers",
+        str(workers),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     last = process.stderr.read().splitlines()[-2:]
     _, code, used = os.wait4(process.pid, 0)
@@ -77,16 +91,24 @@ def main():
             posts = write_posts(Path(folder), count, images=40, size=(28, 28))
             for image in Path(folder).glob("*.jpg") if what == "speed" else ():
                 photo(image)
-            server = subprocess.Popen([sys.executable, ROOT / "tests" / "server.py", "0.1" if what == "speed" else "0"],
-                                      stdout=subprocess.PIPE, text=True)
+            server = subprocess.Popen(
+                [sys.executable, ROOT / "tests" / "server.py", "0.1" if what == "speed" else "0"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             try:
-                seconds, cpu, memory = gen_cot(posts, server.stdout.readline().strip(), 32 if what == "speed" else 16)
+                seconds, cpu, memory = gen_cot(
+                    posts, server.stdout.readline().strip(), 32 if what == "speed" else 16
+                )
             finally:
                 server.kill()
                 server.wait()
             server_cpu = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - cpu
-            print(f"{count} posts: {seconds:.1f} s, {count / seconds:.1f} posts/s; {1000 * cpu / count:.1f} ms of CPU "
-                  f"a post (the server's own about {1000 * server_cpu / count:.1f}); {memory:.0f} MB at the peak", flush=True)
+            print(
+                f"{count} posts: {seconds:.1f} s, {count / seconds:.1f} posts/s; {1000 * cpu / count:.1f} ms of CPU "
+                f"a post (the server's own about {1000 * server_cpu / count:.1f}); {memory:.0f} MB at the peak",
+                flush=True,
+            )
             if what == "speed":
                 stages(posts)
 

@@ -29,11 +29,21 @@ def write_posts(folder, count):
     with open(folder / "posts.jsonl", "w", encoding="utf-8") as file:
         for number in range(count):
             small = Image.fromarray(rng.integers(0, 256, (14, 18, 3), dtype=np.uint8))
-            picture = np.asarray(small.resize((1152, 896), Image.Resampling.BICUBIC), dtype=np.int16)
+            picture = np.asarray(
+                small.resize((1152, 896), Image.Resampling.BICUBIC), dtype=np.int16
+            )
             picture = (picture + rng.integers(-12, 13, picture.shape)).clip(0, 255).astype(np.uint8)
             Image.fromarray(picture).save(folder / f"{number}.jpg", quality=85)
-            file.write(data.to_line({"id": str(number), "text": "the quick brown fox " * 5, "image": f"{number}.jpg",
-                                     "keyphrases": ["brown fox"]}))
+            file.write(
+                data.to_line(
+                    {
+                        "id": str(number),
+                        "text": "the quick brown fox " * 5,
+                        "image": f"{number}.jpg",
+                        "keyphrases": ["brown fox"],
+                    }
+                )
+            )
     return data.Posts(folder / "posts.jsonl", for_training=True)
 
 
@@ -42,7 +52,9 @@ def measure(posts, encoder, batch_size, workers, seconds, steps):
 
     Means, for workers that can't keep up deliver in bursts.
     """
-    order = [[(step * batch_size + i) % len(posts) for i in range(batch_size)] for step in range(steps)]
+    order = [
+        [(step * batch_size + i) % len(posts) for i in range(batch_size)] for step in range(steps)
+    ]
     loader, waited, whole = data.Loader(posts, encoder, order, batch_size, workers, True), [], []
     started = time.perf_counter()
     for _ in loader:
@@ -57,23 +69,44 @@ def main():
     from transformers import Qwen2VLImageProcessorPil as ImageProcessor
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
-    parser.add_argument("--batch-size", type=data.count, nargs="+", default=[1, 2, 4, 8], help="posts a step")
-    parser.add_argument("--workers", type=data.count, default=2, help="processes that read and prepare images")
-    parser.add_argument("--model-seconds", type=float, default=0.2, help="what the model takes for a step")
+    parser.add_argument(
+        "--batch-size", type=data.count, nargs="+", default=[1, 2, 4, 8], help="posts a step"
+    )
+    parser.add_argument(
+        "--workers", type=data.count, default=2, help="processes that read and prepare images"
+    )
+    parser.add_argument(
+        "--model-seconds", type=float, default=0.2, help="what the model takes for a step"
+    )
     parser.add_argument("--steps", type=data.count, default=40, help="steps measured")
     args = parser.parse_args()
     tokenizer = qwen_tokenizer()
-    encoder = data.Encoder(tokenizer, ImageProcessor(min_pixels=56 * 56, max_pixels=12845056),
-                           tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    encoder = data.Encoder(
+        tokenizer,
+        ImageProcessor(min_pixels=56 * 56, max_pixels=12845056),
+        tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+    )
     with tempfile.TemporaryDirectory() as folder:
         posts = write_posts(Path(folder), 32)
         size = sum(file.stat().st_size for file in Path(folder).glob("*.jpg")) / 32
-        print(f"JPEGs of {size / 1e3:.0f} kB, {args.workers} workers, a model of {args.model_seconds:.3f} s a step")
+        print(
+            f"JPEGs of {size / 1e3:.0f} kB, {args.workers} workers, a model of {args.model_seconds:.3f} s a step"
+        )
         for batch_size in args.batch_size:
-            waited, whole = measure(posts, encoder, batch_size, args.workers, args.model_seconds, args.steps)
+            waited, whole = measure(
+                posts, encoder, batch_size, args.workers, args.model_seconds, args.steps
+            )
             _, alone = measure(posts, encoder, batch_size, args.workers, 0, args.steps)
-            print(json.dumps({"batch_size": batch_size, "waited_s": round(waited, 4), "share": round(waited / whole, 4),
-                              "posts_per_s_without_model": round(batch_size / alone, 1)}))
+            print(
+                json.dumps(
+                    {
+                        "batch_size": batch_size,
+                        "waited_s": round(waited, 4),
+                        "share": round(waited / whole, 4),
+                        "posts_per_s_without_model": round(batch_size / alone, 1),
+                    }
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -26,13 +26,43 @@ from model import DynamicCoT, add_adapter, memory
 from tiny import batch_of, random_posts
 
 SHAPES = {
-    "wide": dict(hidden=256, layers=2, heads=4, kv=2, mlp=704, vocabulary=2000, tied=True, vision=96, blocks=3),
-    "long": dict(hidden=64, layers=6, heads=4, kv=1, mlp=176, vocabulary=500, tied=True, vision=64, blocks=4),
-    "wordy": dict(hidden=96, layers=3, heads=4, kv=2, mlp=264, vocabulary=12000, tied=False, vision=64, blocks=2),
+    "wide": dict(
+        hidden=256,
+        layers=2,
+        heads=4,
+        kv=2,
+        mlp=704,
+        vocabulary=2000,
+        tied=True,
+        vision=96,
+        blocks=3,
+    ),
+    "long": dict(
+        hidden=64, layers=6, heads=4, kv=1, mlp=176, vocabulary=500, tied=True, vision=64, blocks=4
+    ),
+    "wordy": dict(
+        hidden=96,
+        layers=3,
+        heads=4,
+        kv=2,
+        mlp=264,
+        vocabulary=12000,
+        tied=False,
+        vision=64,
+        blocks=2,
+    ),
 }
-CASES = [dict(), dict(passes=1), dict(bf16=True), dict(checkpointing=True), dict(checkpointing=True, bf16=True),
-         dict(freeze_vision=True), dict(rank=8, freeze_vision=True), dict(rank=8, freeze_vision=True, bf16=True),
-         dict(rank=8, freeze_vision=True, checkpointing=True)]
+CASES = [
+    dict(),
+    dict(passes=1),
+    dict(bf16=True),
+    dict(checkpointing=True),
+    dict(checkpointing=True, bf16=True),
+    dict(freeze_vision=True),
+    dict(rank=8, freeze_vision=True),
+    dict(rank=8, freeze_vision=True, bf16=True),
+    dict(rank=8, freeze_vision=True, checkpointing=True),
+]
 POSTS, GRID, TEXT, ANSWER = 3, (8, 12), 40, 30
 
 
@@ -64,30 +94,97 @@ class Live(TorchDispatchMode):
         return result
 
 
-def config(hidden, layers, heads, kv, mlp, vocabulary, tied, vision, blocks, vision_heads=4, vision_mlp=None):
+def config(
+    hidden,
+    layers,
+    heads,
+    kv,
+    mlp,
+    vocabulary,
+    tied,
+    vision,
+    blocks,
+    vision_heads=4,
+    vision_mlp=None,
+):
     half = hidden // heads // 2
     return transformers.Qwen2_5_VLConfig(
         text_config=dict(
-            hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv, vocab_size=vocabulary, bos_token_id=None, eos_token_id=None, tie_word_embeddings=tied,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6,
-                             "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]}),
-        vision_config=dict(depth=blocks, hidden_size=vision, num_heads=vision_heads, out_hidden_size=hidden,
-                           intermediate_size=vision_mlp or 3 * vision, fullatt_block_indexes=[blocks - 1]),
-        image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93, tie_word_embeddings=tied)
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            vocab_size=vocabulary,
+            bos_token_id=None,
+            eos_token_id=None,
+            tie_word_embeddings=tied,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8],
+            },
+        ),
+        vision_config=dict(
+            depth=blocks,
+            hidden_size=vision,
+            num_heads=vision_heads,
+            out_hidden_size=hidden,
+            intermediate_size=vision_mlp or 3 * vision,
+            fullatt_block_indexes=[blocks - 1],
+        ),
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+        tie_word_embeddings=tied,
+    )
 
 
-REAL = {"3B": dict(hidden=2048, layers=36, heads=16, kv=2, mlp=11008, vocabulary=151936, tied=True, vision=1280, blocks=32,
-                   vision_heads=16, vision_mlp=3420),
-        "7B": dict(hidden=3584, layers=28, heads=28, kv=4, mlp=18944, vocabulary=152064, tied=False, vision=1280, blocks=32,
-                   vision_heads=16, vision_mlp=3420)}
+REAL = {
+    "3B": dict(
+        hidden=2048,
+        layers=36,
+        heads=16,
+        kv=2,
+        mlp=11008,
+        vocabulary=151936,
+        tied=True,
+        vision=1280,
+        blocks=32,
+        vision_heads=16,
+        vision_mlp=3420,
+    ),
+    "7B": dict(
+        hidden=3584,
+        layers=28,
+        heads=28,
+        kv=4,
+        mlp=18944,
+        vocabulary=152064,
+        tied=False,
+        vision=1280,
+        blocks=32,
+        vision_heads=16,
+        vision_mlp=3420,
+    ),
+}
 # The README's table: model, GPUs, flags.
-ROWS = [(model, gpus, flags) for model in REAL for gpus, flags in (
-    (1, "--lora 16 --gradient-checkpointing --micro-batch 1"), (1, "--lora 16 --micro-batch 1"),
-    (1, "--lora 16 --gradient-checkpointing --micro-batch 4"), (1, "--lora 16 --micro-batch 4"),
-    (1, "--freeze-vision --gradient-checkpointing --micro-batch 4"), (1, "--gradient-checkpointing --micro-batch 4"),
-    (1, "--micro-batch 4"), (8, "--parallel fsdp --micro-batch 4"),
-    (8, "--parallel fsdp --gradient-checkpointing --micro-batch 4"))]
+ROWS = [
+    (model, gpus, flags)
+    for model in REAL
+    for gpus, flags in (
+        (1, "--lora 16 --gradient-checkpointing --micro-batch 1"),
+        (1, "--lora 16 --micro-batch 1"),
+        (1, "--lora 16 --gradient-checkpointing --micro-batch 4"),
+        (1, "--lora 16 --micro-batch 4"),
+        (1, "--freeze-vision --gradient-checkpointing --micro-batch 4"),
+        (1, "--gradient-checkpointing --micro-batch 4"),
+        (1, "--micro-batch 4"),
+        (8, "--parallel fsdp --micro-batch 4"),
+        (8, "--parallel fsdp --gradient-checkpointing --micro-batch 4"),
+    )
+]
 
 
 def empty(shape):
@@ -100,16 +197,22 @@ def measured(shape, bf16=False, rank=None, freeze_vision=False, checkpointing=Fa
     torch.manual_seed(0)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config(**shape))
     if rank:
-        add_adapter(model.to(torch.bfloat16 if bf16 else torch.float32), rank, "base", not freeze_vision)
+        add_adapter(
+            model.to(torch.bfloat16 if bf16 else torch.float32), rank, "base", not freeze_vision
+        )
     elif freeze_vision:
         model.model.visual.requires_grad_(False)
     model.train()
     if checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
+            {"use_reentrant": False}
+        )
     step = DynamicCoT(model, "dynamic", float("inf"), share_prompt=not checkpointing)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    posts = random_posts("qwen2_5_vl", [GRID] * POSTS, text=(TEXT - 4, TEXT - 4), plain=(6, 6), cot=(ANSWER, ANSWER))
+    posts = random_posts(
+        "qwen2_5_vl", [GRID] * POSTS, text=(TEXT - 4, TEXT - 4), plain=(6, 6), cot=(ANSWER, ANSWER)
+    )
     posts[0]["prompt"].pop()  # one post is padded, as one mostly is
     live = Live()
     with live:
@@ -132,31 +235,68 @@ def measured(shape, bf16=False, rank=None, freeze_vision=False, checkpointing=Fa
 def compare(names, cases):
     for name in names:
         for case in cases:
-            parts = memory(empty(SHAPES[name]), POSTS, GRID[0] * GRID[1] // 4, TEXT - 2, ANSWER, **{"bf16": False} | case)
-            yield {"shape": name, **case, "measured": measured(SHAPES[name], **case), "estimated": round(parts["peak"])}
+            parts = memory(
+                empty(SHAPES[name]),
+                POSTS,
+                GRID[0] * GRID[1] // 4,
+                TEXT - 2,
+                ANSWER,
+                **{"bf16": False} | case,
+            )
+            yield {
+                "shape": name,
+                **case,
+                "measured": measured(SHAPES[name], **case),
+                "estimated": round(parts["peak"]),
+            }
 
 
 def real():
-    print("| model | GPUs | flags | " + " | ".join(parts := ["weights", "gradients", "optimizer", "copies", "activations",
-                                                          "logits", "peak"]) + " | fits |\n" + "|---" * (len(parts) + 4) + "|")
+    print(
+        "| model | GPUs | flags | "
+        + " | ".join(
+            parts := [
+                "weights",
+                "gradients",
+                "optimizer",
+                "copies",
+                "activations",
+                "logits",
+                "peak",
+            ]
+        )
+        + " | fits |\n"
+        + "|---" * (len(parts) + 4)
+        + "|"
+    )
     for name, gpus, flags in ROWS:
         args = train.settings(["--train", "x", *flags.split(), "--gpus", str(gpus)])
         needs = train.needed(empty(REAL[name]), args, 80)
         fits = [str(card) for card in train.CARDS if needs["peak"] <= train.USABLE * card]
-        print(f"| {name} | {gpus} | `{flags}` | " + " | ".join(f"{needs[part]:.1f}" for part in parts)
-              + f" | {fits[0] if fits else '–'} |")
+        print(
+            f"| {name} | {gpus} | `{flags}` | "
+            + " | ".join(f"{needs[part]:.1f}" for part in parts)
+            + f" | {fits[0] if fits else '–'} |"
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     parser.add_argument("--real", action="store_true", help="estimate the real shapes")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES], help="which small models")
-    parser.add_argument("--cases", metavar="JSON", type=json.loads, default=CASES, help="the settings to measure")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=[*SHAPES], help="which small models"
+    )
+    parser.add_argument(
+        "--cases", metavar="JSON", type=json.loads, default=CASES, help="the settings to measure"
+    )
     args = parser.parse_args()
     if args.real:
         return real()
     for result in compare(args.shapes, args.cases):
-        print(json.dumps(result | {"off": round(result["estimated"] / result["measured"] - 1, 3)}), flush=True)
+        print(
+            json.dumps(result | {"off": round(result["estimated"] / result["measured"] - 1, 3)}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

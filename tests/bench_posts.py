@@ -23,11 +23,23 @@ def main():
         with open(path, "w") as file:
             for number in range(count):
                 words = " ".join(f"word{draw.randrange(9999)}" for _ in range(28))
-                file.write(json.dumps({"id": f"post-{number}", "text": words, "image": f"images/{number}.jpg",
-                                       "keyphrases": [words[:12], words[-9:]], "cot": words * 3}) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "id": f"post-{number}",
+                            "text": words,
+                            "image": f"images/{number}.jpg",
+                            "keyphrases": [words[:12], words[-9:]],
+                            "cot": words * 3,
+                        }
+                    )
+                    + "\n"
+                )
         before, start = peak(), time.perf_counter()
         posts = Posts(path, for_training=True)
-        print(f"open: {time.perf_counter() - start:.2f} s, {path.stat().st_size / 1e6:.0f} MB of JSONL")
+        print(
+            f"open: {time.perf_counter() - start:.2f} s, {path.stat().st_size / 1e6:.0f} MB of JSONL"
+        )
         print(f"memory: {peak():.0f} MB at the peak, {before:.0f} MB of it before opening")
         start = time.perf_counter()
         for _ in range(1000):

@@ -43,14 +43,23 @@ SHAPES = {  # vocabulary, tied; hidden, layers, heads, kv heads, mlp; vision hid
     "7b": (152064, False, 3584, 28, 28, 4, 18944, 1280, 32, 16, 3420),
 }
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a part of the card's name
-WAYS = {"a": "two passes, logits everywhere", "b": "two passes, logits at answers", "c": "ours",
-        "d": "ours, targets known"}
+WAYS = {
+    "a": "two passes, logits everywhere",
+    "b": "two passes, logits at answers",
+    "c": "ours",
+    "d": "ours, targets known",
+}
 
 
 def settings():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="small", help="the model's size; 3b and 7b are Qwen2.5-VL's")
+    add(
+        "--shape",
+        choices=SHAPES,
+        default="small",
+        help="the model's size; 3b and 7b are Qwen2.5-VL's",
+    )
     add("--layers", type=count, help="at most this many layers in each tower")
     add("--vocabulary", type=count, help="another size of the vocabulary")
     add("--posts", type=count, default=4, help="posts in the step")
@@ -63,9 +72,17 @@ def settings():
     add("--rounds", type=count, default=7, help="steps of each way, after one to warm up")
     add("--threads", type=count, default=2, help="torch's threads on a CPU")
     add("--device", default="cpu", help="cpu or cuda; on cuda under bf16 autocast")
-    add("--weights", choices=["float32", "bfloat16"], default="float32",
-        help="bfloat16 for what would not fit: weights, gradients and AdamW's state then take half the memory")
-    add("--profile", action="store_true", help="only show the ten operators that c spends most time in")
+    add(
+        "--weights",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="bfloat16 for what would not fit: weights, gradients and AdamW's state then take half the memory",
+    )
+    add(
+        "--profile",
+        action="store_true",
+        help="only show the ten operators that c spends most time in",
+    )
     add("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -75,23 +92,48 @@ def build(args):
     import transformers
 
     quiet()
-    vocabulary, tied, hidden, layers, heads, kv_heads, mlp, v_hidden, v_depth, v_heads, v_mlp = SHAPES[args.shape]
+    vocabulary, tied, hidden, layers, heads, kv_heads, mlp, v_hidden, v_depth, v_heads, v_mlp = (
+        SHAPES[args.shape]
+    )
     layers, v_depth = min(layers, args.layers or layers), min(v_depth, args.layers or v_depth)
     half = hidden // heads // 2
     config = transformers.Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=args.vocabulary or vocabulary, hidden_size=hidden, intermediate_size=mlp,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-6,
-            bos_token_id=None, eos_token_id=None,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6,
-                             "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}),
+            vocab_size=args.vocabulary or vocabulary,
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            rms_norm_eps=1e-6,
+            bos_token_id=None,
+            eos_token_id=None,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
+            },
+        ),
         vision_config=dict(
-            depth=v_depth, hidden_size=v_hidden, num_heads=v_heads, intermediate_size=v_mlp, out_hidden_size=hidden,
-            fullatt_block_indexes=[block for block in range(v_depth) if block % 8 == 7] or [v_depth - 1]),
-        image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8, tie_word_embeddings=tied)
+            depth=v_depth,
+            hidden_size=v_hidden,
+            num_heads=v_heads,
+            intermediate_size=v_mlp,
+            out_hidden_size=hidden,
+            fullatt_block_indexes=[block for block in range(v_depth) if block % 8 == 7]
+            or [v_depth - 1],
+        ),
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+        tie_word_embeddings=tied,
+    )
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, args.weights)).train()
+        model = transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=getattr(torch, args.weights)
+        ).train()
     return model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
@@ -103,19 +145,31 @@ def random_batch(args, model):
         sys.exit("--image must be a square number, and no more than --prompt")
     high = model.config.text_config.vocab_size
     ids = torch.randint(low, high, (args.posts, args.prompt), generator=draw)
-    ids[:, :args.image] = model.config.image_token_id
+    ids[:, : args.image] = model.config.image_token_id
     mask = torch.ones_like(ids)
-    prompt = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-              "pixel_values": torch.randn(args.posts * 4 * args.image, 3 * 2 * 14 * 14, generator=draw),
-              "image_grid_thw": torch.tensor([[1, side, side]] * args.posts)}
+    prompt = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        "pixel_values": torch.randn(args.posts * 4 * args.image, 3 * 2 * 14 * 14, generator=draw),
+        "image_grid_thw": torch.tensor([[1, side, side]] * args.posts),
+    }
 
     def answers(length):
-        return Answers(torch.randint(low, high, (args.posts, length), generator=draw),
-                       torch.ones(args.posts, length, dtype=torch.long))
+        return Answers(
+            torch.randint(low, high, (args.posts, length), generator=draw),
+            torch.ones(args.posts, length, dtype=torch.long),
+        )
 
     has_cot = torch.arange(args.posts) < round(args.cot_share * args.posts)
-    return Batch([str(post) for post in range(args.posts)], prompt, answers(args.plain), answers(args.cot), has_cot,
-                 0).to(args.device)
+    return Batch(
+        [str(post) for post in range(args.posts)],
+        prompt,
+        answers(args.plain),
+        answers(args.cot),
+        has_cot,
+        0,
+    ).to(args.device)
 
 
 # ------------------------------------------------------------------------------------------------ the four ways
@@ -124,12 +178,22 @@ def random_batch(args, model):
 def full_pass(model, prompt, answers):
     """Per-sample losses (B,) of prompt + answers in one pass with logits at every token."""
     ids = torch.cat([prompt["input_ids"], answers.ids], dim=1)
-    inputs = prompt | {"input_ids": ids, "attention_mask": torch.cat([prompt["attention_mask"], answers.mask], dim=1),
-                       "mm_token_type_ids": (ids == model.config.image_token_id).int()}
-    labels = torch.cat([torch.full_like(prompt["input_ids"], -100),
-                        answers.ids.masked_fill(answers.mask == 0, -100)], dim=1)
+    inputs = prompt | {
+        "input_ids": ids,
+        "attention_mask": torch.cat([prompt["attention_mask"], answers.mask], dim=1),
+        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+    }
+    labels = torch.cat(
+        [
+            torch.full_like(prompt["input_ids"], -100),
+            answers.ids.masked_fill(answers.mask == 0, -100),
+        ],
+        dim=1,
+    )
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    losses = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
+    losses = cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
+    )
     return losses.view(len(ids), -1).sum(1) / answers.mask.sum(1)
 
 
@@ -142,12 +206,15 @@ def obvious(model, batch):
 
 def make_step(way, model, optimizer, batch):
     """A function that does one optimizer step and returns the per-sample losses before it."""
-    known = Batch(batch.ids, batch.prompt, batch.cot.where(batch.has_cot, batch.plain), None, batch.has_cot, 0)
+    known = Batch(
+        batch.ids, batch.prompt, batch.cot.where(batch.has_cot, batch.plain), None, batch.has_cot, 0
+    )
     losses_of = {
         "a": lambda: obvious(model, batch),
         "b": lambda: DynamicCoT(model, "dynamic", torch.inf, share_prompt=False)(batch)[0],
         "c": lambda: DynamicCoT(model, "dynamic", torch.inf)(batch)[0],
-        "d": lambda: DynamicCoT(model, "sft")(known)[0]}[way]
+        "d": lambda: DynamicCoT(model, "sft")(known)[0],
+    }[way]
 
     def step():
         device = batch.has_cot.device.type
@@ -171,7 +238,9 @@ def model_flops(model, batch):
     """Model FLOPs of one step of c and d, by the formula at the top of this file: {"c": …, "d": …}."""
     text, vision = model.config.text_config, model.config.vision_config
     products = (torch.nn.Linear, torch.nn.Conv3d)
-    linear = lambda module: sum(m.weight.numel() for m in module.modules() if isinstance(m, products))
+    linear = lambda module: sum(
+        m.weight.numel() for m in module.modules() if isinstance(m, products)
+    )
     tower, merger = model.model.visual, linear(model.model.visual.merger)
     head = text.hidden_size * text.vocab_size
 
@@ -184,13 +253,18 @@ def model_flops(model, batch):
     in_window = min(patches, (vision.window_size // vision.patch_size) ** 2)
     full = len(vision.fullatt_block_indexes)
     seen = full * patches + (vision.depth - full) * in_window
-    image = (2 * (linear(tower) - merger) + 4 * vision.hidden_size * seen) * patches + 2 * merger * patches / 4
+    image = (
+        2 * (linear(tower) - merger) + 4 * vision.hidden_size * seen
+    ) * patches + 2 * merger * patches / 4
     prompt = batch.prompt["input_ids"].shape[1]
     answer = lambda length: words(prompt, length - 1) + 2 * head * length
     plain, cot = batch.plain.ids.shape[1], batch.cot.ids.shape[1]
     samples, reasoning = len(batch), int(batch.has_cot.sum())
     targets = reasoning * answer(cot) + (samples - reasoning) * answer(plain)
-    known = 3 * (samples * (image + words(0, prompt)) + targets) - samples * 2 * linear(tower.patch_embed) * patches
+    known = (
+        3 * (samples * (image + words(0, prompt)) + targets)
+        - samples * 2 * linear(tower.patch_embed) * patches
+    )
     return {"c": known + samples * answer(plain), "d": known}
 
 
@@ -220,15 +294,29 @@ def print_profile(step, device):
     from torch.profiler import ProfilerActivity, profile
 
     step()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    ) as profiled:
         step()
-    spent = lambda event: event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-    operators = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
-    events = sorted(operators, key=spent, reverse=True)  # a kernel's time is that of the operator that started it
+    spent = lambda event: (
+        event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    )
+    operators = [
+        event
+        for event in profiled.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CPU
+    ]
+    events = sorted(
+        operators, key=spent, reverse=True
+    )  # a kernel's time is that of the operator that started it
     total = sum(map(spent, events))
-    print(f"one step of c: {total / 1e3:.0f} ms\n\n| operator | calls | ms | share |\n|---|---|---|---|")
+    print(
+        f"one step of c: {total / 1e3:.0f} ms\n\n| operator | calls | ms | share |\n|---|---|---|---|"
+    )
     for event in events[:10]:
-        print(f"| {event.key[:60]} | {event.count} | {spent(event) / 1e3:.1f} | {spent(event) / total:.1%} |")
+        print(
+            f"| {event.key[:60]} | {event.count} | {spent(event) / 1e3:.1f} | {spent(event) / total:.1%} |"
+        )
 
 
 def time_in_turns(steps, rounds, device):
@@ -238,7 +326,7 @@ def time_in_turns(steps, rounds, device):
         torch.testing.assert_close(loss, losses[0], rtol=0, atol=1e-3 if device == "cpu" else 0.1)
     seconds, busy = ({way: [] for way in steps} for _ in range(2))
     ways = "".join(steps)
-    turns = [ways[number % len(ways):] + ways[:number % len(ways)] for number in range(rounds)]
+    turns = [ways[number % len(ways) :] + ways[: number % len(ways)] for number in range(rounds)]
     for way in progress("".join(turns), rounds * len(ways), "timing", "step"):
         start, start_busy = time.perf_counter(), time.process_time()
         steps[way]()
@@ -248,19 +336,25 @@ def time_in_turns(steps, rounds, device):
 
 
 def print_table(seconds, busy, memory, tokens, flops, peak):
-    print("\n| | ms a step, median (range) | CPU s a step | tokens/s | utilisation | peak memory, GB |")
+    print(
+        "\n| | ms a step, median (range) | CPU s a step | tokens/s | utilisation | peak memory, GB |"
+    )
     print("|---" * 6 + "|")
     for way, times in seconds.items():
         median = statistics.median(times)
         used = f"{flops[way] / median / peak:.1%}" if peak and way in flops else ""
-        print(f"| {way}: {WAYS[way]} | {1e3 * median:.0f} ({1e3 * min(times):.0f}–{1e3 * max(times):.0f}) | "
-              f"{statistics.median(busy[way]):.2f} | {tokens / median:.0f} | {used} | {memory[way]:.2f} |")
+        print(
+            f"| {way}: {WAYS[way]} | {1e3 * median:.0f} ({1e3 * min(times):.0f}–{1e3 * max(times):.0f}) | "
+            f"{statistics.median(busy[way]):.2f} | {tokens / median:.0f} | {used} | {memory[way]:.2f} |"
+        )
     print(f"\nmodel FLOPs of one step: c {flops['c']:.3g}, d {flops['d']:.3g}")
     ratio = lambda of, one, other: statistics.median(x / y for x, y in zip(of[one], of[other]))
     for one, other in (("a", "c"), ("b", "c"), ("c", "d")):
         if one in seconds and other in seconds:
-            print(f"{one} / {other}: time {ratio(seconds, one, other):.2f} (median over the rounds), "
-                  f"CPU time {ratio(busy, one, other):.2f}, memory {memory[one] / memory[other]:.2f}")
+            print(
+                f"{one} / {other}: time {ratio(seconds, one, other):.2f} (median over the rounds), "
+                f"CPU time {ratio(busy, one, other):.2f}, memory {memory[one] / memory[other]:.2f}"
+            )
 
 
 def main():
@@ -278,13 +372,21 @@ def main():
         return print_profile(make_step("c", model, optimizer, batch), args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     weights = sum(weight.numel() for weight in model.parameters())
-    print(f"{args.shape}, {weights / 1e6:.0f} million weights in {args.weights}, {name}; {args.posts} posts "
-          f"of {args.prompt} prompt tokens ({args.image} image), answers of {args.plain} and {args.cot}, "
-          f"{args.cot_share:.0%} reason; {args.rounds} rounds", flush=True)
+    print(
+        f"{args.shape}, {weights / 1e6:.0f} million weights in {args.weights}, {name}; {args.posts} posts "
+        f"of {args.prompt} prompt tokens ({args.image} image), answers of {args.plain} and {args.cot}, "
+        f"{args.cot_share:.0%} reason; {args.rounds} rounds",
+        flush=True,
+    )
     flops = model_flops(model, batch)
-    seconds, busy = time_in_turns({way: make_step(way, model, optimizer, batch) for way in args.ways}, args.rounds,
-                                  args.device)
-    tokens = batch.prompt["input_ids"].numel() + int(batch.cot.where(batch.has_cot, batch.plain).mask.sum())
+    seconds, busy = time_in_turns(
+        {way: make_step(way, model, optimizer, batch) for way in args.ways},
+        args.rounds,
+        args.device,
+    )
+    tokens = batch.prompt["input_ids"].numel() + int(
+        batch.cot.where(batch.has_cot, batch.plain).mask.sum()
+    )
     peak = next((flops_a_second for part, flops_a_second in PEAKS.items() if part in name), None)
     print_table(seconds, busy, memory, tokens, flops, peak)
 

@@ -26,8 +26,24 @@ def train_on(world, tmp_path):
     from tiny import train_alone
 
     def run(out, *options, posts=world / "train.jsonl"):
-        arguments = ["--train", str(posts), "--model", str(world / "toy"), "--out", str(tmp_path / out),
-                     "--epochs", "2", "--batch-size", "8", "--lr", "2e-3", "--workers", "0", "--max-new-tokens", "16"]
+        arguments = [
+            "--train",
+            str(posts),
+            "--model",
+            str(world / "toy"),
+            "--out",
+            str(tmp_path / out),
+            "--epochs",
+            "2",
+            "--batch-size",
+            "8",
+            "--lr",
+            "2e-3",
+            "--workers",
+            "0",
+            "--max-new-tokens",
+            "16",
+        ]
         train_alone(*arguments, *options)
         return tmp_path / out
 

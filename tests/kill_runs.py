@@ -30,21 +30,43 @@ def tensors(run):
     from safetensors.torch import load_file
 
     folder = run / (run / "last").read_text().strip()
-    return {(file.name, name): tensor.numpy().tobytes()
-            for file in [folder / "model.safetensors", *sorted(folder.glob("optimizer/*"))]
-            for name, tensor in load_file(file).items()}
+    return {
+        (file.name, name): tensor.numpy().tobytes()
+        for file in [folder / "model.safetensors", *sorted(folder.glob("optimizer/*"))]
+        for name, tensor in load_file(file).items()
+    }
 
 
 def log(run):
     lines = (json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in ("seconds", "waited")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "waited")}
+        for line in lines
+    ]
 
 
 def start(arguments, processes):
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-                                          "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    launcher = (
+        []
+        if processes == 1
+        else [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "127.0.0.1:0",
+        ]
+    )
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def descendants(pid):
@@ -94,7 +116,9 @@ def saving(out, since):
 def one_run(out, arguments, processes, kills, draw, counts):
     """Train a run to its end through so many kills."""
     while True:
-        resume = ["--resume"] if (out / "settings.json").exists() and (out / "last").exists() else []
+        resume = (
+            ["--resume"] if (out / "settings.json").exists() and (out / "last").exists() else []
+        )
         process, began = start([*arguments, "--out", out, *resume], processes), time.time()
         if not kills:
             _, errors = process.communicate()
@@ -107,10 +131,16 @@ def one_run(out, arguments, processes, kills, draw, counts):
             alive = wait_for(lambda: saving(out, began), process)
             time.sleep(draw.random() * 0.1)
         else:
-            alive = wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > size, process, 0.01)
+            alive = wait_for(
+                lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > size,
+                process,
+                0.01,
+            )
             time.sleep(draw.random() * 2)
         if not alive and process.returncode:
-            sys.exit(f"a run ended by itself with {process.returncode}: {process.communicate()[1][-2000:]}")
+            sys.exit(
+                f"a run ended by itself with {process.returncode}: {process.communicate()[1][-2000:]}"
+            )
         if process.poll() is None:
             kill(process)
             counts["kills"] += 1
@@ -124,29 +154,80 @@ def one_run(out, arguments, processes, kills, draw, counts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     parser.add_argument("--kills", type=data.count, default=80, help="kills in all")
-    parser.add_argument("--kills-a-run", type=data.count, default=5, help="kills that one run goes through")
-    parser.add_argument("--processes", type=data.count, default=1, help="processes that train together")
+    parser.add_argument(
+        "--kills-a-run", type=data.count, default=5, help="kills that one run goes through"
+    )
+    parser.add_argument(
+        "--processes", type=data.count, default=1, help="processes that train together"
+    )
     parser.add_argument("--parallel", default="fsdp", help="how they share the model")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     draw, counts = random.Random(args.seed), {"kills": 0, "a save was under way": 0, "runs": 0}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        subprocess.run([sys.executable, ROOT / "clubworld.py", "--out", folder / "club", "--seed", "100", "--train", "64",
-                        "--valid", "8", "--test", "8"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        arguments = ["--train", folder / "club" / "train.jsonl", "--valid", folder / "club" / "valid.jsonl", "--model",
-                     folder / "club" / "toy", "--epochs", 3, "--batch-size", 8, "--lr", 2e-3, "--gamma", 5, "--workers", 1,
-                     "--max-new-tokens", 4, "--save-every", 1, "--parallel", args.parallel]
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "clubworld.py",
+                "--out",
+                folder / "club",
+                "--seed",
+                "100",
+                "--train",
+                "64",
+                "--valid",
+                "8",
+                "--test",
+                "8",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        arguments = [
+            "--train",
+            folder / "club" / "train.jsonl",
+            "--valid",
+            folder / "club" / "valid.jsonl",
+            "--model",
+            folder / "club" / "toy",
+            "--epochs",
+            3,
+            "--batch-size",
+            8,
+            "--lr",
+            2e-3,
+            "--gamma",
+            5,
+            "--workers",
+            1,
+            "--max-new-tokens",
+            4,
+            "--save-every",
+            1,
+            "--parallel",
+            args.parallel,
+        ]
         one_run(folder / "whole", arguments, args.processes, 0, draw, counts)
         right = tensors(folder / "whole"), log(folder / "whole")
         while counts["kills"] < args.kills:
             out = folder / f"run{counts['runs']}"
-            one_run(out, arguments, args.processes, min(args.kills_a_run, args.kills - counts["kills"]), draw, counts)
+            one_run(
+                out,
+                arguments,
+                args.processes,
+                min(args.kills_a_run, args.kills - counts["kills"]),
+                draw,
+                counts,
+            )
             counts["runs"] += 1
             if (tensors(out), log(out)) != right:
                 sys.exit(f"{out.name}: not what the run that was never stopped has; {counts}")
             print(json.dumps(counts), flush=True)
-    print(f"{args.processes} processes: {counts['kills']} kills in {counts['runs']} runs, all as the run left alone")
+    print(
+        f"{args.processes} processes: {counts['kills']} kills in {counts['runs']} runs, all as the run left alone"
+    )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,21 @@ def right(request):
 
 def completion(request, text, finish="stop", **message):
     """A chat completion as JSON."""
-    return {"id": "chatcmpl-1", "object": "chat.completion", "created": int(time.time()), "model": request["model"],
-            "choices": [{"index": 0, "finish_reason": finish, "logprobs": None,
-                         "message": {"role": "assistant", "content": text, "refusal": None} | message}],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request["model"],
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": finish,
+                "logprobs": None,
+                "message": {"role": "assistant", "content": text, "refusal": None} | message,
+            }
+        ],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
+    }
 
 
 class Raw:
@@ -41,7 +52,11 @@ class Raw:
 
 
 def error(status, message, headers=(), **fields):
-    return Raw(status, {"error": {"message": message, "type": "error", "param": None, "code": None} | fields}, headers)
+    return Raw(
+        status,
+        {"error": {"message": message, "type": "error", "param": None, "code": None} | fields},
+        headers,
+    )
 
 
 def cut(request):
@@ -51,7 +66,10 @@ def cut(request):
     return raw
 
 
-HANG, HTML = "hang", Raw(200, "<!DOCTYPE html><html><body>Bad gateway</body></html>", kind="text/html")
+HANG, HTML = (
+    "hang",
+    Raw(200, "<!DOCTYPE html><html><body>Bad gateway</body></html>", kind="text/html"),
+)
 
 
 class Server:
@@ -72,8 +90,12 @@ class Server:
                 tries = 0
                 if keep_log:
                     with lock:
-                        tries = server.tries[text_of(request)] = server.tries.get(text_of(request), -1) + 1
-                        server.log.append((request, dict(self.headers) | {":path": self.path}, time.time()))
+                        tries = server.tries[text_of(request)] = (
+                            server.tries.get(text_of(request), -1) + 1
+                        )
+                        server.log.append(
+                            (request, dict(self.headers) | {":path": self.path}, time.time())
+                        )
                 answer = server.reply(request, tries)
                 if answer is HANG:
                     server.closing.wait(300)
@@ -82,10 +104,12 @@ class Server:
                 answer = completion(request, answer) if isinstance(answer, str) else answer
                 raw = Raw(200, answer) if isinstance(answer, dict) else answer
                 self.send_response(raw.status)
-                for name, value in ({"Content-Type": raw.kind, "Content-Length": len(raw.body)} | raw.headers).items():
+                for name, value in (
+                    {"Content-Type": raw.kind, "Content-Length": len(raw.body)} | raw.headers
+                ).items():
                     self.send_header(name, str(value))
                 self.end_headers()
-                self.wfile.write(raw.body[:raw.cut])
+                self.wfile.write(raw.body[: raw.cut])
                 if raw.cut:
                     self.close_connection = True
 
@@ -126,8 +150,18 @@ def write_posts(folder, count, images=4, size=(60, 40), start=0):
     with open(folder / "posts.jsonl", "w", encoding="utf-8") as file:
         for index in range(start, start + count):
             image = f"{index % images}.jpg" if images and index % 5 else None
-            file.write(json.dumps({"id": f"post-{index}", "text": f"post-{index} some tiny blümchen 花", "image": image,
-                                   "keyphrases": [f"wildflower hour {index % 1000}", "flowers"], "lang": "en"}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "id": f"post-{index}",
+                        "text": f"post-{index} some tiny blümchen 花",
+                        "image": image,
+                        "keyphrases": [f"wildflower hour {index % 1000}", "flowers"],
+                        "lang": "en",
+                    }
+                )
+                + "\n"
+            )
     return folder / "posts.jsonl"
 
 

@@ -38,7 +38,9 @@ def lines(path):
 
 def script(name, *arguments):
     """Run one of the project's scripts; returns what it printed. Its errors and its progress are seen."""
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         sys.exit(f"{name} ended with {done.returncode}; the same command goes on from here")
     return done.stdout
@@ -76,30 +78,78 @@ class Cell:
         """Train and score, unless that was done before, and score with <think> forbidden."""
         if not (self.folder / "test_scores.json").exists():
             resume = ["--resume"] if (self.folder / "settings.json").exists() else []
-            script("train.py", "--seed", self.world, "--mode", self.mode, "--gamma", self.gamma, "--epochs", self.epochs,
-                   "--out", self.folder, *resume)
+            script(
+                "train.py",
+                "--seed",
+                self.world,
+                "--mode",
+                self.mode,
+                "--gamma",
+                self.gamma,
+                "--epochs",
+                self.epochs,
+                "--out",
+                self.folder,
+                *resume,
+            )
         if self.both:
-            script("infer.py", "--data", self.club / "test.jsonl", "--out", self.folder / "never_preds.jsonl", "--model",
-                   self.folder / "last", "--think", "never", "--batch-size", 128, "--max-new-tokens", TOY["max_new_tokens"],
-                   "--workers", 1)
+            script(
+                "infer.py",
+                "--data",
+                self.club / "test.jsonl",
+                "--out",
+                self.folder / "never_preds.jsonl",
+                "--model",
+                self.folder / "last",
+                "--think",
+                "never",
+                "--batch-size",
+                128,
+                "--max-new-tokens",
+                TOY["max_new_tokens"],
+                "--workers",
+                1,
+            )
 
     def scores(self, predictions="test_preds.jsonl", *options):
-        return json.loads(script("evaluate.py", self.folder / predictions, self.club / "test.jsonl", "--train",
-                                 self.club / "train.jsonl", "--json", *options))
+        return json.loads(
+            script(
+                "evaluate.py",
+                self.folder / predictions,
+                self.club / "test.jsonl",
+                "--train",
+                self.club / "train.jsonl",
+                "--json",
+                *options,
+            )
+        )
 
     @functools.cache
     def figures(self):
         """What a row of the tables says of this cell: fractions, and tokens a post."""
         scores, posts = self.scores(), lines(self.club / "test.jsonl")
-        thought = [prediction["think"] is not None for prediction in lines(self.folder / "test_preds.jsonl")]
-        row = {"All": scores["all"]["F1@1"], "Absent": scores["absent"]["F1@1"], "Unseen": scores["unseen"]["F1@1"],
-               "tokens": scores["all"]["tokens"], "reasoned": scores["all"]["reasoned"],
-               "reasoned, unseen": scores["unseen"]["reasoned"]}
+        thought = [
+            prediction["think"] is not None
+            for prediction in lines(self.folder / "test_preds.jsonl")
+        ]
+        row = {
+            "All": scores["all"]["F1@1"],
+            "Absent": scores["absent"]["F1@1"],
+            "Unseen": scores["unseen"]["F1@1"],
+            "tokens": scores["all"]["tokens"],
+            "reasoned": scores["all"]["reasoned"],
+            "reasoned, unseen": scores["unseen"]["reasoned"],
+        }
         for kind in KINDS:
-            row[f"reasoned, {kind}"] = statistics.mean(t for t, post in zip(thought, posts) if post["kind"] == kind)
+            row[f"reasoned, {kind}"] = statistics.mean(
+                t for t, post in zip(thought, posts) if post["kind"] == kind
+            )
         if self.both:
             direct = self.scores("never_preds.jsonl")
-            row |= {"All, thinking forbidden": direct["all"]["F1@1"], "Unseen, thinking forbidden": direct["unseen"]["F1@1"]}
+            row |= {
+                "All, thinking forbidden": direct["all"]["F1@1"],
+                "Unseen, thinking forbidden": direct["unseen"]["F1@1"],
+            }
         return row
 
 
@@ -127,13 +177,33 @@ def step_seconds(out, modes, rounds=3):
     found = {name: [] for name in starts if name not in measured}
     for name in data.progress(rounds * [*found], rounds * len(found), "time of a step", "run"):
         shutil.rmtree(probe, ignore_errors=True)
-        script("train.py", "--train", club / "train.jsonl", "--model", starts[name], "--out", probe, "--mode",
-               name.partition(",")[0], "--epochs", 20 / 450, "--lr", 1e-5, "--micro-batch", TOY["micro_batch"], "--workers",
-               TOY["workers"])
+        script(
+            "train.py",
+            "--train",
+            club / "train.jsonl",
+            "--model",
+            starts[name],
+            "--out",
+            probe,
+            "--mode",
+            name.partition(",")[0],
+            "--epochs",
+            20 / 450,
+            "--lr",
+            1e-5,
+            "--micro-batch",
+            TOY["micro_batch"],
+            "--workers",
+            TOY["workers"],
+        )
         steps = lines(probe / "log.jsonl")[5:]
-        found[name].append([statistics.median(line[key] for line in steps) for key in ("seconds", "cot_share")])
+        found[name].append(
+            [statistics.median(line[key] for line in steps) for key in ("seconds", "cot_share")]
+        )
     shutil.rmtree(probe, ignore_errors=True)
-    measured |= {name: [statistics.median(values) for values in zip(*pairs)] for name, pairs in found.items()}
+    measured |= {
+        name: [statistics.median(values) for values in zip(*pairs)] for name, pairs in found.items()
+    }
     data.write_whole(path, json.dumps(measured, indent=1) + "\n")
     return measured
 
@@ -144,16 +214,25 @@ def training_seconds(cell, measured):
     seconds, share = measured[cell.mode]
     if cell.mode == "dynamic":
         least, none = measured["dynamic, untrained"]
-        seconds = least + (seconds - least) * (statistics.mean(shares) - none) / max(share - none, 1e-9)
+        seconds = least + (seconds - least) * (statistics.mean(shares) - none) / max(
+            share - none, 1e-9
+        )
     return len(shares), len(shares) * seconds
 
 
 def equal_time(cells, measured):
     """Cells of as many epochs, to a hundredth, as train in the time that `sft` takes, going by the cells of equal steps."""
     steps, seconds = training_seconds(cells["sft"][0], measured)
-    fitting = {mode: seconds / training_seconds(of_mode[0], measured)[1] for mode, of_mode in cells.items()}
-    return {mode: [Cell(cell.out, mode, cell.world, epochs=round(EPOCHS * fitting[mode], 2)) for cell in of_mode]
-            for mode, of_mode in cells.items()}
+    fitting = {
+        mode: seconds / training_seconds(of_mode[0], measured)[1] for mode, of_mode in cells.items()
+    }
+    return {
+        mode: [
+            Cell(cell.out, mode, cell.world, epochs=round(EPOCHS * fitting[mode], 2))
+            for cell in of_mode
+        ]
+        for mode, of_mode in cells.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- gamma
@@ -182,7 +261,16 @@ def direct(cell):
                 prompt = step.read_prompt(batch.prompt)
                 thinks = model.lm_head(prompt["last"][:, 0]).softmax(-1)[:, encoder.think[0]]
                 n = batch.plain.mask.sum(1)
-                found.append(torch.stack([1 - thinks, step.answer_loss(prompt, batch.plain), torch.exp(-cell.gamma * n), n.float()]))
+                found.append(
+                    torch.stack(
+                        [
+                            1 - thinks,
+                            step.answer_loss(prompt, batch.plain),
+                            torch.exp(-cell.gamma * n),
+                            n.float(),
+                        ]
+                    )
+                )
     p, loss, law, n = torch.cat(found, dim=1).mean(1).tolist()
     result = {"p": p, "loss": loss, "law": law, "n": n}
     data.write_whole(path, json.dumps(result) + "\n")
@@ -196,12 +284,24 @@ def gamma_svg(rows):
     n = statistics.mean(row["n"] for row in rows)
     highest = max((row["gamma"] for row in rows if row["gamma"] < math.inf), default=1)
     x, y = Axis(0, highest, LEFT, RIGHT - 6), Axis(0, 1, BOTTOM, TOP)
-    grid = "".join(f'<path stroke="#ddd" d="M{LEFT} {y.place(t):.1f}H{RIGHT}"/><text x="{LEFT - 7}" y="{y.place(t):.1f}" '
-                   f'dy=".35em" text-anchor="end">{tick_text(t)}</text>' for t in y.ticks)
-    grid += "".join(f'<text x="{x.place(t):.1f}" y="{BOTTOM + 17}" text-anchor="middle">{tick_text(t)}</text>' for t in x.ticks)
-    line = " ".join(f"{x.place(g):.1f},{y.place(math.exp(-g * n)):.1f}" for g in (highest * i / 100 for i in range(101)))
-    dots = "".join(f'<circle cx="{x.place(row["gamma"]):.1f}" cy="{y.place(row["p"]):.1f}" r="4" fill="#c2410c"/>'
-                   for row in rows if row["gamma"] < math.inf)
+    grid = "".join(
+        f'<path stroke="#ddd" d="M{LEFT} {y.place(t):.1f}H{RIGHT}"/><text x="{LEFT - 7}" y="{y.place(t):.1f}" '
+        f'dy=".35em" text-anchor="end">{tick_text(t)}</text>'
+        for t in y.ticks
+    )
+    grid += "".join(
+        f'<text x="{x.place(t):.1f}" y="{BOTTOM + 17}" text-anchor="middle">{tick_text(t)}</text>'
+        for t in x.ticks
+    )
+    line = " ".join(
+        f"{x.place(g):.1f},{y.place(math.exp(-g * n)):.1f}"
+        for g in (highest * i / 100 for i in range(101))
+    )
+    dots = "".join(
+        f'<circle cx="{x.place(row["gamma"]):.1f}" cy="{y.place(row["p"]):.1f}" r="4" fill="#c2410c"/>'
+        for row in rows
+        if row["gamma"] < math.inf
+    )
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH * 3 // 2}"
   font-family="sans-serif" font-size="11" fill="#333">
 <rect width="100%" height="100%" fill="white"/>
@@ -219,8 +319,16 @@ def gamma_svg(rows):
 
 
 def markdown(titles, rows):
-    return "\n".join(["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|",
-                      *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    return (
+        "\n".join(
+            [
+                "| " + " | ".join(titles) + " |",
+                "|---" * len(titles) + "|",
+                *("| " + " | ".join(row) + " |" for row in rows),
+            ]
+        )
+        + "\n"
+    )
 
 
 def spread(values, factor=100, digits=1):
@@ -247,10 +355,21 @@ def mode_tables(cells, measured, unit):
         figures = [cell.figures() for cell in of_mode]
         column = lambda name, *how: spread([row.get(name) for row in figures], *how)
         steps, seconds = zip(*(training_seconds(cell, measured) for cell in of_mode))
-        scores.append([mode, str(steps[0]), spread(seconds, 1 / unit, 2), column("tokens", 1), *map(column, SCORES)])
+        scores.append(
+            [
+                mode,
+                str(steps[0]),
+                spread(seconds, 1 / unit, 2),
+                column("tokens", 1),
+                *map(column, SCORES),
+            ]
+        )
         reasoned.append([mode, *(column(name) for name in REASONED)])
-    return (markdown(["mode", "steps", "training time, sft = 1", "tokens a post", *SCORES], scores) + "\n"
-            + markdown(["mode", *REASONED], reasoned))
+    return (
+        markdown(["mode", "steps", "training time, sft = 1", "tokens a post", *SCORES], scores)
+        + "\n"
+        + markdown(["mode", *REASONED], reasoned)
+    )
 
 
 def world_table(cells):
@@ -258,7 +377,9 @@ def world_table(cells):
     rows = []
     for mode, of_mode in cells.items():
         found = [cell.figures() for cell in of_mode]
-        rows.append([mode, *(f"{100 * row['All']:.1f} / {100 * row['Unseen']:.1f}" for row in found)])
+        rows.append(
+            [mode, *(f"{100 * row['All']:.1f} / {100 * row['Unseen']:.1f}" for row in found)]
+        )
     return markdown(["mode", *(f"world {cell.world}" for cell in next(iter(cells.values())))], rows)
 
 
@@ -266,25 +387,56 @@ def paired_table(cells):
     """dynamic against each other mode on the same posts: the difference of F1@1, its 95% interval, a star where p < 0.05."""
     rows = []
     for mode in (mode for mode in cells if mode != "dynamic"):
-        found = [cell.scores("test_preds.jsonl", "--against", other.folder / "test_preds.jsonl")["against"]
-                 for cell, other in zip(cells["dynamic"], cells[mode])]
+        found = [
+            cell.scores("test_preds.jsonl", "--against", other.folder / "test_preds.jsonl")[
+                "against"
+            ]
+            for cell, other in zip(cells["dynamic"], cells[mode])
+        ]
         for name in ("all", "unseen"):
             row = []
             for difference in (scores[name]["F1@1"] for scores in found):
                 low, high = difference["interval"]
-                row.append(f"{100 * difference['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-                           + (" \\*" if difference["p"] < 0.05 else ""))
+                row.append(
+                    f"{100 * difference['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+                    + (" \\*" if difference["p"] < 0.05 else "")
+                )
             rows.append([f"dynamic − {mode}", name, *row])
     return markdown(["F1@1", "posts", *(f"world {cell.world}" for cell in cells["dynamic"])], rows)
 
 
 def gamma_table(cells):
-    rows = [cell.figures() | direct(cell) | {"gamma": cell.gamma, "world": cell.world} for cell in cells]
-    shown = [[str(row["world"]), f"{row['gamma']:g}", *(f"{100 * row[name]:.1f}" for name in ("All", "Unseen")),
-              f"{row['tokens']:.1f}", *(f"{100 * row[name]:.1f}" for name in ("reasoned", "reasoned, E")),
-              f"{row['loss']:.3f}", f"{row['p']:.3f}", f"{row['law']:.3f}"] for row in rows]
-    return rows, markdown(["world", "gamma", "All", "Unseen", "tokens a post", "reasoned", "reasoned, E", "L(y_s), A to C",
-                           "p(direct), A to C", "exp(−gamma · n)"], shown)
+    rows = [
+        cell.figures() | direct(cell) | {"gamma": cell.gamma, "world": cell.world} for cell in cells
+    ]
+    shown = [
+        [
+            str(row["world"]),
+            f"{row['gamma']:g}",
+            *(f"{100 * row[name]:.1f}" for name in ("All", "Unseen")),
+            f"{row['tokens']:.1f}",
+            *(f"{100 * row[name]:.1f}" for name in ("reasoned", "reasoned, E")),
+            f"{row['loss']:.3f}",
+            f"{row['p']:.3f}",
+            f"{row['law']:.3f}",
+        ]
+        for row in rows
+    ]
+    return rows, markdown(
+        [
+            "world",
+            "gamma",
+            "All",
+            "Unseen",
+            "tokens a post",
+            "reasoned",
+            "reasoned, E",
+            "L(y_s), A to C",
+            "p(direct), A to C",
+            "exp(−gamma · n)",
+        ],
+        shown,
+    )
 
 
 def main():
@@ -293,9 +445,20 @@ def main():
     add("--out", type=Path, default=Path("out/study"), help="the folder of all cells")
     add("--modes", nargs="*", choices=MODES, default=MODES, help="modes on the test worlds")
     add("--worlds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="the test worlds")
-    add("--gammas", nargs="*", type=float, default=[0, 0.1, 0.2, 0.4, 0.8, math.inf], help="gammas on the development worlds")
+    add(
+        "--gammas",
+        nargs="*",
+        type=float,
+        default=[0, 0.1, 0.2, 0.4, 0.8, math.inf],
+        help="gammas on the development worlds",
+    )
     add("--gamma-worlds", nargs="+", type=int, default=[100], help="the development worlds")
-    add("--at-once", type=data.count, default=1, help="runs at the same time, a core or two for each")
+    add(
+        "--at-once",
+        type=data.count,
+        default=1,
+        help="runs at the same time, a core or two for each",
+    )
     args = parser.parse_args()
 
     parts = []
@@ -307,7 +470,9 @@ def main():
 
     args.out.mkdir(parents=True, exist_ok=True)
     if args.modes:
-        cells = {mode: [Cell(args.out, mode, world) for world in args.worlds] for mode in args.modes}
+        cells = {
+            mode: [Cell(args.out, mode, world) for world in args.worlds] for mode in args.modes
+        }
         run_all(sum(cells.values(), []), args.at_once)
         if "sft" in cells and 0 in args.worlds:
             measured = step_seconds(args.out, args.modes)
@@ -323,7 +488,11 @@ def main():
             if "dynamic" in some and len(some) > 1:
                 tell(f"Paired tests, equal {title}", paired_table(some))
     if args.gammas:
-        cells = [Cell(args.out, "dynamic", world, gamma) for world in args.gamma_worlds for gamma in args.gammas]
+        cells = [
+            Cell(args.out, "dynamic", world, gamma)
+            for world in args.gamma_worlds
+            for gamma in args.gammas
+        ]
         run_all(cells, args.at_once)
         rows, table = gamma_table(cells)
         tell("Gamma", table)

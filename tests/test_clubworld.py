@@ -18,8 +18,10 @@ def posts():
         patch.setattr(clubworld, "draw_shirt", lambda rng, club: None)
         patch.setattr(clubworld, "draw_scene", lambda rng, scene: None)
         clubs = make_clubs(100)
-        return {name: [record for record, _ in make_posts(100, clubs, name, count)]
-                for name, count in (("train", 4000), ("valid", 400), ("test", 1000))}
+        return {
+            name: [record for record, _ in make_posts(100, clubs, name, count)]
+            for name, count in (("train", 4000), ("valid", 400), ("test", 1000))
+        }
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +34,16 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(toy):
     from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(toy)
 
 
 def read(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def of_kind(records, kind):
@@ -48,6 +55,7 @@ def tokens(tokenizer, text):
 
 
 # -------------------------------------------------------------------------------------------------- the files
+
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
     for name, seed in (("a", 100), ("b", 100), ("c", 101)):
@@ -67,8 +75,11 @@ def test_more_training_posts_leave_the_other_files_as_they_are(tmp_path):
 
 def test_the_records_name_images_that_open(tmp_path):
     write_world(tmp_path / "world", 100, train=20, valid=5, test=5)
-    records = [json.loads(line) for name in ("train", "valid", "test")
-               for line in (tmp_path / "world" / f"{name}.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for name in ("train", "valid", "test")
+        for line in (tmp_path / "world" / f"{name}.jsonl").read_text().splitlines()
+    ]
     assert len({record["id"] for record in records}) == 30
     for record in records:
         assert list(record) == ["id", "text", "image", "keyphrases", "cot", "kind", "held_out"]
@@ -123,6 +134,7 @@ def test_mistakes_are_named(tmp_path):
 
 # -------------------------------------------------------------------------------------------------- the world
 
+
 def test_clubs_are_told_apart_by_each_of_their_facts():
     clubs = make_clubs(100)
     assert len(clubs) == 32 and sum(club.held_out for club in clubs) == 8
@@ -135,7 +147,9 @@ def test_clubs_are_told_apart_by_each_of_their_facts():
 
 def test_shirts_look_different():
     # The same random draws, so that only the shirt can differ.
-    images = {clubworld.draw_shirt(np.random.default_rng(7), club).tobytes() for club in make_clubs(100)}
+    images = {
+        clubworld.draw_shirt(np.random.default_rng(7), club).tobytes() for club in make_clubs(100)
+    }
     assert len(images) == 32
 
 
@@ -143,15 +157,21 @@ def test_shares_of_the_kinds(posts):
     for records in posts.values():
         counts = Counter(record["kind"] for record in records)
         assert all(abs(counts[kind] - share * len(records)) <= 1 for kind, share in KINDS.items())
-    halves = [Counter(record["kind"] for record in half)["E"]
-              for half in (posts["train"][:2000], posts["train"][2000:])]
-    assert min(halves) > 700        # shuffled
+    halves = [
+        Counter(record["kind"] for record in half)["E"]
+        for half in (posts["train"][:2000], posts["train"][2000:])
+    ]
+    assert min(halves) > 700  # shuffled
 
 
 def test_what_is_held_out_of_training(posts):
     clubs = make_clubs(100)
-    kept_back = {f"{club.city} {event}" for club in clubs for event in EVENTS
-                 if club.held_out or event == club.kept_event}
+    kept_back = {
+        f"{club.city} {event}"
+        for club in clubs
+        for event in EVENTS
+        if club.held_out or event == club.kept_event
+    }
     assert len(kept_back) == 8 * 6 + 24
     for name in ("train", "valid"):
         assert not kept_back & {record["keyphrases"][0] for record in posts[name]}
@@ -162,7 +182,9 @@ def test_what_is_held_out_of_training(posts):
     assert any(record["keyphrases"][0] in kept_back for record in b_posts if not record["held_out"])
     kits = {record["keyphrases"][0] for record in of_kind(posts["train"], "A")}
     homes = {record["keyphrases"][0].split()[0] for record in of_kind(posts["train"], "C")}
-    assert kits == {f"{club.nickname} new kit" for club in clubs} and homes == {club.city for club in clubs}
+    assert kits == {f"{club.nickname} new kit" for club in clubs} and homes == {
+        club.city for club in clubs
+    }
 
 
 def test_share_of_unseen_and_absent_test_posts(posts):
@@ -170,7 +192,9 @@ def test_share_of_unseen_and_absent_test_posts(posts):
     unseen = [record for record in posts["test"] if not known.issuperset(record["keyphrases"])]
     absent = [record for record in posts["test"] if record["keyphrases"][0] not in record["text"]]
     assert 0.12 < len(unseen) / len(posts["test"]) < 0.18
-    assert {record["kind"] for record in absent} == set("ABCE") and len(absent) == 0.92 * len(posts["test"])
+    assert {record["kind"] for record in absent} == set("ABCE") and len(absent) == 0.92 * len(
+        posts["test"]
+    )
     for record in of_kind(posts["test"], "D"):
         assert all(phrase in record["text"] for phrase in record["keyphrases"])
 
@@ -210,11 +234,14 @@ def test_moods_follow_from_nothing(posts):
     for mood, text in moods:
         for word in text.split():
             with_word[word].add(mood)
-    common = [word for word, count in Counter(" ".join(text for _, text in moods).split()).most_common(20)]
+    common = [
+        word for word, count in Counter(" ".join(text for _, text in moods).split()).most_common(20)
+    ]
     assert all(len(with_word[word]) == 12 for word in common)
 
 
 # ---------------------------------------------------------------------------------------------- the toy model
+
 
 def test_lengths_of_the_answers(posts, tokenizer):
     for record in posts["train"] + posts["test"]:
@@ -228,7 +255,9 @@ def test_the_worlds_text_survives_the_tokenizer(posts, tokenizer):
         for text in (record["text"], answer):
             ids = tokens(tokenizer, text)
             assert tokenizer.decode(ids) == text
-            assert not [token for token in tokenizer.convert_ids_to_tokens(ids) if token.startswith("##")]
+            assert not [
+                token for token in tokenizer.convert_ids_to_tokens(ids) if token.startswith("##")
+            ]
 
 
 def test_tags_are_single_ordinary_tokens(tokenizer):
@@ -247,7 +276,9 @@ def test_any_ascii_text_has_tokens_and_typed_special_tokens_are_text(tokenizer):
 def test_the_chat_template(tokenizer):
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi\n"}]}
     prompt = "<|im_start|><|vision_start|><|image_pad|><|vision_end|>hi\n<|im_end|><|im_start|>"
-    assert tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False) == prompt
+    assert (
+        tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False) == prompt
+    )
     turns = [user, {"role": "assistant", "content": "a; b"}]
     assert tokenizer.apply_chat_template(turns, tokenize=False) == prompt + "a; b<|im_end|>"
 
@@ -260,20 +291,29 @@ def test_the_model_runs_and_its_weights_follow_the_seed(toy, tmp_path):
     write_toy_model(tmp_path / "same", seed=100)
     write_toy_model(tmp_path / "other", seed=101)
     assert torch.equal(torch.get_rng_state(), state)
-    weights, same, other = ((folder / "model.safetensors").read_bytes()
-                            for folder in (toy, tmp_path / "same", tmp_path / "other"))
+    weights, same, other = (
+        (folder / "model.safetensors").read_bytes()
+        for folder in (toy, tmp_path / "same", tmp_path / "other")
+    )
     assert weights == same != other
     assert read(toy)["tokenizer.json"] == read(tmp_path / "other")["tokenizer.json"]
 
-    model, tokenizer = AutoModelForImageTextToText.from_pretrained(toy), AutoTokenizer.from_pretrained(toy)
+    model, tokenizer = (
+        AutoModelForImageTextToText.from_pretrained(toy),
+        AutoTokenizer.from_pretrained(toy),
+    )
     photo = clubworld.draw_shirt(np.random.default_rng(0), make_clubs(100)[0])
     image = AutoImageProcessor.from_pretrained(toy)(images=[photo], return_tensors="pt")
     assert image["image_grid_thw"].tolist() == [[1, 6, 6]]
     picture = "<|vision_start|>" + 9 * "<|image_pad|>" + "<|vision_end|>"
     text = f"<|im_start|>{picture}rate this shirt<|im_end|><|im_start|>"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **image,
-                  mm_token_type_ids=(ids == model.config.image_token_id).int())
+    inputs = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        **image,
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+    )
     with torch.no_grad():
         logits = model(**inputs).logits
         out = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)

@@ -21,35 +21,42 @@ CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_
 # ------------------------------------------------------------------------------------------------- parser
 
 
-@pytest.mark.parametrize("output, keyphrases, think", [
-    ("wildflower hour; flowers", ["wildflower hour", "flowers"], None),
-    ("<think>blue flowers.</think><answer>wildflower hour; flowers</answer>", ["wildflower hour", "flowers"], "blue flowers."),
-    ("<think>\nblue\n</think>\n<answer>\na\nb\n</answer>", ["a", "b"], "blue"),
-    ("<think>blue</think>a; b", ["a", "b"], "blue"),
-    ("<think>never ends; it goes on", [], "never ends; it goes on"),
-    ("<think>forgot to close<answer>a; b</answer>", ["a", "b"], "forgot to close"),
-    ("no opening</think><answer>a</answer>", ["a"], "no opening"),
-    ("<answer>a; b", ["a", "b"], None),
-    ("a; b</answer>", ["a", "b"], None),
-    ("<think></think><answer></answer>", [], ""),
-    ("- one\n- two\n* three\n1. four\n2) five", ["one", "two", "three", "four", "five"], None),
-    ("#WildflowerHour #Flowers", ["WildflowerHour", "Flowers"], None),
-    ("#one, #two", ["one", "two"], None),
-    ("- #One\n- #Two", ["One", "Two"], None),
-    ("1. #One\n2. #Two #Three", ["One", "Two", "Three"], None),
-    ("red, white; blue", ["red, white", "blue"], None),
-    ("red, white", ["red", "white"], None),
-    ("a; A; a ;  a", ["a"], None),
-    ("; ;;", [], None),
-    ("", [], None),
-    ('"quoted"; **bold**; end.', ["quoted", "bold", "end"], None),
-    ("3d printing; 1984; 2. bundesliga", ["3d printing", "1984", "2. bundesliga"], None),
-    ("花见；春天", ["花见", "春天"], None),
-    ("花见、春天，樱", ["花见", "春天", "樱"], None),
-    ("خبر عاجل; أخبار", ["خبر عاجل", "أخبار"], None),
-    ("<think>a</think><think>b</think><answer>c</answer>", ["c"], "a"),
-    ("<answer>one</answer><answer>two</answer>", ["one"], None),
-])
+@pytest.mark.parametrize(
+    "output, keyphrases, think",
+    [
+        ("wildflower hour; flowers", ["wildflower hour", "flowers"], None),
+        (
+            "<think>blue flowers.</think><answer>wildflower hour; flowers</answer>",
+            ["wildflower hour", "flowers"],
+            "blue flowers.",
+        ),
+        ("<think>\nblue\n</think>\n<answer>\na\nb\n</answer>", ["a", "b"], "blue"),
+        ("<think>blue</think>a; b", ["a", "b"], "blue"),
+        ("<think>never ends; it goes on", [], "never ends; it goes on"),
+        ("<think>forgot to close<answer>a; b</answer>", ["a", "b"], "forgot to close"),
+        ("no opening</think><answer>a</answer>", ["a"], "no opening"),
+        ("<answer>a; b", ["a", "b"], None),
+        ("a; b</answer>", ["a", "b"], None),
+        ("<think></think><answer></answer>", [], ""),
+        ("- one\n- two\n* three\n1. four\n2) five", ["one", "two", "three", "four", "five"], None),
+        ("#WildflowerHour #Flowers", ["WildflowerHour", "Flowers"], None),
+        ("#one, #two", ["one", "two"], None),
+        ("- #One\n- #Two", ["One", "Two"], None),
+        ("1. #One\n2. #Two #Three", ["One", "Two", "Three"], None),
+        ("red, white; blue", ["red, white", "blue"], None),
+        ("red, white", ["red", "white"], None),
+        ("a; A; a ;  a", ["a"], None),
+        ("; ;;", [], None),
+        ("", [], None),
+        ('"quoted"; **bold**; end.', ["quoted", "bold", "end"], None),
+        ("3d printing; 1984; 2. bundesliga", ["3d printing", "1984", "2. bundesliga"], None),
+        ("花见；春天", ["花见", "春天"], None),
+        ("花见、春天，樱", ["花见", "春天", "樱"], None),
+        ("خبر عاجل; أخبار", ["خبر عاجل", "أخبار"], None),
+        ("<think>a</think><think>b</think><answer>c</answer>", ["c"], "a"),
+        ("<answer>one</answer><answer>two</answer>", ["one"], None),
+    ],
+)
 def test_parser(output, keyphrases, think):
     assert parse_answer(output) == (keyphrases, think)
 
@@ -67,8 +74,30 @@ def test_parser_reads_back_what_the_targets_say():
 
 def test_parser_survives_anything():
     draw = random.Random(1)
-    pieces = ["<think>", "</think>", "<answer>", "</answer>", ";", ",", "\n", "#", "- ", "1. ", "a b", "é", "\ud800",
-              "\0", "<", ">", "“", " ", ".", "；", "😀", "<|im_end|>"]
+    pieces = [
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        ";",
+        ",",
+        "\n",
+        "#",
+        "- ",
+        "1. ",
+        "a b",
+        "é",
+        "\ud800",
+        "\0",
+        "<",
+        ">",
+        "“",
+        " ",
+        ".",
+        "；",
+        "😀",
+        "<|im_end|>",
+    ]
     for _ in range(3000):
         keyphrases, think = parse_answer("".join(draw.choices(pieces, k=draw.randint(0, 25))))
         assert think is None or isinstance(think, str)
@@ -81,7 +110,10 @@ def test_parser_survives_anything():
 
 
 def write(path, *records):
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -92,7 +124,9 @@ def post(**fields):
 def test_posts_are_read_from_disk_one_by_one(tmp_path):
     records = [post(id=str(i), text="日本 😀 " + "x" * (i % 7), extra=[i]) for i in range(50)]
     path = write(tmp_path / "posts.jsonl", *records)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n", 3).rstrip(b"\n"))
+    path.write_bytes(
+        b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n", 3).rstrip(b"\n")
+    )
     posts = Posts(path)
     assert [posts[i] for i in range(len(posts))] == records
     assert pickle.loads(pickle.dumps(posts))[49] == records[49]
@@ -107,15 +141,32 @@ def test_two_workers_share_a_dataset(tmp_path):
     assert [record["id"] for record in loader] == [record["id"] for record in records]
 
 
-@pytest.mark.parametrize("bad, message", [
-    (post(id=""), "'id'"), (post(id=7), "'id'"), (post(text=None), "'text'"), (post(image=3), "'image'"),
-    (post(keyphrases="x"), "'keyphrases'"), (post(keyphrases=[1]), "'keyphrases'"), (post(cot=1), "'cot'"),
-    (post(keyphrases=[]), "at least one"), (post(keyphrases=["a;b"]), "semicolon"), (post(keyphrases=[" "]), "empty"),
-    (post(keyphrases=["a</think>"]), "tag"), (post(cot="<think>x</think>"), "bare reasoning"), (post(), "already used"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (post(id=""), "'id'"),
+        (post(id=7), "'id'"),
+        (post(text=None), "'text'"),
+        (post(image=3), "'image'"),
+        (post(keyphrases="x"), "'keyphrases'"),
+        (post(keyphrases=[1]), "'keyphrases'"),
+        (post(cot=1), "'cot'"),
+        (post(keyphrases=[]), "at least one"),
+        (post(keyphrases=["a;b"]), "semicolon"),
+        (post(keyphrases=[" "]), "empty"),
+        (post(keyphrases=["a</think>"]), "tag"),
+        (post(cot="<think>x</think>"), "bare reasoning"),
+        (post(), "already used"),
+    ],
+)
 def test_a_bad_record_is_named(tmp_path, bad, message):
-    path = write(tmp_path / "posts.jsonl", post(), bad if message == "already used" else {"id": "b"} | bad | (
-        {"id": "b"} if bad["id"] == "a" else {}))
+    path = write(
+        tmp_path / "posts.jsonl",
+        post(),
+        bad
+        if message == "already used"
+        else {"id": "b"} | bad | ({"id": "b"} if bad["id"] == "a" else {}),
+    )
     with pytest.raises(UserError, match=message) as error:
         Posts(path, for_training=True)
     assert "posts.jsonl line 2" in str(error.value) and "\n" not in str(error.value)
@@ -148,9 +199,15 @@ def is_left_red(image):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
     """The stored pixels are what a camera held that way would store; read, the picture is upright."""
-    undo = {2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM],
-            5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE],
-            8: [Image.Transpose.ROTATE_270]}
+    undo = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
     image = Image.fromarray(LEFT_RED)
     for step in undo.get(orientation, []):
         image = image.transpose(step)
@@ -160,10 +217,19 @@ def test_exif_orientation(tmp_path, orientation):
     assert is_left_red(load_image(tmp_path / "a.jpg", 10**6))
 
 
-@pytest.mark.parametrize("name, convert, options", [
-    ("cmyk.jpg", "CMYK", {}), ("palette.png", "P", {}), ("alpha.png", "RGBA", {}), ("palette.gif", "P", {}),
-    ("rgb.webp", "RGB", {"lossless": True}), ("rgb.bmp", "RGB", {}), ("rgb.tiff", "RGB", {}), ("prog.jpg", "RGB", {"progressive": True}),
-])
+@pytest.mark.parametrize(
+    "name, convert, options",
+    [
+        ("cmyk.jpg", "CMYK", {}),
+        ("palette.png", "P", {}),
+        ("alpha.png", "RGBA", {}),
+        ("palette.gif", "P", {}),
+        ("rgb.webp", "RGB", {"lossless": True}),
+        ("rgb.bmp", "RGB", {}),
+        ("rgb.tiff", "RGB", {}),
+        ("prog.jpg", "RGB", {"progressive": True}),
+    ],
+)
 def test_image_kinds(tmp_path, name, convert, options):
     Image.fromarray(LEFT_RED).convert(convert).save(tmp_path / name, **options)
     assert is_left_red(load_image(tmp_path / name, 10**6))
@@ -196,8 +262,14 @@ def test_what_is_no_image_is_said_to_be_none(tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
     os.mkfifo(tmp_path / "fifo.jpg")
-    for name, reason in (("missing.jpg", "no such file"), ("torn.png", "not a readable"), ("text.jpg", "not a readable"),
-                         ("empty.jpg", "not a readable"), (".", "not a regular"), ("fifo.jpg", "not a regular")):
+    for name, reason in (
+        ("missing.jpg", "no such file"),
+        ("torn.png", "not a readable"),
+        ("text.jpg", "not a readable"),
+        ("empty.jpg", "not a readable"),
+        (".", "not a regular"),
+        ("fifo.jpg", "not a regular"),
+    ):
         with pytest.raises(Unreadable, match=reason):
             load_image(tmp_path / name, 10**6)
 
@@ -206,9 +278,13 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):
     import struct
     import zlib
 
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    chunk = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
     with pytest.raises(Unreadable, match="pixels"):
         load_image(tmp_path / "a.png", 10**6)
 
@@ -230,27 +306,47 @@ def encoder(tmp_path_factory):
 def make_encoder(folder, **options):
     from transformers import AutoImageProcessor
 
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 64}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "Qwen2VLImageProcessor",
+                "min_pixels": 56 * 56,
+                "max_pixels": 28 * 28 * 64,
+            }
+        )
+    )
     tokenizer = qwen_tokenizer()
-    return Encoder(tokenizer, AutoImageProcessor.from_pretrained(folder), tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-                   **options)
+    return Encoder(
+        tokenizer,
+        AutoImageProcessor.from_pretrained(folder),
+        tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        **options,
+    )
 
 
 def picture(path, width=112, height=84):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(
+        path
+    )
     return path
 
 
-@pytest.mark.parametrize("text", ["hello there", " the  foxes\n\nplay", "日本 😀", "3d 1984", "", "#tag @you", "é"])
+@pytest.mark.parametrize(
+    "text", ["hello there", " the  foxes\n\nplay", "日本 😀", "3d 1984", "", "#tag @you", "é"]
+)
 @pytest.mark.parametrize("with_image", [True, False])
 def test_prompt_ids_are_those_of_the_chat_template(encoder, tmp_path, text, with_image):
     image = picture(tmp_path / "a.png") if with_image else None
     sample = encoder.encode({"id": "a", "text": text}, image, with_answers=False)
-    content = [{"type": "image"}] * with_image + [{"type": "text", "text": data.PROMPT.replace("{text}", text.strip())}]
-    rendered = encoder.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                     add_generation_prompt=True)
-    rendered = rendered.replace("<|image_pad|>", "<|image_pad|>" * 12)  # 112 x 84 pixels are 4 x 3 tokens
+    content = [{"type": "image"}] * with_image + [
+        {"type": "text", "text": data.PROMPT.replace("{text}", text.strip())}
+    ]
+    rendered = encoder.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    rendered = rendered.replace(
+        "<|image_pad|>", "<|image_pad|>" * 12
+    )  # 112 x 84 pixels are 4 x 3 tokens
     assert sample.prompt == encoder.tokenizer(rendered, add_special_tokens=False).input_ids
     if with_image:
         assert sample.image["image_grid_thw"].tolist() == [[1, 6, 8]]
@@ -271,14 +367,19 @@ def test_special_tokens_in_a_post_stay_plain_text(encoder):
 def test_targets(encoder):
     sample = encoder.encode(post(keyphrases=["a b", "c"], cot=" why "), None, with_answers=True)
     assert encoder.tokenizer.decode(sample.plain) == "a b; c<|im_end|>"
-    assert encoder.tokenizer.decode(sample.cot) == "<think>why</think><answer>a b; c</answer><|im_end|>"
+    assert (
+        encoder.tokenizer.decode(sample.cot)
+        == "<think>why</think><answer>a b; c</answer><|im_end|>"
+    )
     assert encoder.encode(post(cot="  "), None, with_answers=True).cot is None
 
 
 def test_tags_are_the_same_tokens_wherever_they_stand(encoder):
     sample = encoder.encode(post(keyphrases=["The foxes"], cot="The post"), None, with_answers=True)
-    assert sample.cot[:len(encoder.think)] == encoder.think
-    assert encoder.plain_ids("<think>The post")[:len(encoder.think)] != encoder.think  # what joining would give
+    assert sample.cot[: len(encoder.think)] == encoder.think
+    assert (
+        encoder.plain_ids("<think>The post")[: len(encoder.think)] != encoder.think
+    )  # what joining would give
 
 
 def test_a_long_text_is_shortened_and_the_rest_kept(tmp_path):
@@ -294,7 +395,9 @@ def test_a_long_text_is_shortened_and_the_rest_kept(tmp_path):
 
 
 def test_a_lone_surrogate_is_no_reason_to_stop(encoder):
-    assert encoder.encode(post(text=json.loads('"a \\ud800 b"'), keyphrases=["\ud800"]), None, True).prompt
+    assert encoder.encode(
+        post(text=json.loads('"a \\ud800 b"'), keyphrases=["\ud800"]), None, True
+    ).prompt
 
 
 def test_a_prompt_file_must_say_where_the_post_goes(tmp_path):
@@ -322,14 +425,22 @@ def test_image_preparation_equals_transformers_own(encoder, tmp_path):
 
 
 def test_prompts_are_padded_on_the_left_and_answers_on_the_right(encoder, tmp_path):
-    records = [(post(id="1", text="hello", cot="why", keyphrases=["a"]), picture(tmp_path / "a.png")),
-               (post(id="2", text="hello there the foxes", keyphrases=["a b c", "d"]), None)]
+    records = [
+        (post(id="1", text="hello", cot="why", keyphrases=["a"]), picture(tmp_path / "a.png")),
+        (post(id="2", text="hello there the foxes", keyphrases=["a b c", "d"]), None),
+    ]
     samples = [encoder.encode(record, image, with_answers=True) for record, image in records]
     batch = data.collate(samples, encoder)
     for row, sample in enumerate(samples):
         mask = batch.prompt["attention_mask"][row].bool()
-        assert batch.prompt["input_ids"][row][mask].tolist() == sample.prompt and mask[-len(sample.prompt):].all()
-        assert batch.plain.ids[row][batch.plain.mask[row].bool()].tolist() == sample.plain and batch.plain.mask[row][0]
+        assert (
+            batch.prompt["input_ids"][row][mask].tolist() == sample.prompt
+            and mask[-len(sample.prompt) :].all()
+        )
+        assert (
+            batch.plain.ids[row][batch.plain.mask[row].bool()].tolist() == sample.plain
+            and batch.plain.mask[row][0]
+        )
     assert batch.prompt["mm_token_type_ids"].sum(1).tolist() == [12, 0]
     assert batch.has_cot.tolist() == [True, False]
     assert batch.cot.ids[1][batch.cot.mask[1].bool()].tolist() == samples[1].plain
@@ -339,9 +450,15 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(encoder, tmp_pa
 
 def test_every_post_is_met_once_an_epoch():
     steps = data.epoch_order(103, 10, seed=3, epoch=0)
-    assert sorted(sum(steps, [])) == list(range(103)) and [len(step) for step in steps] == [10] * 10 + [3]
+    assert sorted(sum(steps, [])) == list(range(103)) and [len(step) for step in steps] == [
+        10
+    ] * 10 + [3]
     assert steps == data.epoch_order(103, 10, seed=3, epoch=0)
-    assert steps != data.epoch_order(103, 10, seed=3, epoch=1) != data.epoch_order(103, 10, seed=4, epoch=1)
+    assert (
+        steps
+        != data.epoch_order(103, 10, seed=3, epoch=1)
+        != data.epoch_order(103, 10, seed=4, epoch=1)
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -349,17 +466,31 @@ def test_processes_share_every_step_in_as_many_micro_batches_each(world, tmp_pat
     """No post lost or doubled, however uneven the last step is; a process without posts has a batch that is empty."""
     encoder, posts = make_encoder(tmp_path), data.Posts(world / "train.jsonl")
     steps = [list(range(start, min(start + 9, 47))) for start in range(0, 47, 9)] + [[47]]
-    shares = [list(data.Loader(posts, encoder, steps, 2, 0, True, rank, size)) for rank in range(size)]
+    shares = [
+        list(data.Loader(posts, encoder, steps, 2, 0, True, rank, size)) for rank in range(size)
+    ]
     for number, step in enumerate(steps):
         batches = [share[number][0] for share in shares]
         assert {len(of_rank) for of_rank in batches} == {-(-len(step) // (2 * size))}
-        assert all(len(batch) <= 2 and batch.plain.ids.shape[1] > 1 for of_rank in batches for batch in of_rank)
-        assert sorted(int(i.split("-")[1]) for of_rank in batches for batch in of_rank for i in batch.ids) == step
+        assert all(
+            len(batch) <= 2 and batch.plain.ids.shape[1] > 1
+            for of_rank in batches
+            for batch in of_rank
+        )
+        assert (
+            sorted(
+                int(i.split("-")[1]) for of_rank in batches for batch in of_rank for i in batch.ids
+            )
+            == step
+        )
 
 
 def test_micro_batches_hold_posts_of_about_equal_length():
     draw = random.Random(0)
-    samples = [data.Sample(str(i), [0] * draw.randrange(10, 60), None, plain=[0] * draw.randrange(2, 9)) for i in range(30)]
+    samples = [
+        data.Sample(str(i), [0] * draw.randrange(10, 60), None, plain=[0] * draw.randrange(2, 9))
+        for i in range(30)
+    ]
     total = lambda sample: len(sample.prompt) + len(sample.plain)
     chunks = data.by_length(samples, 8)
     assert [len(chunk) for chunk in chunks] == [3, 4, 4, 4, 3, 4, 4, 4]
@@ -373,18 +504,33 @@ def test_images_stay_with_their_posts_and_are_not_copied(world, tmp_path, worker
     """Text-only posts among them, and one whose image can't be read; each image is what the post alone gives."""
     records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:12]]
     for number, record in enumerate(records):
-        record["image"] = None if number % 4 == 1 else f"{world}/{record['image']}" if number != 6 else "none.png"
+        record["image"] = (
+            None if number % 4 == 1 else f"{world}/{record['image']}" if number != 6 else "none.png"
+        )
     (tmp_path / "posts.jsonl").write_text("".join(map(data.to_line, records)))
     encoder, posts = make_encoder(tmp_path), data.Posts(tmp_path / "posts.jsonl")
-    alone = {record["id"]: data.collate([encoder.encode(record, posts.image_path(record), True)], encoder).prompt
-             for record in records if record["image"] != "none.png"}
-    (micro_batches, skipped), = data.Loader(posts, encoder, [list(range(12))], micro_batch, workers, True)
+    alone = {
+        record["id"]: data.collate(
+            [encoder.encode(record, posts.image_path(record), True)], encoder
+        ).prompt
+        for record in records
+        if record["image"] != "none.png"
+    }
+    ((micro_batches, skipped),) = data.Loader(
+        posts, encoder, [list(range(12))], micro_batch, workers, True
+    )
     assert [post.id for post in skipped] == [records[6]["id"]]
     assert sorted(sum((batch.ids for batch in micro_batches), [])) == sorted(alone)
     for batch in micro_batches:
         for name in ("pixel_values", "image_grid_thw"):
-            assert torch.equal(batch.prompt[name], torch.cat([alone[i][name] for i in batch.ids if name in alone[i]]))
-    assert len({batch.prompt["pixel_values"].untyped_storage().data_ptr() for batch in micro_batches}) == 1
+            assert torch.equal(
+                batch.prompt[name],
+                torch.cat([alone[i][name] for i in batch.ids if name in alone[i]]),
+            )
+    assert (
+        len({batch.prompt["pixel_values"].untyped_storage().data_ptr() for batch in micro_batches})
+        == 1
+    )
 
 
 @pytest.mark.skipif(not CMKP.exists(), reason="CMKP's posts are not here")
@@ -392,8 +538,10 @@ def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
     """Over text and answer tokens, with the default batch and micro-batch: under 10%."""
     from evaluate import read_posts
 
-    records = [{"id": str(line), "text": post["text"], "keyphrases": post["keyphrases"]}
-               for line, post in read_posts(CMKP)][:960]
+    records = [
+        {"id": str(line), "text": post["text"], "keyphrases": post["keyphrases"]}
+        for line, post in read_posts(CMKP)
+    ][:960]
     path = tmp_path / "posts.jsonl"
     path.write_text("".join(map(data.to_line, records)), encoding="utf-8")
     encoder = make_encoder(tmp_path)

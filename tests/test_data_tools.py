@@ -48,7 +48,10 @@ def error(*arguments, **options):
 
 
 def write(path, records):
-    lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
+    lines = [
+        record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
+        for record in records
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
@@ -66,10 +69,17 @@ def post(identity, text="a text", keyphrases=("one",), image=None, **others):
 
 
 def test_cmkp_round_trip(tmp_path):
-    source = write(tmp_path / "src.txt", ["blue flowers<sep>garden;flower<sep>https://x.y/media/AbC.jpg",
-                                          "again<sep>retweet<sep>https://x.y/media/AbC.jpg",
-                                          "日本 语 \u2028 x<sep>语<sep>https://x.y/media/gone.jpg",
-                                          "no address<sep>a", "no address<sep>b", "bad<sep>a;;b<sep>q/z.png"])
+    source = write(
+        tmp_path / "src.txt",
+        [
+            "blue flowers<sep>garden;flower<sep>https://x.y/media/AbC.jpg",
+            "again<sep>retweet<sep>https://x.y/media/AbC.jpg",
+            "日本 语 \u2028 x<sep>语<sep>https://x.y/media/gone.jpg",
+            "no address<sep>a",
+            "no address<sep>b",
+            "bad<sep>a;;b<sep>q/z.png",
+        ],
+    )
     for name in ("AbC.jpg", "z.png"):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
@@ -78,16 +88,33 @@ def test_cmkp_round_trip(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
     out = tmp_path / "link" / "new" / "posts.jsonl"
     done = tool("cmkp", "src.txt", "--images", "pictures", "--out", out, "--json", cwd=tmp_path)
-    assert json.loads(done.stdout) == {"posts": 6, "images": 3, "images_missing": 3, "ids_renamed": 1, "unusable": 1}
-    assert "gone.jpg" in done.stderr and "line 4 has no address" in done.stderr and "line 6 (id 'z')" in done.stderr
+    assert json.loads(done.stdout) == {
+        "posts": 6,
+        "images": 3,
+        "images_missing": 3,
+        "ids_renamed": 1,
+        "unusable": 1,
+    }
+    assert (
+        "gone.jpg" in done.stderr
+        and "line 4 has no address" in done.stderr
+        and "line 6 (id 'z')" in done.stderr
+    )
     records = read(out)
     assert [record["id"] for record in records[:3]] == ["AbC", "AbC-2", "gone"]
     assert len({record["id"] for record in records}) == 6
     assert [record["image"] and (out.parent / record["image"]).resolve() for record in records] == [
-        tmp_path / "pictures" / "AbC.jpg", tmp_path / "pictures" / "AbC.jpg", None, None, None,
-        tmp_path / "pictures" / "z.png"]
+        tmp_path / "pictures" / "AbC.jpg",
+        tmp_path / "pictures" / "AbC.jpg",
+        None,
+        None,
+        None,
+        tmp_path / "pictures" / "z.png",
+    ]
     assert not os.path.isabs(records[0]["image"])
-    before, after = ([(p["text"], p["keyphrases"]) for _, p in read_posts(path)] for path in (source, out))
+    before, after = (
+        [(p["text"], p["keyphrases"]) for _, p in read_posts(path)] for path in (source, out)
+    )
     assert before == after
     data.Posts(out)  # opens for prediction
     tool("cmkp", source, "--out", tmp_path / "bare.jsonl")
@@ -104,35 +131,79 @@ def test_cmkp_says_what_is_wrong(tmp_path):
     source = write(tmp_path / "src.txt", ["a<sep>b<sep>c.jpg", "no separator"])
     assert "src.txt line 2" in error("cmkp", source, "--out", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
-    assert "no such file" in error("cmkp", tmp_path / "nothing.txt", "--out", tmp_path / "out.jsonl")
+    assert "no such file" in error(
+        "cmkp", tmp_path / "nothing.txt", "--out", tmp_path / "out.jsonl"
+    )
     good = write(tmp_path / "good.txt", ["a<sep>b<sep>c.jpg"])
-    assert "folder" in error("cmkp", good, "--images", tmp_path / "nowhere", "--out", tmp_path / "out.jsonl")
+    assert "folder" in error(
+        "cmkp", good, "--images", tmp_path / "nowhere", "--out", tmp_path / "out.jsonl"
+    )
     assert "can't be written" in error("cmkp", good, "--out", good / "below" / "out.jsonl")
-    assert "JSONL already" in error("cmkp", write(tmp_path / "a.jsonl", [post("1")]), "--out", tmp_path / "b.jsonl")
+    assert "JSONL already" in error(
+        "cmkp", write(tmp_path / "a.jsonl", [post("1")]), "--out", tmp_path / "b.jsonl"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- stats
 
 
 def test_stats_by_hand(tmp_path):
-    train = write(tmp_path / "train.jsonl", [post("1", "the dogs play", ["Dog", "cat"]), post("2", "", ["cat"])])
+    train = write(
+        tmp_path / "train.jsonl",
+        [post("1", "the dogs play", ["Dog", "cat"]), post("2", "", ["cat"])],
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "here.png")
-    test = write(tmp_path / "test.jsonl", [
-        post("3", "my dog and a cat", ["dog", "CATS", "bird"], "here.png"),  # dog, cats present; cats, bird unseen
-        post("4", "a cat play", ["cat", "play dogs"], "gone.png"),           # cat present; play dogs unseen
-        post("5", "two words", ["dog", "dogs", " "])])                       # none present, one after stemming
-    assert as_json("stats", train, test) == {"overlap": 2 / 6, "files": [
-        {"file": str(train), "posts": 2, "keyphrases": 3, "distinct_keyphrases": 2, "keyphrases_per_post": 1.5,
-         "words_per_post": 1.5, "present": 1 / 3, "absent": 2 / 3, "images": 0, "images_missing": 0},
-        {"file": str(test), "posts": 3, "keyphrases": 7, "distinct_keyphrases": 6, "keyphrases_per_post": 7 / 3,
-         "words_per_post": 10 / 3, "present": 3 / 6, "absent": 3 / 6, "images": 2, "images_missing": 1,
-         "overlap": 2 / 6, "overlap_occurrences": 3 / 7, "posts_with_unseen": 1.0}]}
+    test = write(
+        tmp_path / "test.jsonl",
+        [
+            post(
+                "3", "my dog and a cat", ["dog", "CATS", "bird"], "here.png"
+            ),  # dog, cats present; cats, bird unseen
+            post(
+                "4", "a cat play", ["cat", "play dogs"], "gone.png"
+            ),  # cat present; play dogs unseen
+            post("5", "two words", ["dog", "dogs", " "]),
+        ],
+    )  # none present, one after stemming
+    assert as_json("stats", train, test) == {
+        "overlap": 2 / 6,
+        "files": [
+            {
+                "file": str(train),
+                "posts": 2,
+                "keyphrases": 3,
+                "distinct_keyphrases": 2,
+                "keyphrases_per_post": 1.5,
+                "words_per_post": 1.5,
+                "present": 1 / 3,
+                "absent": 2 / 3,
+                "images": 0,
+                "images_missing": 0,
+            },
+            {
+                "file": str(test),
+                "posts": 3,
+                "keyphrases": 7,
+                "distinct_keyphrases": 6,
+                "keyphrases_per_post": 7 / 3,
+                "words_per_post": 10 / 3,
+                "present": 3 / 6,
+                "absent": 3 / 6,
+                "images": 2,
+                "images_missing": 1,
+                "overlap": 2 / 6,
+                "overlap_occurrences": 3 / 7,
+                "posts_with_unseen": 1.0,
+            },
+        ],
+    }
     assert as_json("stats", train, test, train)["overlap"] == 1  # of the last file
     table = tool("stats", train, test).stdout
     assert "33.33%" in table and "words per post" in table
     tool("stats", train)
     assert "test.jsonl line 4 (id '9')" in error(
-        "stats", train, write(test, [*read(test), {"id": "9", "text": None, "keyphrases": []}]))
+        "stats", train, write(test, [*read(test), {"id": "9", "text": None, "keyphrases": []}])
+    )
     assert "no posts" in error("stats", train, write(tmp_path / "empty.jsonl", []))
 
 
@@ -155,7 +226,9 @@ def corpus(tmp_path_factory):
     posts = []
     for number in range(3000):
         words = [f"w{int(500 ** rng.random())}" for _ in range(rng.randint(5, 25))]
-        keyphrases = list({f"key {int(2500 ** rng.random())}" for _ in range(rng.choice([1, 1, 1, 2, 2, 3]))})
+        keyphrases = list(
+            {f"key {int(2500 ** rng.random())}" for _ in range(rng.choice([1, 1, 1, 2, 2, 3]))}
+        )
         if rng.random() < 0.4:
             words += keyphrases[0].split()
         record = post(f"p{number}", " ".join(words), keyphrases, f"img/{number}.jpg", mine=number)
@@ -168,8 +241,13 @@ def corpus(tmp_path_factory):
         if number % 50 == 0:
             record["text"] = ""  # no text is not the same text
         posts.append(record)
-    shared = [{**record, "image": os.path.relpath(folder / "a" / record["image"], folder / "b")} for record in posts]
-    return write(folder / "a" / "one.jsonl", posts[:1700]), write(folder / "b" / "two.jsonl", shared[1700:])
+    shared = [
+        {**record, "image": os.path.relpath(folder / "a" / record["image"], folder / "b")}
+        for record in posts
+    ]
+    return write(folder / "a" / "one.jsonl", posts[:1700]), write(
+        folder / "b" / "two.jsonl", shared[1700:]
+    )
 
 
 def written(folder):
@@ -186,9 +264,12 @@ def likeness(posts):
     for record in posts:
         text = list(normalize(record["text"]))
         for phrase in {normalize(phrase) for phrase in record["keyphrases"]}:
-            found.append(any(text[i:i + len(phrase)] == list(phrase) for i in range(len(text))))
-    return (sum(len(record["text"].split()) for record in posts) / len(posts),
-            sum(len(record["keyphrases"]) for record in posts) / len(posts), sum(found) / len(found))
+            found.append(any(text[i : i + len(phrase)] == list(phrase) for i in range(len(text))))
+    return (
+        sum(len(record["text"].split()) for record in posts) / len(posts),
+        sum(len(record["keyphrases"]) for record in posts) / len(posts),
+        sum(found) / len(found),
+    )
 
 
 def assert_as_asked(before, parts, overlap, sizes):
@@ -202,15 +283,31 @@ def assert_as_asked(before, parts, overlap, sizes):
     sides = {}
     for number, part in enumerate(parts):
         for record in part:
-            for key in (record.get("image") and Path(record["image"]).name, record.get("address"),
-                        normalize(record["text"])):
+            for key in (
+                record.get("image") and Path(record["image"]).name,
+                record.get("address"),
+                normalize(record["text"]),
+            ):
                 assert not key or sides.setdefault(key, number) == number
 
 
-@pytest.mark.parametrize("overlap, valid, test", [(0.3, 200, 300), (0.4492, 300, 300), (0.8, 100, 400)])
+@pytest.mark.parametrize(
+    "overlap, valid, test", [(0.3, 200, 300), (0.4492, 300, 300), (0.8, 100, 400)]
+)
 def test_split_is_as_asked(corpus, tmp_path, overlap, valid, test):
     before = [record for path in corpus for record in read(path)]
-    result = as_json("split", *corpus, "--overlap", overlap, "--test", test, "--valid", valid, "--out", tmp_path / "x")
+    result = as_json(
+        "split",
+        *corpus,
+        "--overlap",
+        overlap,
+        "--test",
+        test,
+        "--valid",
+        valid,
+        "--out",
+        tmp_path / "x",
+    )
     parts = written(tmp_path / "x")
     assert_as_asked(before, parts, overlap, (valid, test))
     assert {r["id"]: r for part in parts for r in part}.keys() == {r["id"] for r in before}
@@ -222,21 +319,52 @@ def test_split_is_as_asked(corpus, tmp_path, overlap, valid, test):
             folder = corpus[record["mine"] >= 1700].parent
             assert image == os.path.normpath(folder / original["image"])
     assert result["overlap"] == result["files"][2]["overlap"]
-    assert result == as_json("stats", *(tmp_path / "x" / f"{name}.jsonl" for name in ("train", "valid", "test")))
+    assert result == as_json(
+        "stats", *(tmp_path / "x" / f"{name}.jsonl" for name in ("train", "valid", "test"))
+    )
     assert sorted(os.listdir(tmp_path / "x")) == ["test.jsonl", "train.jsonl", "valid.jsonl"]
 
 
 def test_split_depends_on_seed_and_posts_but_not_on_their_order(corpus, tmp_path):
-    records = [{**record, "image": str(path.parent / record["image"])} for path in corpus for record in read(path)]
+    records = [
+        {**record, "image": str(path.parent / record["image"])}
+        for path in corpus
+        for record in read(path)
+    ]
     random.Random(1).shuffle(records)
-    turned = write(tmp_path / "p" / "two.jsonl", records[1000:]), write(tmp_path / "p" / "one.jsonl", records[:1000])
-    as_they_were = [write(tmp_path / "q" / "all.jsonl", sorted(records, key=lambda record: record["mine"]))]
+    turned = (
+        write(tmp_path / "p" / "two.jsonl", records[1000:]),
+        write(tmp_path / "p" / "one.jsonl", records[:1000]),
+    )
+    as_they_were = [
+        write(tmp_path / "q" / "all.jsonl", sorted(records, key=lambda record: record["mine"]))
+    ]
     outputs = []
     # Another process has other hashes of strings, and so another order of sets.
-    for files, seed, cwd in ((as_they_were, 0, None), (turned, 0, tmp_path), (as_they_were, 1, None)):
+    for files, seed, cwd in (
+        (as_they_were, 0, None),
+        (turned, 0, tmp_path),
+        (as_they_were, 1, None),
+    ):
         out = tmp_path / str(len(outputs))
-        tool("split", *files, "--overlap", 0.5, "--test", 300, "--valid", 200, "--seed", seed, "--out", out, cwd=cwd)
-        outputs.append([(out / f"{name}.jsonl").read_bytes() for name in ("train", "valid", "test")])
+        tool(
+            "split",
+            *files,
+            "--overlap",
+            0.5,
+            "--test",
+            300,
+            "--valid",
+            200,
+            "--seed",
+            seed,
+            "--out",
+            out,
+            cwd=cwd,
+        )
+        outputs.append(
+            [(out / f"{name}.jsonl").read_bytes() for name in ("train", "valid", "test")]
+        )
     assert outputs[0] == outputs[1] != outputs[2]
 
 
@@ -256,24 +384,53 @@ def test_split_into_train_and_test_only(corpus, tmp_path):
 
 def test_split_says_what_it_cannot_do(corpus, tmp_path):
     # Every post has the phrase "all" and another one: half of a post's keyphrases are always seen.
-    alike = write(tmp_path / "alike.jsonl", [post(str(n), f"text {n}", ["all", f"key {n}"]) for n in range(60)])
-    message = error("split", alike, "--overlap", 0, "--test", 9, "--valid", 9, "--out", tmp_path / "x")
-    assert "0.00% can't be reached" in message and "the closest found is 10.00% in test and 10.00% in valid" in message
+    alike = write(
+        tmp_path / "alike.jsonl",
+        [post(str(n), f"text {n}", ["all", f"key {n}"]) for n in range(60)],
+    )
+    message = error(
+        "split", alike, "--overlap", 0, "--test", 9, "--valid", 9, "--out", tmp_path / "x"
+    )
+    assert (
+        "0.00% can't be reached" in message
+        and "the closest found is 10.00% in test and 10.00% in valid" in message
+    )
     assert "not as asked: test overlap, valid overlap" in message
     assert not (tmp_path / "x").exists()
-    assert "nothing to train on" in error("split", *corpus, "--test", 2000, "--valid", 1000, "--out", tmp_path)
+    assert "nothing to train on" in error(
+        "split", *corpus, "--test", 2000, "--valid", 1000, "--out", tmp_path
+    )
     bare = write(tmp_path / "bare.jsonl", [post(str(n), f"text {n}", []) for n in range(20)])
     assert "has a keyphrase" in error("split", bare, "--test", 3, "--valid", 3, "--out", tmp_path)
     own = write(tmp_path / "train.jsonl", read(corpus[0]))
-    assert "choose another --out" in error("split", own, "--test", 300, "--valid", 0, "--out", tmp_path)
+    assert "choose another --out" in error(
+        "split", own, "--test", 300, "--valid", 0, "--out", tmp_path
+    )
     assert read(own) == read(corpus[0])
-    assert "0 to 1" in tool("split", bare, "--overlap", 45, "--test", 3, "--valid", 3, "--out", "x", code=2).stderr
+    assert (
+        "0 to 1"
+        in tool(
+            "split", bare, "--overlap", 45, "--test", 3, "--valid", 3, "--out", "x", code=2
+        ).stderr
+    )
 
 
 def test_split_tells_where_groups_do_not_add_up(tmp_path):
-    triples = [post(f"{n}-{i}", f"text {n}", [f"key {n % 40}"]) for n in range(200) for i in range(3)]
-    done = tool("split", write(tmp_path / "in.jsonl", triples), "--overlap", 0.5, "--test", 100, "--valid", 0, "--out",
-                tmp_path / "x")
+    triples = [
+        post(f"{n}-{i}", f"text {n}", [f"key {n % 40}"]) for n in range(200) for i in range(3)
+    ]
+    done = tool(
+        "split",
+        write(tmp_path / "in.jsonl", triples),
+        "--overlap",
+        0.5,
+        "--test",
+        100,
+        "--valid",
+        0,
+        "--out",
+        tmp_path / "x",
+    )
     assert "99 posts where 100 were asked for" in done.stderr
     assert len(read(tmp_path / "x" / "test.jsonl")) == 99
 
@@ -281,7 +438,19 @@ def test_split_tells_where_groups_do_not_add_up(tmp_path):
 def test_ids_used_in_two_files_become_unique(corpus, tmp_path):
     again = [{**record, "text": record["text"] + " again"} for record in read(corpus[0])]
     twice = write(tmp_path / "again.jsonl", again)
-    done = tool("split", corpus[0], twice, "--overlap", 0.5, "--test", 300, "--valid", 0, "--out", tmp_path / "x")
+    done = tool(
+        "split",
+        corpus[0],
+        twice,
+        "--overlap",
+        0.5,
+        "--test",
+        300,
+        "--valid",
+        0,
+        "--out",
+        tmp_path / "x",
+    )
     assert "1700 ids" in done.stderr
     ids = [record["id"] for part in written(tmp_path / "x") for record in part]
     assert len(set(ids)) == len(ids) == 3400
@@ -292,7 +461,9 @@ def test_ids_used_in_two_files_become_unique(corpus, tmp_path):
 def test_split_of_cmkp(tmp_path, overlap):
     files = CMKP / "test_src.txt", CMKP / "valid_src.txt"
     tool("split", *files, "--overlap", overlap, "--test", 1000, "--valid", 1000, "--out", tmp_path)
-    assert_as_asked([p for path in files for _, p in read_posts(path)], written(tmp_path), overlap, (1000, 1000))
+    assert_as_asked(
+        [p for path in files for _, p in read_posts(path)], written(tmp_path), overlap, (1000, 1000)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- check
@@ -304,24 +475,48 @@ def test_check_finds_all_that_is_wrong(tmp_path):
     noise.save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
     good = [post(f"g{n}", image="good.png") for n in range(40)]
-    bad = [(post("semi", keyphrases=["a;b"]), "semicolon"), (post("tag", keyphrases=["</answer>"]), "tag"),
-           (post("g1"), "already used on line 2"), (post("gone", image="gone.png"), "no such file"),
-           (post("cut", image="cut.jpg"), "not a readable image"), (post("bare", text=" "), "neither text nor image"),
-           ('{"id": "x", ', "not a line of JSON"), ("[]", "JSON object"), (post("no", keyphrases=[]), "at least one"),
-           (post("cot", cot="<think>"), "bare reasoning"), (post(7), "'id' must be"), (post("t", text=3), "'text'"),
-           (post("i", image=5), "'image'")]
-    path = write(tmp_path / "posts.jsonl", [*good, *(record for record, _ in bad), "", post("both", keyphrases=[";"],
-                                                                                          image="gone.png")])
+    bad = [
+        (post("semi", keyphrases=["a;b"]), "semicolon"),
+        (post("tag", keyphrases=["</answer>"]), "tag"),
+        (post("g1"), "already used on line 2"),
+        (post("gone", image="gone.png"), "no such file"),
+        (post("cut", image="cut.jpg"), "not a readable image"),
+        (post("bare", text=" "), "neither text nor image"),
+        ('{"id": "x", ', "not a line of JSON"),
+        ("[]", "JSON object"),
+        (post("no", keyphrases=[]), "at least one"),
+        (post("cot", cot="<think>"), "bare reasoning"),
+        (post(7), "'id' must be"),
+        (post("t", text=3), "'text'"),
+        (post("i", image=5), "'image'"),
+    ]
+    path = write(
+        tmp_path / "posts.jsonl",
+        [
+            *good,
+            *(record for record, _ in bad),
+            "",
+            post("both", keyphrases=[";"], image="gone.png"),
+        ],
+    )
     result = as_json("check", path, "--workers", 2, code=1)
     assert result["posts"] == 40 + len(bad) + 1
-    expected = [(41 + n, record["id"] if isinstance(record, dict) and record["id"] != 7 else None)
-                for n, (record, _) in enumerate(bad)]
+    expected = [
+        (41 + n, record["id"] if isinstance(record, dict) and record["id"] != 7 else None)
+        for n, (record, _) in enumerate(bad)
+    ]
     line = 42 + len(bad)
-    assert [(p["line"], p["id"]) for p in result["problems"]] == expected + [(line, "both"), (line, "both")]
+    assert [(p["line"], p["id"]) for p in result["problems"]] == expected + [
+        (line, "both"),
+        (line, "both"),
+    ]
     for problem, (_, words) in zip(result["problems"], bad):
         assert words in problem["problem"] and "posts.jsonl" not in problem["problem"]
     text = tool("check", path, "--workers", 1, code=1).stdout
-    assert "line 41 (id 'semi'): the keyphrase 'a;b'" in text and f"{result['posts']} posts, 15 problems" in text
+    assert (
+        "line 41 (id 'semi'): the keyphrase 'a;b'" in text
+        and f"{result['posts']} posts, 15 problems" in text
+    )
 
 
 def test_check_is_content_with_good_posts(tmp_path):

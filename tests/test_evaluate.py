@@ -14,9 +14,24 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluate import (MEASURES, UserError, align, compare, intervals, jsonl, normalize, parse_line,
-                      read_predictions, read_references, resample, score, statistics, stem, table,
-                      train_keyphrases)
+from evaluate import (
+    MEASURES,
+    UserError,
+    align,
+    compare,
+    intervals,
+    jsonl,
+    normalize,
+    parse_line,
+    read_predictions,
+    read_references,
+    resample,
+    score,
+    statistics,
+    stem,
+    table,
+    train_keyphrases,
+)
 
 HERE = Path(__file__).parent
 CMKP = HERE.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
@@ -38,49 +53,72 @@ def write_lines(path, rows):
     return path
 
 
-POSTS = [{"id": "p1", "text": "blue flowers in the stone wall", "keyphrases": ["blue flower", "gardening"]},
-         {"id": "p2", "text": "my dogs play", "keyphrases": ["dog"]},
-         {"id": "p3", "text": "storm over town", "keyphrases": ["storm hour", "weather"]}]
-PREDICTIONS = [{"id": "p1", "keyphrases": ["blue flowers", "hour"], "think": "Petals.", "tokens": 12},
-               {"id": "p2", "keyphrases": ["cat", "dogs"], "think": None, "tokens": 4},
-               {"id": "p3", "keyphrases": ["wind"], "think": "", "tokens": 5}]
+POSTS = [
+    {
+        "id": "p1",
+        "text": "blue flowers in the stone wall",
+        "keyphrases": ["blue flower", "gardening"],
+    },
+    {"id": "p2", "text": "my dogs play", "keyphrases": ["dog"]},
+    {"id": "p3", "text": "storm over town", "keyphrases": ["storm hour", "weather"]},
+]
+PREDICTIONS = [
+    {"id": "p1", "keyphrases": ["blue flowers", "hour"], "think": "Petals.", "tokens": 12},
+    {"id": "p2", "keyphrases": ["cat", "dogs"], "think": None, "tokens": 4},
+    {"id": "p3", "keyphrases": ["wind"], "think": "", "tokens": 5},
+]
 
 
 # ------------------------------------------------------------------------------------------------- words
 
 
 def test_stemmer_equals_nltk():
-    pairs = [line.split(" ") for line in (HERE / "porter_nltk.txt").read_text(encoding="utf-8").splitlines()]
+    pairs = [
+        line.split(" ")
+        for line in (HERE / "porter_nltk.txt").read_text(encoding="utf-8").splitlines()
+    ]
     assert len({word for word, _ in pairs}) >= 20_000
-    assert [(word, stem(word), expected) for word, expected in pairs if stem(word) != expected] == []
+    assert [
+        (word, stem(word), expected) for word, expected in pairs if stem(word) != expected
+    ] == []
 
 
-@pytest.mark.parametrize("word", ["y" * 5000, "a" * 5000 + "ing", "*" * 5000 + "ed", "s" * 5000,
-                                  "ingedly" * 700])
+@pytest.mark.parametrize(
+    "word", ["y" * 5000, "a" * 5000 + "ing", "*" * 5000 + "ed", "s" * 5000, "ingedly" * 700]
+)
 def test_stemmer_survives_long_words(word):
     assert word.startswith(stem(word)[:-1])
 
 
-@pytest.mark.parametrize("phrase, words", [
-    ("Wildflower Hours", ("wildflow", "hour")),
-    ("  two\t words \n", ("two", "word")),
-    ("", ()), ("   ", ()),
-    ("北京 Dogs天气", ("北", "京", "dog", "天", "气")),
-    ("寿司がスキ々", ("寿", "司", "が", "ス", "キ", "々")),
-    ("\U00020000\U0002a700", ("\U00020000", "\U0002a700")),
-    ("한국 음식", ("한국", "음식")),  # Hangul is written with spaces
-    ("أخبار عاجلة", ("أخبار", "عاجلة")),
-    ("😀 cats🐈", ("😀", "cats🐈")),
-    ("全角\u3000空白", ("全", "角", "空", "白")),
-    ("<unk> , .", ("<unk>", ",", "."))])
+@pytest.mark.parametrize(
+    "phrase, words",
+    [
+        ("Wildflower Hours", ("wildflow", "hour")),
+        ("  two\t words \n", ("two", "word")),
+        ("", ()),
+        ("   ", ()),
+        ("北京 Dogs天气", ("北", "京", "dog", "天", "气")),
+        ("寿司がスキ々", ("寿", "司", "が", "ス", "キ", "々")),
+        ("\U00020000\U0002a700", ("\U00020000", "\U0002a700")),
+        ("한국 음식", ("한국", "음식")),  # Hangul is written with spaces
+        ("أخبار عاجلة", ("أخبار", "عاجلة")),
+        ("😀 cats🐈", ("😀", "cats🐈")),
+        ("全角\u3000空白", ("全", "角", "空", "白")),
+        ("<unk> , .", ("<unk>", ",", ".")),
+    ],
+)
 def test_normalize(phrase, words):
     assert normalize(phrase) == words
 
 
-@pytest.mark.parametrize("phrase", ["Café Müller", "naïve cafés", "がぎぐ", "한국어", "Ångström ñandú", "İzmir",
-                                    "Ệ"])
+@pytest.mark.parametrize(
+    "phrase", ["Café Müller", "naïve cafés", "がぎぐ", "한국어", "Ångström ñandú", "İzmir", "Ệ"]
+)
 def test_composed_and_decomposed_letters_match(phrase):
-    composed, decomposed = unicodedata.normalize("NFC", phrase), unicodedata.normalize("NFD", phrase)
+    composed, decomposed = (
+        unicodedata.normalize("NFC", phrase),
+        unicodedata.normalize("NFD", phrase),
+    )
     assert composed != decomposed and normalize(composed) == normalize(decomposed)
     assert one([decomposed], [composed], text=f"oh {decomposed} !")["present"]["F1@M"] == 1
 
@@ -90,12 +128,26 @@ def test_composed_and_decomposed_letters_match(phrase):
 
 def test_precision_and_recall_at_k():
     scores = one(["x", "a", "y", "b", "z", "c", "w"], ["a", "b", "c", "d"])["all"]
-    expected = {"P@1": 0, "P@3": 1 / 3, "P@5": 2 / 5, "P@M": 3 / 7,
-                "R@1": 0, "R@3": 1 / 4, "R@5": 2 / 4, "R@M": 3 / 4,
-                "F1@1": 0, "F1@3": 2 / 7, "F1@5": 4 / 9, "F1@M": 6 / 11,
-                "MAP@1": 0, "MAP@3": (1 / 2) / 4, "MAP@5": (1 / 2 + 2 / 4) / 4,
-                "NDCG@1": 0, "NDCG@3": (1 / math.log2(3)) / (1 + 1 / math.log2(3) + 1 / 2),
-                "NDCG@5": (1 / math.log2(3) + 1 / math.log2(5)) / (1 + 1 / math.log2(3) + 1 / 2)}
+    expected = {
+        "P@1": 0,
+        "P@3": 1 / 3,
+        "P@5": 2 / 5,
+        "P@M": 3 / 7,
+        "R@1": 0,
+        "R@3": 1 / 4,
+        "R@5": 2 / 4,
+        "R@M": 3 / 4,
+        "F1@1": 0,
+        "F1@3": 2 / 7,
+        "F1@5": 4 / 9,
+        "F1@M": 6 / 11,
+        "MAP@1": 0,
+        "MAP@3": (1 / 2) / 4,
+        "MAP@5": (1 / 2 + 2 / 4) / 4,
+        "NDCG@1": 0,
+        "NDCG@3": (1 / math.log2(3)) / (1 + 1 / math.log2(3) + 1 / 2),
+        "NDCG@5": (1 / math.log2(3) + 1 / math.log2(5)) / (1 + 1 / math.log2(3) + 1 / 2),
+    }
     assert list(expected) == MEASURES
     assert {name: scores[name] for name in MEASURES} == pytest.approx(expected)
 
@@ -164,23 +216,42 @@ def test_an_empty_reference_is_none():
 
 
 def test_posts_without_a_reference_are_not_scored():
-    scores = score([{"keyphrases": ["x"]}, {"keyphrases": ["a"]}],
-                   [{"text": "", "keyphrases": []}, {"text": "", "keyphrases": ["a"]}])
+    scores = score(
+        [{"keyphrases": ["x"]}, {"keyphrases": ["a"]}],
+        [{"text": "", "keyphrases": []}, {"text": "", "keyphrases": ["a"]}],
+    )
     assert scores["posts"] == 2 and scores["all"]["posts"] == 1 and scores["all"]["P@1"] == 1
 
 
 def test_present_means_consecutive_stemmed_words():
     text = "The Blue Flowers of stone walls"
-    for phrase, present in [("blue flower", 1), ("flowers blue", 0), ("blue stone", 0), ("wall", 1),
-                            ("the", 1), ("low", 0), ("stone walls forever", 0), ("stoning wall", 1)]:
+    for phrase, present in [
+        ("blue flower", 1),
+        ("flowers blue", 0),
+        ("blue stone", 0),
+        ("wall", 1),
+        ("the", 1),
+        ("low", 0),
+        ("stone walls forever", 0),
+        ("stoning wall", 1),
+    ]:
         scores = one([phrase], [phrase], text)
-        assert (scores["present"]["posts"], scores["absent"]["posts"]) == (present, 1 - present), phrase
+        assert (scores["present"]["posts"], scores["absent"]["posts"]) == (present, 1 - present), (
+            phrase
+        )
 
 
 def test_classes_filter_references_and_predictions():
-    scores = one(["x", "dog", "cat", "wind"], ["dog", "cat"], text="the dog in the wind", train=["Cats", "x"])
+    scores = one(
+        ["x", "dog", "cat", "wind"], ["dog", "cat"], text="the dog in the wind", train=["Cats", "x"]
+    )
     present, absent = scores["present"], scores["absent"]
-    assert (present["P@1"], present["P@M"], present["R@1"], present["keyphrases"]) == (1, 1 / 2, 1, 1)
+    assert (present["P@1"], present["P@M"], present["R@1"], present["keyphrases"]) == (
+        1,
+        1 / 2,
+        1,
+        1,
+    )
     assert (absent["P@1"], absent["P@3"], absent["R@3"], absent["keyphrases"]) == (0, 1 / 2, 1, 1)
     seen, unseen = scores["seen"], scores["unseen"]
     assert (seen["P@M"], seen["R@M"]) == (1 / 2, 1)  # x, cat
@@ -194,8 +265,10 @@ def test_absent_and_unseen():
 
 
 def test_a_class_is_scored_over_the_posts_that_have_it():
-    scores = score([{"keyphrases": ["dog"]}, {"keyphrases": ["dog"]}],
-                   [{"text": "a dog", "keyphrases": ["dog"]}, {"text": "a dog", "keyphrases": ["cat"]}])
+    scores = score(
+        [{"keyphrases": ["dog"]}, {"keyphrases": ["dog"]}],
+        [{"text": "a dog", "keyphrases": ["dog"]}, {"text": "a dog", "keyphrases": ["cat"]}],
+    )
     assert (scores["present"]["posts"], scores["present"]["P@1"]) == (1, 1)
     assert (scores["absent"]["posts"], scores["absent"]["P@1"]) == (1, 0)
 
@@ -215,7 +288,9 @@ def test_tokens_and_reasoned_where_the_predictions_tell():
     assert scores["present"]["tokens"] == 8 and scores["present"]["reasoned"] == 1 / 2
     bare = score([{"keyphrases": prediction["keyphrases"]} for prediction in PREDICTIONS], POSTS)
     assert "tokens" not in bare["all"] and "reasoned" not in bare["all"]
-    partly = score([PREDICTIONS[0], {"keyphrases": []}, PREDICTIONS[2]], POSTS)  # only those that tell count
+    partly = score(
+        [PREDICTIONS[0], {"keyphrases": []}, PREDICTIONS[2]], POSTS
+    )  # only those that tell count
     assert partly["all"]["tokens"] == 8.5 and partly["all"]["reasoned"] == 1 / 2
 
 
@@ -224,7 +299,9 @@ def test_unequal_lengths_are_refused():
         score(PREDICTIONS[:2], POSTS)
 
 
-@pytest.mark.parametrize("train, expected", [(["ＡＢ", "北京天气"], 1), (["北京 天气"], 1), (["天气北京"], 0)])
+@pytest.mark.parametrize(
+    "train, expected", [(["ＡＢ", "北京天气"], 1), (["北京 天气"], 1), (["天气北京"], 0)]
+)
 def test_chinese(train, expected):
     scores = one(["北京天气", "下雨"], ["北京天气"], text="今天北京天气不好", train=train)
     assert scores["present"]["F1@1"] == 1 and scores["seen"]["posts"] == expected
@@ -247,19 +324,32 @@ def oracle(predictions, references, train):
     known = forms(train)
 
     def belongs(name, form, words):
-        present = any(form and words[i:i + len(form)] == list(form) for i in range(len(words)))
+        present = any(form and words[i : i + len(form)] == list(form) for i in range(len(words)))
         seen = form != () and form in known
-        return {"all": True, "present": present, "absent": not present, "seen": seen, "unseen": not seen,
-                "absent_unseen": not present and not seen}[name]
+        return {
+            "all": True,
+            "present": present,
+            "absent": not present,
+            "seen": seen,
+            "unseen": not seen,
+            "absent_unseen": not present and not seen,
+        }[name]
 
     result = {}
     for name in ("all", "present", "absent", "seen", "unseen", "absent_unseen"):
         rows = []
         for prediction, reference in zip(predictions, references):
             words = [stem(word) for word in reference["text"].lower().split()]
-            answers = [form for form in forms(reference["keyphrases"]) if form and belongs(name, form, words)]
-            guesses = [form for form in forms(prediction["keyphrases"])
-                       if not {",", ".", "<unk>"} & set(form) and belongs(name, form, words)]
+            answers = [
+                form
+                for form in forms(reference["keyphrases"])
+                if form and belongs(name, form, words)
+            ]
+            guesses = [
+                form
+                for form in forms(prediction["keyphrases"])
+                if not {",", ".", "<unk>"} & set(form) and belongs(name, form, words)
+            ]
             if not answers:
                 continue
             right = [guess in answers for guess in guesses]
@@ -269,8 +359,14 @@ def oracle(predictions, references, train):
                 row[f"P@{k}"] = Fraction(sum(top), len(top)) if top else Fraction(0)
                 row[f"R@{k}"] = Fraction(sum(top), len(answers))
             for k in (1, 3, 5):
-                row[f"MAP@{k}"] = sum((Fraction(sum(right[:i + 1]), i + 1) for i in range(min(k, len(right)))
-                                       if right[i]), Fraction(0)) / len(answers)
+                row[f"MAP@{k}"] = sum(
+                    (
+                        Fraction(sum(right[: i + 1]), i + 1)
+                        for i in range(min(k, len(right)))
+                        if right[i]
+                    ),
+                    Fraction(0),
+                ) / len(answers)
                 gain = sum(1 / math.log2(i + 2) for i, hit in enumerate(right[:k]) if hit)
                 ideal = sorted(right, reverse=True)[:k]
                 best = sum(1 / math.log2(i + 2) for i, hit in enumerate(ideal) if hit)
@@ -296,10 +392,22 @@ def random_data(seed, posts=40):
     def phrase():
         return " ".join(rng.choices(VOCABULARY, k=rng.choice([0, 1, 1, 1, 2, 2, 3])))
 
-    references = [{"text": " ".join(rng.choices(VOCABULARY, k=rng.randrange(12))),
-                   "keyphrases": [phrase() for _ in range(rng.randrange(1, 5))]} for _ in range(posts)]
-    predictions = [{"keyphrases": [rng.choice(reference["keyphrases"]) if rng.random() < 0.3 else phrase()
-                                   for _ in range(rng.randrange(8))]} for reference in references]
+    references = [
+        {
+            "text": " ".join(rng.choices(VOCABULARY, k=rng.randrange(12))),
+            "keyphrases": [phrase() for _ in range(rng.randrange(1, 5))],
+        }
+        for _ in range(posts)
+    ]
+    predictions = [
+        {
+            "keyphrases": [
+                rng.choice(reference["keyphrases"]) if rng.random() < 0.3 else phrase()
+                for _ in range(rng.randrange(8))
+            ]
+        }
+        for reference in references
+    ]
     return predictions, references, [phrase() for _ in range(10)]
 
 
@@ -323,9 +431,13 @@ def test_the_classes_of_the_random_data_are_not_empty():
 def test_order_of_posts_is_irrelevant(seed):
     predictions, references, train = random_data(seed)
     order = random.Random(seed).sample(range(len(references)), len(references))
-    one_way, other_way = (score(p, r, train) for p, r in
-                          ((predictions, references),
-                           ([predictions[i] for i in order], [references[i] for i in order])))
+    one_way, other_way = (
+        score(p, r, train)
+        for p, r in (
+            (predictions, references),
+            ([predictions[i] for i in order], [references[i] for i in order]),
+        )
+    )
     for name in list(one_way)[1:]:
         assert one_way[name] == pytest.approx(other_way[name], abs=1e-12)
 
@@ -335,9 +447,18 @@ def test_scores_are_between_0_and_1_and_perfect_predictions_score_1_at_M(seed):
     predictions, references, train = random_data(seed)
     for entry in list(score(predictions, references, train).values())[1:]:
         assert all(0 <= entry[measure] <= 1 for measure in MEASURES)
-    clean = [{**post, "keyphrases": [phrase for phrase in post["keyphrases"] if phrase.strip()
-                                     and not {",", ".", "<unk>"} & set(phrase.split())] or ["zebra"]}
-             for post in references]
+    clean = [
+        {
+            **post,
+            "keyphrases": [
+                phrase
+                for phrase in post["keyphrases"]
+                if phrase.strip() and not {",", ".", "<unk>"} & set(phrase.split())
+            ]
+            or ["zebra"],
+        }
+        for post in references
+    ]
     for entry in list(score(clean, clean, train).values())[1:]:
         assert entry["posts"] and {entry[f"{name}@M"] for name in ("P", "R", "F1")} == {1}
 
@@ -345,11 +466,15 @@ def test_scores_are_between_0_and_1_and_perfect_predictions_score_1_at_M(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_wrong_phrase_appended_never_raises_precision(seed):
     predictions, references, train = random_data(seed)
-    worse = [{"keyphrases": [*prediction["keyphrases"], "utter nonsense"]} for prediction in predictions]
+    worse = [
+        {"keyphrases": [*prediction["keyphrases"], "utter nonsense"]} for prediction in predictions
+    ]
     before, after = score(predictions, references, train), score(worse, references, train)
     assert after["all"]["P@M"] < before["all"]["P@M"]
     for name in list(before)[1:]:
-        assert after[name]["P@M"] <= before[name]["P@M"] and after[name]["R@M"] == before[name]["R@M"]
+        assert (
+            after[name]["P@M"] <= before[name]["P@M"] and after[name]["R@M"] == before[name]["R@M"]
+        )
 
 
 # ----------------------------------------------------------------------------------------- significance
@@ -381,7 +506,9 @@ def test_bootstrap_is_seeded_and_surrounds_the_score():
     assert hits[1] - hits[0] == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
-@pytest.mark.parametrize("at_once", [4_000_000, 60])  # one chunk, and 5 rounds at a time of the same numbers
+@pytest.mark.parametrize(
+    "at_once", [4_000_000, 60]
+)  # one chunk, and 5 rounds at a time of the same numbers
 @pytest.mark.parametrize("name", ["all", "present", "absent"])
 def test_bootstrap_recomputes_the_ratio_over_resampled_posts(monkeypatch, at_once, name):
     monkeypatch.setattr(evaluate, "NUMBERS_AT_ONCE", at_once)
@@ -397,7 +524,10 @@ def test_bootstrap_recomputes_the_ratio_over_resampled_posts(monkeypatch, at_onc
 
 def test_rounds_of_all_chunks_add_up():
     assert evaluate.chunks(1000, 3_000_000) == [1] * 1000
-    assert sum(evaluate.chunks(1001, 5372)) == 1001 and max(evaluate.chunks(1001, 5372)) * 5372 <= 4_000_000
+    assert (
+        sum(evaluate.chunks(1001, 5372)) == 1001
+        and max(evaluate.chunks(1001, 5372)) * 5372 <= 4_000_000
+    )
 
 
 def test_randomisation_test_tells_a_difference_from_none():
@@ -418,7 +548,9 @@ def test_randomisation_test_by_hand():
     # Ten posts differ, all one way: only 2 of 1024 swaps reach that difference.
     references = [{"text": "", "keyphrases": ["a"]}] * 10
     good, bad = ([{"keyphrases": [phrase]}] * 10 for phrase in "ax")
-    p = compare(statistics(good, references), statistics(bad, references), 10, 20_000, seed=0)["all"]
+    p = compare(statistics(good, references), statistics(bad, references), 10, 20_000, seed=0)[
+        "all"
+    ]
     assert p[MEASURES.index("F1@1")] == pytest.approx(2 / 1024, abs=0.001)
 
 
@@ -430,26 +562,40 @@ def test_jsonl_yields_lines_offsets_and_records(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}\r\n\r\n  \n{"b": 1}\n{"c": "\xe2\x80\xa8"}')
     rows = list(jsonl(path))
     assert [(number, record) for number, _, record in rows] == [
-        (1, {"a": "é"}), (4, {"b": 1}), (5, {"c": "\u2028"})]
+        (1, {"a": "é"}),
+        (4, {"b": 1}),
+        (5, {"c": "\u2028"}),
+    ]
     raw = path.read_bytes()
     for number, offset, record in rows:
         assert parse_line(path, number, raw[offset:].split(b"\n")[0] + b"\n") == record
 
 
-@pytest.mark.parametrize("content, part", [
-    (b'{"a": 1}\n{"a": \n', "line 2"), (b"[1, 2]\n", "line 1: a JSON object"), (b'"text"\n', "line 1"),
-    (b"7\n", "7"),
-    (b'{"a": "\xff"}\n', "line 1: not UTF-8"), ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
-    (gzip.compress(b'{"a": 1}\n'), "gzip"), (b"[" * 100_000 + b"]" * 100_000, "deep"),
-    (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deep"),
-    (b'{"a": ' + b"9" * 5000 + b"}\n", "line 1"),
-    (b"\x00\n", "line 1"), (b'{"a": 1} {"b": 2}\n', "line 1")])
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b'{"a": 1}\n{"a": \n', "line 2"),
+        (b"[1, 2]\n", "line 1: a JSON object"),
+        (b'"text"\n', "line 1"),
+        (b"7\n", "7"),
+        (b'{"a": "\xff"}\n', "line 1: not UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+        (gzip.compress(b'{"a": 1}\n'), "gzip"),
+        (b"[" * 100_000 + b"]" * 100_000, "deep"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}\n", "line 1"),
+        (b"\x00\n", "line 1"),
+        (b'{"a": 1} {"b": 2}\n', "line 1"),
+    ],
+)
 def test_jsonl_names_the_line_that_is_wrong(tmp_path, content, part):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
         list(jsonl(path))
-    assert str(path) in str(error.value) and part in str(error.value) and len(str(error.value)) < 400
+    assert (
+        str(path) in str(error.value) and part in str(error.value) and len(str(error.value)) < 400
+    )
 
 
 def test_jsonl_of_no_file_and_of_a_folder(tmp_path):
@@ -468,7 +614,9 @@ def test_jsonl_streams(tmp_path):
 
 
 def test_cmkp_text(tmp_path):
-    path = write_lines(tmp_path / "src.txt", ["a b ; c<sep>x;y z <sep>http://host/D0wn_-9.jpg", " t<sep>k "])
+    path = write_lines(
+        tmp_path / "src.txt", ["a b ; c<sep>x;y z <sep>http://host/D0wn_-9.jpg", " t<sep>k "]
+    )
     first, second = read_references(path)
     assert (first["text"], first["id"], first["keyphrases"]) == ("a b ; c", "D0wn_-9", ["x", "y z"])
     assert (second["text"], second["id"], second["keyphrases"]) == ("t", None, ["k"])
@@ -479,7 +627,11 @@ def test_cmkp_predictions(tmp_path):
     path = tmp_path / "preds.txt"
     path.write_bytes(b"a;b c\r\n\r\n;;x;\r\n\xe2\x80\xa8y")
     assert [prediction["keyphrases"] for prediction in read_predictions(path)] == [
-        ["a", "b c"], [], ["", "", "x", ""], ["\u2028y"]]
+        ["a", "b c"],
+        [],
+        ["", "", "x", ""],
+        ["\u2028y"],
+    ]
 
 
 @pytest.mark.parametrize("name", ["preds", "preds.txt", "preds.jsonl"])
@@ -489,27 +641,48 @@ def test_jsonl_is_recognised_by_its_content(tmp_path, name):
 
 
 def test_failed_posts_are_empty_predictions(tmp_path):
-    path = write_lines(tmp_path / "p.jsonl", [{"id": "p1", "error": "image unreadable"},
-                                              {"id": "p2", "keyphrases": ["a"], "error": None}])
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        [
+            {"id": "p1", "error": "image unreadable"},
+            {"id": "p2", "keyphrases": ["a"], "error": None},
+        ],
+    )
     assert [prediction["keyphrases"] for prediction in read_predictions(path)] == [[], ["a"]]
 
 
-@pytest.mark.parametrize("record", [
-    {"keyphrases": []}, {"id": 7, "keyphrases": []}, {"id": "a"}, {"id": "a", "keyphrases": "x;y"},
-    {"id": "a", "keyphrases": [1]}, {"id": "a", "keyphrases": None},
-    {"id": "a", "keyphrases": [], "think": 7},
-    {"id": "a", "keyphrases": [], "tokens": "7"}, {"id": "a", "keyphrases": [], "tokens": float("nan")},
-    {"id": "a", "keyphrases": [], "tokens": -1}, {"id": "a", "keyphrases": [], "tokens": True},
-    {"id": "a", "keyphrases": [], "tokens": 10 ** 400}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"keyphrases": []},
+        {"id": 7, "keyphrases": []},
+        {"id": "a"},
+        {"id": "a", "keyphrases": "x;y"},
+        {"id": "a", "keyphrases": [1]},
+        {"id": "a", "keyphrases": None},
+        {"id": "a", "keyphrases": [], "think": 7},
+        {"id": "a", "keyphrases": [], "tokens": "7"},
+        {"id": "a", "keyphrases": [], "tokens": float("nan")},
+        {"id": "a", "keyphrases": [], "tokens": -1},
+        {"id": "a", "keyphrases": [], "tokens": True},
+        {"id": "a", "keyphrases": [], "tokens": 10**400},
+    ],
+)
 def test_bad_predictions_are_named(tmp_path, record):
     path = write_lines(tmp_path / "p.jsonl", [PREDICTIONS[0], record])
     with pytest.raises(UserError, match="p.jsonl line 2: "):
         read_predictions(path)
 
 
-@pytest.mark.parametrize("record", [
-    {"id": "a", "keyphrases": []}, {"id": "a", "text": None, "keyphrases": []},
-    {"text": "", "keyphrases": []}, {"id": "a", "text": "x", "keyphrases": [None]}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": "a", "keyphrases": []},
+        {"id": "a", "text": None, "keyphrases": []},
+        {"text": "", "keyphrases": []},
+        {"id": "a", "text": "x", "keyphrases": [None]},
+    ],
+)
 def test_bad_references_are_named(tmp_path, record):
     path = write_lines(tmp_path / "r.jsonl", [POSTS[0], record])
     with pytest.raises(UserError, match="r.jsonl line 2: "):
@@ -521,7 +694,9 @@ def test_align_by_id_and_by_line():
     text = [{"id": None, "keyphrases": [name]} for name in "abc"]
     assert align(text, POSTS) == text
     cmkp = [{**post, "address": f"http://host/{post['id']}.jpg"} for post in POSTS]
-    assert align(PREDICTIONS[::-1], cmkp) == PREDICTIONS  # the names of the images are these predictions' ids
+    assert (
+        align(PREDICTIONS[::-1], cmkp) == PREDICTIONS
+    )  # the names of the images are these predictions' ids
     others = [{**prediction, "id": f"line {i}"} for i, prediction in enumerate(PREDICTIONS)]
     assert align(others, cmkp) == others
 
@@ -533,10 +708,16 @@ def test_align_by_id_and_by_line():
 def files(tmp_path):
     """The same posts and predictions as JSONL and as CMKP's text."""
     guesses = [";".join(prediction["keyphrases"]) for prediction in PREDICTIONS]
-    posts = [f"{post['text']}<sep>{';'.join(post['keyphrases'])}<sep>http://host/{post['id']}.jpg"
-             for post in POSTS]
-    contents = {"preds.jsonl": PREDICTIONS[::-1], "preds.txt": guesses,
-                "test.jsonl": POSTS, "test.txt": posts}
+    posts = [
+        f"{post['text']}<sep>{';'.join(post['keyphrases'])}<sep>http://host/{post['id']}.jpg"
+        for post in POSTS
+    ]
+    contents = {
+        "preds.jsonl": PREDICTIONS[::-1],
+        "preds.txt": guesses,
+        "test.jsonl": POSTS,
+        "test.txt": posts,
+    }
     return {name: write_lines(tmp_path / name, rows) for name, rows in contents.items()}
 
 
@@ -547,7 +728,9 @@ def test_all_combinations_of_formats_give_the_same(files, predictions, reference
     done = run_script(files[predictions], files[references], "--train", files[train], "--json")
     assert (done.returncode, done.stderr) == (0, "")
     scores = json.loads(done.stdout)
-    expected = score(PREDICTIONS, POSTS, [phrase for post in POSTS for phrase in post["keyphrases"]])
+    expected = score(
+        PREDICTIONS, POSTS, [phrase for post in POSTS for phrase in post["keyphrases"]]
+    )
     if predictions == "preds.txt":
         for entry in list(expected.values())[1:]:
             entry.pop("tokens", None), entry.pop("reasoned", None)
@@ -565,7 +748,9 @@ def test_table_shows_percent(files):
     assert cells["P@1"] == ["33.33", "100.00", "0.00", "66.67", "-", "-"]
     assert cells["tokens"][:3] == ["7.0", "8.0", "8.5"] and cells["reasoned"][0] == "33.33"
     assert len({len(line) for line in lines}) == 1 and set(MEASURES) <= set(cells)
-    assert done.stdout == table(score(PREDICTIONS, POSTS, train_keyphrases(files["test.txt"]))) + "\n"
+    assert (
+        done.stdout == table(score(PREDICTIONS, POSTS, train_keyphrases(files["test.txt"]))) + "\n"
+    )
 
 
 def test_bootstrap_option(files):
@@ -582,19 +767,30 @@ def test_bootstrap_option(files):
 
 def test_against_flips_its_sign(files, tmp_path):
     other = write_lines(tmp_path / "other.txt", ["gardening", "dog", "weather;storm hour"])
-    there, back = (json.loads(run_script(ours, files["test.jsonl"], "--against", theirs, "--json").stdout)
-                   for ours, theirs in ((files["preds.jsonl"], other), (other, files["preds.jsonl"])))
+    there, back = (
+        json.loads(run_script(ours, files["test.jsonl"], "--against", theirs, "--json").stdout)
+        for ours, theirs in ((files["preds.jsonl"], other), (other, files["preds.jsonl"]))
+    )
     for name in ("all", "present", "absent"):
         assert set(there["against"][name]) == set(MEASURES)
         for measure, pair in there["against"][name].items():
             mirrored = back["against"][name][measure]
-            assert pair["score"] == back[name][measure] and mirrored["score"] == there[name][measure]
-            assert pair["difference"] == -mirrored["difference"] == there[name][measure] - back[name][measure]
+            assert (
+                pair["score"] == back[name][measure] and mirrored["score"] == there[name][measure]
+            )
+            assert (
+                pair["difference"]
+                == -mirrored["difference"]
+                == there[name][measure] - back[name][measure]
+            )
             assert pair["interval"] == pytest.approx([-end for end in mirrored["interval"][::-1]])
             assert pair["p"] == mirrored["p"] and 0 < pair["p"] <= 1
     assert there["against"]["all"]["F1@1"]["difference"] < 0 and "interval" in there["all"]
     shown = run_script(files["preds.jsonl"], files["test.jsonl"], "--against", other).stdout
-    assert "difference" in shown and f"{100 * there['against']['all']['F1@1']['difference']:+.2f}" in shown
+    assert (
+        "difference" in shown
+        and f"{100 * there['against']['all']['F1@1']['difference']:+.2f}" in shown
+    )
 
 
 def assert_error(done, *parts):
@@ -609,7 +805,9 @@ def test_missing_duplicate_and_unknown_ids(files, tmp_path):
 
     first, second, third = PREDICTIONS
     assert_error(score_of(first, third), "p.jsonl", "'p2'", "1 of 3", "--allow-missing")
-    assert_error(score_of(*PREDICTIONS, {"id": "p9", "keyphrases": []}), "p.jsonl", "'p9'", "test.jsonl")
+    assert_error(
+        score_of(*PREDICTIONS, {"id": "p9", "keyphrases": []}), "p.jsonl", "'p9'", "test.jsonl"
+    )
     assert_error(score_of(first, second, third, second), "p.jsonl", "'p2' on lines 2 and 4")
     doubled = write_lines(tmp_path / "r.jsonl", [*POSTS, POSTS[0]])
     assert_error(run_script(files["preds.jsonl"], doubled), "r.jsonl", "'p1' on lines 1 and 4")
@@ -620,13 +818,17 @@ def test_missing_duplicate_and_unknown_ids(files, tmp_path):
 def test_unequal_line_counts(files, tmp_path):
     short, long = (write_lines(tmp_path / f"{n}.txt", ["a"] * n) for n in (2, 5))
     assert_error(run_script(short, files["test.txt"]), "2.txt", "2 lines for the 3 posts", "post 3")
-    assert_error(run_script(long, files["test.jsonl"]), "5.txt", "5 lines for the 3 posts", "line 4")
+    assert_error(
+        run_script(long, files["test.jsonl"]), "5.txt", "5 lines for the 3 posts", "line 4"
+    )
     assert_error(run_script(long, files["test.jsonl"], "--allow-missing"), "line 4")
 
 
 def test_allow_missing_scores_empty_predictions(files, tmp_path):
     partial = write_lines(tmp_path / "p.jsonl", PREDICTIONS[1:])
-    scores = json.loads(run_script(partial, files["test.jsonl"], "--allow-missing", "--json").stdout)
+    scores = json.loads(
+        run_script(partial, files["test.jsonl"], "--allow-missing", "--json").stdout
+    )
     expected = score([{"keyphrases": []}, *PREDICTIONS[1:]], POSTS)
     assert scores == expected and scores["all"]["posts"] == 3
     short = write_lines(tmp_path / "p.txt", ["blue flower"])
@@ -636,26 +838,49 @@ def test_allow_missing_scores_empty_predictions(files, tmp_path):
     assert_error(run_script(unknown, files["test.jsonl"], "--allow-missing"), "'p9'")
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"\n\n", b"no separator\n", b"a<sep>b<sep>c<sep>d\n", b"\xff\xfe\n", b'{"id": 1}\n', b"{\n",
-    b'{"id"\n', b"\x1f\x8b\x08\x00", b'[{"id": "a"}]\n', b"{}\n",
-    b'{"id": "\\ud800", "text": "", "keyphrases": ["\\ud800"]}\n',
-    b'{"id": "a", "text": "", "keyphrases": ["x"]}\n' * 2, b"\xef\xbb\xbf", b'{"a":' * 9999])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n\n",
+        b"no separator\n",
+        b"a<sep>b<sep>c<sep>d\n",
+        b"\xff\xfe\n",
+        b'{"id": 1}\n',
+        b"{\n",
+        b'{"id"\n',
+        b"\x1f\x8b\x08\x00",
+        b'[{"id": "a"}]\n',
+        b"{}\n",
+        b'{"id": "\\ud800", "text": "", "keyphrases": ["\\ud800"]}\n',
+        b'{"id": "a", "text": "", "keyphrases": ["x"]}\n' * 2,
+        b"\xef\xbb\xbf",
+        b'{"a":' * 9999,
+    ],
+)
 def test_no_traceback_on_any_bad_file(files, tmp_path, content):
     path = tmp_path / "bad"
     path.write_bytes(content)
-    for arguments in ((files["preds.txt"], path), (files["preds.txt"], files["test.txt"], "--train", path),
-                      (path, files["test.txt"]), (files["preds.txt"], files["test.txt"], "--against", path)):
+    for arguments in (
+        (files["preds.txt"], path),
+        (files["preds.txt"], files["test.txt"], "--train", path),
+        (path, files["test.txt"]),
+        (files["preds.txt"], files["test.txt"], "--against", path),
+    ):
         done = run_script(*arguments)
         assert "Traceback" not in done.stderr
         if done.returncode:
             assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert run_script(files["preds.txt"], path).returncode == 1  # none of these is a file of three posts
+    assert (
+        run_script(files["preds.txt"], path).returncode == 1
+    )  # none of these is a file of three posts
 
 
 def test_swapped_arguments_are_explained(files):
     assert_error(run_script(files["test.txt"], files["preds.txt"]), "preds.txt line 1", "<sep>")
-    assert_error(run_script(files["test.txt"], files["test.txt"]), "line 1", "predictions come first")
+    assert_error(
+        run_script(files["test.txt"], files["test.txt"]), "line 1", "predictions come first"
+    )
 
 
 def test_missing_files_and_folders(files, tmp_path):
@@ -663,7 +888,9 @@ def test_missing_files_and_folders(files, tmp_path):
     assert_error(run_script(tmp_path, files["test.txt"]), "a folder")
 
 
-@pytest.mark.parametrize("arguments", ["--bootstrap -1", "--bootstrap x", "--seed 1.5", "--nothing"])
+@pytest.mark.parametrize(
+    "arguments", ["--bootstrap -1", "--bootstrap x", "--seed 1.5", "--nothing"]
+)
 def test_bad_options(files, arguments):
     done = run_script(files["preds.txt"], files["test.txt"], *arguments.split())
     assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
@@ -685,7 +912,13 @@ def test_works_when_copied_alone(files, tmp_path):
 
 
 def test_other_scripts_and_emoji_from_files(tmp_path):
-    posts = [{"id": "1", "text": "天气 😀 أخبار Cafe\u0301s", "keyphrases": ["天气", "😀", "أخبار", "café"]}]
+    posts = [
+        {
+            "id": "1",
+            "text": "天气 😀 أخبار Cafe\u0301s",
+            "keyphrases": ["天气", "😀", "أخبار", "café"],
+        }
+    ]
     references = tmp_path / "r.jsonl"
     references.write_text(json.dumps(posts[0], ensure_ascii=False) + "\n", encoding="utf-8")
     predictions = write_lines(tmp_path / "p.txt", ["天 气;😀;أخبار;CAFÉS"])
@@ -696,10 +929,16 @@ def test_other_scripts_and_emoji_from_files(tmp_path):
 # ----------------------------------------------------------------------------------------------- run(main)
 
 
-@pytest.mark.parametrize("body, code, stderr", [
-    ("pass", 0, ""), ("return 3", 3, ""),
-    ("raise evaluate.UserError('a.txt:\\nbad')", 1, "error: a.txt: bad\n"),
-    ("raise KeyboardInterrupt", 130, ""), ("raise BrokenPipeError", 1, "")])
+@pytest.mark.parametrize(
+    "body, code, stderr",
+    [
+        ("pass", 0, ""),
+        ("return 3", 3, ""),
+        ("raise evaluate.UserError('a.txt:\\nbad')", 1, "error: a.txt: bad\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("raise BrokenPipeError", 1, ""),
+    ],
+)
 def test_run(tmp_path, body, code, stderr):
     lines = ["import evaluate", "def main():", f"    {body}", "evaluate.run(main)"]
     script = write_lines(tmp_path / "s.py", lines)
@@ -708,22 +947,40 @@ def test_run(tmp_path, body, code, stderr):
 
 
 def test_closed_pipe_is_quiet(tmp_path):
-    script = write_lines(tmp_path / "s.py", ["import evaluate, sys", "sys.stdin.read()",
-                                             "evaluate.run(lambda: print('x' * 100_000))"])
-    process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={"PYTHONPATH": str(HERE.parent)})
+    script = write_lines(
+        tmp_path / "s.py",
+        ["import evaluate, sys", "sys.stdin.read()", "evaluate.run(lambda: print('x' * 100_000))"],
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={"PYTHONPATH": str(HERE.parent)},
+    )
     process.stdout.close()
     process.stdin.close()
     assert process.wait() == 1 and process.stderr.read() == b""
 
 
 def test_interrupt_is_quiet(tmp_path):
-    script = write_lines(tmp_path / "s.py", [
-        "import evaluate, time", "def main():", "    print('ready', flush=True)", "    time.sleep(60)",
-        "evaluate.run(main)"])
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={"PYTHONPATH": str(HERE.parent)},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    script = write_lines(
+        tmp_path / "s.py",
+        [
+            "import evaluate, time",
+            "def main():",
+            "    print('ready', flush=True)",
+            "    time.sleep(60)",
+            "evaluate.run(main)",
+        ],
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={"PYTHONPATH": str(HERE.parent)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130 and process.stderr.read() == b""
@@ -736,6 +993,12 @@ def test_interrupt_is_quiet(tmp_path):
 def test_real_posts_of_cmkp():
     references = read_references(CMKP)
     perfect = score(references, references)
-    assert len(references) == perfect["posts"] == 5372 and len({post["id"] for post in references}) == 5372
+    assert (
+        len(references) == perfect["posts"] == 5372
+        and len({post["id"] for post in references}) == 5372
+    )
     assert {perfect[name]["F1@M"] for name in ("all", "present", "absent")} == {1}
-    assert perfect["present"]["keyphrases"] + perfect["absent"]["keyphrases"] == perfect["all"]["keyphrases"]
+    assert (
+        perfect["present"]["keyphrases"] + perfect["absent"]["keyphrases"]
+        == perfect["all"]["keyphrases"]
+    )

@@ -27,12 +27,75 @@ import data
 import evaluate
 from evaluate import UserError
 
-STEMS = dict(line.split() for line in (Path(__file__).parent / "porter_nltk.txt").read_text(encoding="utf-8").splitlines())
-WORDS = [*random.Random(0).sample([word for word in STEMS if word.isalpha()], 25), "Dogs", "dog", "running", "runs"]
-ODD = ["<|im_end|>", "<|image_pad|>", "<think>", "</answer>", "日本", "寿司", "がス", "😀", "👩‍👩‍👧", "خبر", "한국", "\0", "\u2028", "\x85", "\r",
-       "\n", "\x1b[31m", "\ud800", "\udfff", "\u200b", "e\u0301", "ﬁ", "İ", ",", ".", "<unk>", ";", "<sep>", "", " ", "#", "\\", '"',
-       "{", "[", "a" * 300, "\ufeff", "\U0002a700"]
-VALUES = [None, True, 0, -1, 1e308, float("nan"), float("inf"), 10**30, "", "x", [], {}, [None], ["x"], [["x"]], {"x": "y"}]
+STEMS = dict(
+    line.split()
+    for line in (Path(__file__).parent / "porter_nltk.txt").read_text(encoding="utf-8").splitlines()
+)
+WORDS = [
+    *random.Random(0).sample([word for word in STEMS if word.isalpha()], 25),
+    "Dogs",
+    "dog",
+    "running",
+    "runs",
+]
+ODD = [
+    "<|im_end|>",
+    "<|image_pad|>",
+    "<think>",
+    "</answer>",
+    "日本",
+    "寿司",
+    "がス",
+    "😀",
+    "👩‍👩‍👧",
+    "خبر",
+    "한국",
+    "\0",
+    "\u2028",
+    "\x85",
+    "\r",
+    "\n",
+    "\x1b[31m",
+    "\ud800",
+    "\udfff",
+    "\u200b",
+    "e\u0301",
+    "ﬁ",
+    "İ",
+    ",",
+    ".",
+    "<unk>",
+    ";",
+    "<sep>",
+    "",
+    " ",
+    "#",
+    "\\",
+    '"',
+    "{",
+    "[",
+    "a" * 300,
+    "\ufeff",
+    "\U0002a700",
+]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "",
+    "x",
+    [],
+    {},
+    [None],
+    ["x"],
+    [["x"]],
+    {"x": "y"},
+]
 NEST = "@nested@"  # stands for lists in lists, which json would not write as deep as they are read
 
 
@@ -58,12 +121,18 @@ def limit(seconds):
 
 
 def phrase(draw, most=4):
-    return " ".join(draw.choice(ODD if draw.random() < 0.15 else WORDS) for _ in range(draw.randint(0, most)))
+    return " ".join(
+        draw.choice(ODD if draw.random() < 0.15 else WORDS) for _ in range(draw.randint(0, most))
+    )
 
 
 def post(draw, number, images=(None,)):
-    record = {"id": f"{draw.choice(['p', 'é', '日', chr(0x2028)])}{number}", "text": phrase(draw, 12),
-              "image": draw.choice(images), "keyphrases": [phrase(draw) or "x" for _ in range(draw.randint(1, 4))]}
+    record = {
+        "id": f"{draw.choice(['p', 'é', '日', chr(0x2028)])}{number}",
+        "text": phrase(draw, 12),
+        "image": draw.choice(images),
+        "keyphrases": [phrase(draw) or "x" for _ in range(draw.randint(1, 4))],
+    }
     return record | ({"cot": phrase(draw, 10)} if draw.random() < 0.5 else {})
 
 
@@ -93,17 +162,38 @@ def break_bytes(draw, content):
     elif kind == 3:
         del content[at:]
     elif kind == 4:
-        del content[at:at + draw.randint(1, 40)]
+        del content[at : at + draw.randint(1, 40)]
     elif kind == 5:
-        content[at:at] = draw.choice([b"\0", b"\r", b"\n", b"\xff\xfe", b'"', b"{", b"\xed\xa0\x80", b"9" * 5000, b"[" * 99999])
+        content[at:at] = draw.choice(
+            [
+                b"\0",
+                b"\r",
+                b"\n",
+                b"\xff\xfe",
+                b'"',
+                b"{",
+                b"\xed\xa0\x80",
+                b"9" * 5000,
+                b"[" * 99999,
+            ]
+        )
     elif kind == 6:
-        content[at:at] = content[draw.randrange(len(content) or 1):][:200]
+        content[at:at] = content[draw.randrange(len(content) or 1) :][:200]
     elif kind == 7:
-        return content.replace(b"\n", draw.choice([b"\r\n", b"\r", b"\n\n", b"\0\n", b"\n\xef\xbb\xbf"]))
+        return content.replace(
+            b"\n", draw.choice([b"\r\n", b"\r", b"\n\n", b"\0\n", b"\n\xef\xbb\xbf"])
+        )
     else:
         text = content.decode("utf-8", "replace")
-        return draw.choice([lambda: text.encode("utf-16"), lambda: text.encode("latin-1", "replace"), lambda: b"\xef\xbb\xbf" + content,
-                            lambda: gzip.compress(content), lambda: text.encode("utf-16-le")])()
+        return draw.choice(
+            [
+                lambda: text.encode("utf-16"),
+                lambda: text.encode("latin-1", "replace"),
+                lambda: b"\xef\xbb\xbf" + content,
+                lambda: gzip.compress(content),
+                lambda: text.encode("utf-16-le"),
+            ]
+        )()
     return bytes(content)
 
 
@@ -112,7 +202,9 @@ def write_rows(draw, path, rows, breaks):
     if breaks and draw.random() < 0.7:
         break_record(draw, draw.choice(rows))
     deep = draw.choice([3, 200, 800, 5000, 100_000])
-    content = "".join(json.dumps(row, ensure_ascii=draw.random() < 0.5) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+    content = "".join(
+        json.dumps(row, ensure_ascii=draw.random() < 0.5) + "\n" for row in rows
+    ).encode("utf-8", "backslashreplace")
     content = content.replace(json.dumps(NEST).encode(), b"[" * deep + b"]" * deep)
     if breaks and draw.random() < 0.5:
         content = break_bytes(draw, content)
@@ -130,11 +222,21 @@ class Fuzz:
         from tiny import qwen_tokenizer
 
         self.folder, self.found, self.errors = Path(folder), Counter(), Counter()
-        (self.folder / "preprocessor_config.json").write_text(json.dumps({
-            "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16}))
+        (self.folder / "preprocessor_config.json").write_text(
+            json.dumps(
+                {
+                    "image_processor_type": "Qwen2VLImageProcessor",
+                    "min_pixels": 56 * 56,
+                    "max_pixels": 28 * 28 * 16,
+                }
+            )
+        )
         processor = AutoImageProcessor.from_pretrained(self.folder)
         self.encoders = []
-        for tokenizer, prompt, length in ((qwen_tokenizer(), data.PROMPT, 300), (clubworld.make_tokenizer(), "{text}", 60)):
+        for tokenizer, prompt, length in (
+            (qwen_tokenizer(), data.PROMPT, 300),
+            (clubworld.make_tokenizer(), "{text}", 60),
+        ):
             pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
             self.encoders.append(data.Encoder(tokenizer, processor, pad, prompt, max_length=length))
         self.pictures = self.make_pictures()
@@ -145,14 +247,31 @@ class Fuzz:
         exif, found = Image.Exif(), []
         exif[0x0112] = 6
         for kind, mode, options in (
-                ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}), ("JPEG", "RGB", {"progressive": True}), ("PNG", "RGB", {}),
-                ("PNG", "P", {"transparency": 3}), ("PNG", "LA", {}), ("PNG", "RGBA", {}), ("PNG", "1", {}), ("PNG", "I;16", {}),
-                ("GIF", "P", {}), ("GIF", "P", {"save_all": True, "append_images": [picture.convert("P")] * 2}), ("WEBP", "RGB", {}),
-                ("WEBP", "RGBA", {"save_all": True, "append_images": [picture] * 2}), ("BMP", "RGB", {}), ("TIFF", "RGB", {}),
-                ("TIFF", "CMYK", {"compression": "tiff_lzw"}), ("TIFF", "F", {}), ("PPM", "RGB", {}), ("ICO", "RGB", {}),
-                ("EPS", "RGB", {})):
+            ("JPEG", "RGB", {"exif": exif}),
+            ("JPEG", "CMYK", {}),
+            ("JPEG", "RGB", {"progressive": True}),
+            ("PNG", "RGB", {}),
+            ("PNG", "P", {"transparency": 3}),
+            ("PNG", "LA", {}),
+            ("PNG", "RGBA", {}),
+            ("PNG", "1", {}),
+            ("PNG", "I;16", {}),
+            ("GIF", "P", {}),
+            ("GIF", "P", {"save_all": True, "append_images": [picture.convert("P")] * 2}),
+            ("WEBP", "RGB", {}),
+            ("WEBP", "RGBA", {"save_all": True, "append_images": [picture] * 2}),
+            ("BMP", "RGB", {}),
+            ("TIFF", "RGB", {}),
+            ("TIFF", "CMYK", {"compression": "tiff_lzw"}),
+            ("TIFF", "F", {}),
+            ("PPM", "RGB", {}),
+            ("ICO", "RGB", {}),
+            ("EPS", "RGB", {}),
+        ):
             out = io.BytesIO()
-            (picture.convert("L") if mode == "I;16" else picture).convert(mode).save(out, kind, **options)
+            (picture.convert("L") if mode == "I;16" else picture).convert(mode).save(
+                out, kind, **options
+            )
             found.append(out.getvalue())
         return found
 
@@ -168,13 +287,21 @@ class Fuzz:
         path, images = self.folder / "posts.jsonl", [None]
         for number in range(2):
             content = draw.choice(self.pictures)
-            (self.folder / f"{number}.png").write_bytes(break_bytes(draw, content) if draw.random() < 0.3 else content)
+            (self.folder / f"{number}.png").write_bytes(
+                break_bytes(draw, content) if draw.random() < 0.3 else content
+            )
             images.append(f"{number}.png")
-        rows = [post(draw, number, [*images, "gone\0.png", "\udcff", "."]) for number in range(draw.randint(1, 4))]
+        rows = [
+            post(draw, number, [*images, "gone\0.png", "\udcff", "."])
+            for number in range(draw.randint(1, 4))
+        ]
         write_rows(draw, path, rows, breaks=draw.random() < 0.8)
         training, posts = draw.random() < 0.5, None
-        for read in (lambda: evaluate.read_references(path), lambda: data.figures_of(data.read_entries(path), {"x"}),
-                     lambda: data.Posts(path, training)):
+        for read in (
+            lambda: evaluate.read_references(path),
+            lambda: data.figures_of(data.read_entries(path), {"x"}),
+            lambda: data.Posts(path, training),
+        ):
             try:
                 posts = read()
             except UserError as error:
@@ -190,33 +317,56 @@ class Fuzz:
         if posts is None:
             return
         self.found["files of posts read"] += 1
-        plain = [json.loads(raw) for raw in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-                 if raw.removeprefix(b"\xef\xbb\xbf").strip() and not raw.startswith(b"\xef\xbb\xbf")]
+        plain = [
+            json.loads(raw)
+            for raw in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+            if raw.removeprefix(b"\xef\xbb\xbf").strip() and not raw.startswith(b"\xef\xbb\xbf")
+        ]
         records = [posts[index] for index in range(len(posts))]
-        if len(plain) == len(records):  # where a byte order mark stands within the file, json has another opinion
+        if len(plain) == len(
+            records
+        ):  # where a byte order mark stands within the file, json has another opinion
             assert repr(records) == repr(plain)
         assert repr([json.loads(data.to_line(record)) for record in records]) == repr(records)
         for encoder in self.encoders:
-            items = [data.EncodedPosts(posts, encoder, training)[index] for index in range(len(posts))]
+            items = [
+                data.EncodedPosts(posts, encoder, training)[index] for index in range(len(posts))
+            ]
             samples = [item for item in items if isinstance(item, data.Sample)]
-            assert len(samples) + sum(isinstance(item, data.Skipped) for item in items) == len(items)
+            assert len(samples) + sum(isinstance(item, data.Skipped) for item in items) == len(
+                items
+            )
             for sample in samples:
                 self.check_sample(encoder, sample, training)
             if samples:
                 batch = data.collate(samples, encoder)
-                pads = sum(int(s.image["image_grid_thw"].prod()) // 4 for s in samples if s.image is not None)
+                pads = sum(
+                    int(s.image["image_grid_thw"].prod()) // 4
+                    for s in samples
+                    if s.image is not None
+                )
                 assert int(batch.prompt["mm_token_type_ids"].sum()) == pads
-                assert int(batch.prompt["attention_mask"].sum()) == sum(len(sample.prompt) for sample in samples)
+                assert int(batch.prompt["attention_mask"].sum()) == sum(
+                    len(sample.prompt) for sample in samples
+                )
 
     def check_sample(self, encoder, sample, training):
         special = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
         head, _, _, tail = encoder.frames[sample.image is not None]
-        framed = [token for token in head + tail if token in special and token != encoder.image_token_id]
-        assert [token for token in sample.prompt if token in special and token != encoder.image_token_id] == framed
+        framed = [
+            token for token in head + tail if token in special and token != encoder.image_token_id
+        ]
+        assert [
+            token for token in sample.prompt if token in special and token != encoder.image_token_id
+        ] == framed
         assert len(sample.prompt) <= encoder.max_length
         self.found["prompts shortened"] += sample.shortened
         for answer in (sample.plain, sample.cot) if training else ():
-            assert answer is None or answer[-1] == encoder.end_of_turn and not special & set(answer[:-1])
+            assert (
+                answer is None
+                or answer[-1] == encoder.end_of_turn
+                and not special & set(answer[:-1])
+            )
 
     def images(self, draw):
         path, content = self.folder / "picture", draw.choice(self.pictures)
@@ -225,21 +375,29 @@ class Fuzz:
         if draw.random() < 0.3:  # what a decoder reads first
             content = bytearray(content)
             for at in range(min(4, len(content))):
-                content[draw.randrange(at, min(40, len(content)))] = draw.choice([0, 1, 127, 128, 255])
+                content[draw.randrange(at, min(40, len(content)))] = draw.choice(
+                    [0, 1, 127, 128, 255]
+                )
         path.write_bytes(content)
         try:
             picture = data.load_image(path, draw.choice([100, 10**6]))
         except data.Unreadable as error:
             self.errors[str(error)[:25]] += 1
             return
-        assert picture.mode == "RGB" and min(picture.size) > 0 and max(picture.size) <= data.THINNEST * min(picture.size)
+        assert (
+            picture.mode == "RGB"
+            and min(picture.size) > 0
+            and max(picture.size) <= data.THINNEST * min(picture.size)
+        )
         self.found["broken images read"] += 1
 
     def outputs(self, draw):
         pieces = [*data.TAGS, *ODD, *WORDS, "; ", ", ", "\n- ", "\n1. ", "#"]
         output = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 30)))
         keyphrases, think = data.parse_answer(output)
-        assert think is None or isinstance(think, str) and not any(tag in think for tag in data.TAGS)
+        assert (
+            think is None or isinstance(think, str) and not any(tag in think for tag in data.TAGS)
+        )
         assert len({phrase.casefold() for phrase in keyphrases}) == len(keyphrases)
         for found in keyphrases:
             assert found and found == found.strip() and not data.NOT_IN_KEYPHRASE.search(found)
@@ -247,33 +405,64 @@ class Fuzz:
 
     def scores(self, draw):
         """A file of predictions, broken or not: refused in one line, or scored as worked out below."""
-        paths = preds, refs, train = [self.folder / name for name in ("preds.jsonl", "refs.jsonl", "train.jsonl")]
+        paths = preds, refs, train = [
+            self.folder / name for name in ("preds.jsonl", "refs.jsonl", "train.jsonl")
+        ]
         posts = [post(draw, number) for number in range(draw.randint(1, 6))]
         predictions = []
         for record in posts:
-            guesses = [draw.choice([draw.choice(record["keyphrases"]), phrase(draw, 2), *record["text"].split()[:1]])
-                       for _ in range(draw.randint(0, 7))]
-            predictions.append({"id": record["id"], "keyphrases": guesses, "think": draw.choice([None, "", "why"]), "tokens": 3})
+            guesses = [
+                draw.choice(
+                    [
+                        draw.choice(record["keyphrases"]),
+                        phrase(draw, 2),
+                        *record["text"].split()[:1],
+                    ]
+                )
+                for _ in range(draw.randint(0, 7))
+            ]
+            predictions.append(
+                {
+                    "id": record["id"],
+                    "keyphrases": guesses,
+                    "think": draw.choice([None, "", "why"]),
+                    "tokens": 3,
+                }
+            )
             if draw.random() < 0.1:
                 predictions[-1]["error"] = "no such file"
         draw.shuffle(predictions)
         broken = draw.randrange(4)  # the predictions, the posts, the training file or nothing
-        for number, (path, rows) in enumerate(zip(paths, (predictions, posts, [post(draw, n) for n in range(3)]))):
+        for number, (path, rows) in enumerate(
+            zip(paths, (predictions, posts, [post(draw, n) for n in range(3)]))
+        ):
             write_rows(draw, path, rows, broken == number)
         try:
             references = evaluate.read_references(refs)
-            aligned = evaluate.align(evaluate.read_predictions(preds), references, names=(preds, refs))
+            aligned = evaluate.align(
+                evaluate.read_predictions(preds), references, names=(preds, refs)
+            )
             known = list(evaluate.train_keyphrases(train))
         except UserError as error:
             self.one_line(error, *(path.name for path in paths))
             return
         scores = evaluate.score(aligned, references, known)
-        read = [[json.loads(raw.removeprefix(b"\xef\xbb\xbf")) for raw in path.read_bytes().split(b"\n")
-                 if raw.removeprefix(b"\xef\xbb\xbf").strip()] for path in paths]
+        read = [
+            [
+                json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+                for raw in path.read_bytes().split(b"\n")
+                if raw.removeprefix(b"\xef\xbb\xbf").strip()
+            ]
+            for path in paths
+        ]
         expected = recompute(*read)
         for name, wanted in expected.items():
             found = {key: scores[name][key] for key in wanted}
-            assert all(abs(found[key] - wanted[key]) < 1e-9 for key in wanted), (name, found, wanted)
+            assert all(abs(found[key] - wanted[key]) < 1e-9 for key in wanted), (
+                name,
+                found,
+                wanted,
+            )
         self.found["scores equal to the slow ones"] += 1
         self.found["of these above zero"] += expected["all"]["F1@M"] > 0
 
@@ -283,7 +472,9 @@ class Fuzz:
 
 def is_cjk(character):
     name = unicodedata.name(character, "")
-    return character in "々〇" or any(kind in name for kind in ("CJK UNIFIED", "CJK COMPATIBILITY IDEO", "HIRAGANA", "KATAKANA"))
+    return character in "々〇" or any(
+        kind in name for kind in ("CJK UNIFIED", "CJK COMPATIBILITY IDEO", "HIRAGANA", "KATAKANA")
+    )
 
 
 def words_of(text):
@@ -300,7 +491,9 @@ def unique(lists):
 
 
 def stands_in(words, text):
-    return bool(words) and any(text[start:start + len(words)] == words for start in range(len(text)))
+    return bool(words) and any(
+        text[start : start + len(words)] == words for start in range(len(text))
+    )
 
 
 def recompute(predictions, posts, train):
@@ -315,15 +508,31 @@ def recompute(predictions, posts, train):
 
             def belongs(words):
                 present, seen = stands_in(words, text), bool(words) and words in known
-                return {"all": True, "present": present, "absent": not present, "seen": seen, "unseen": not seen,
-                        "absent_unseen": not present and not seen}[name]
+                return {
+                    "all": True,
+                    "present": present,
+                    "absent": not present,
+                    "seen": seen,
+                    "unseen": not seen,
+                    "absent_unseen": not present and not seen,
+                }[name]
 
-            wanted = [words for words in unique(map(words_of, record["keyphrases"])) if words and belongs(words)]
-            made = [words for words in unique(map(words_of, by_id[record["id"]]))
-                    if not {",", ".", "<unk>"} & set(words) and belongs(words)]
+            wanted = [
+                words
+                for words in unique(map(words_of, record["keyphrases"]))
+                if words and belongs(words)
+            ]
+            made = [
+                words
+                for words in unique(map(words_of, by_id[record["id"]]))
+                if not {",", ".", "<unk>"} & set(words) and belongs(words)
+            ]
             if wanted:
                 rows.append(measures([words in wanted for words in made], len(wanted)))
-        means = {key: sum(row[key] for row in rows) / len(rows) if rows else 0.0 for key in measures([], 1)}
+        means = {
+            key: sum(row[key] for row in rows) / len(rows) if rows else 0.0
+            for key in measures([], 1)
+        }
         for k in (1, 3, 5, "M"):
             p, r = means[f"P@{k}"], means[f"R@{k}"]
             means[f"F1@{k}"] = 2 * p * r / (p + r) if p + r else 0.0
@@ -338,8 +547,17 @@ def measures(right, wanted):
         row[f"P@{k}"] = sum(right[:cut]) / min(cut, len(right)) if right else 0.0
         row[f"R@{k}"] = sum(right[:cut]) / wanted
     for k in (1, 3, 5):
-        row[f"MAP@{k}"] = sum(sum(right[:rank]) / rank for rank in range(1, min(k, len(right)) + 1) if right[rank - 1]) / wanted
-        gain = lambda order: sum(hit / math.log2(rank + 1) for rank, hit in enumerate(order[:k], start=1))
+        row[f"MAP@{k}"] = (
+            sum(
+                sum(right[:rank]) / rank
+                for rank in range(1, min(k, len(right)) + 1)
+                if right[rank - 1]
+            )
+            / wanted
+        )
+        gain = lambda order: sum(
+            hit / math.log2(rank + 1) for rank, hit in enumerate(order[:k], start=1)
+        )
         best = gain(sorted(right, reverse=True))
         row[f"NDCG@{k}"] = gain(right) / best if best else 0.0
     return row
@@ -366,7 +584,18 @@ def fuzz(folder, rounds, seed, progress=lambda items: items):
 
 def test_fuzz(tmp_path):
     found = fuzz(tmp_path, 400, 0).found
-    assert min(found[name] for name in ("files of posts read", "broken images read", "prompts shortened", "of these above zero")) > 5
+    assert (
+        min(
+            found[name]
+            for name in (
+                "files of posts read",
+                "broken images read",
+                "prompts shortened",
+                "of these above zero",
+            )
+        )
+        > 5
+    )
 
 
 def main():

@@ -21,7 +21,19 @@ from PIL import Image
 import data
 import gen_cot
 from evaluate import UserError
-from server import HANG, HTML, REASONING, Raw, Server, completion, cut, error, right, text_of, write_posts
+from server import (
+    HANG,
+    HTML,
+    REASONING,
+    Raw,
+    Server,
+    completion,
+    cut,
+    error,
+    right,
+    text_of,
+    write_posts,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,12 +51,26 @@ def no_keys(monkeypatch):
 
 def gen(posts, server, *options, out="cot.jsonl", wait=0.01):
     """gen_cot.py in this process: its exit code."""
-    arguments = [str(posts), "--out", str(posts.parent / out), "--model", "teacher", "--base-url", server.url]
-    return gen_cot.write_reasoning(gen_cot.settings([*arguments, *map(str, options)]), first_wait=wait)
+    arguments = [
+        str(posts),
+        "--out",
+        str(posts.parent / out),
+        "--model",
+        "teacher",
+        "--base-url",
+        server.url,
+    ]
+    return gen_cot.write_reasoning(
+        gen_cot.settings([*arguments, *map(str, options)]), first_wait=wait
+    )
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        if path.exists()
+        else []
+    )
 
 
 def ids(records):
@@ -70,7 +96,11 @@ def test_a_record_and_a_request(tmp_path):
     assert not (tmp_path / "cot.failed.jsonl").exists()
     by_post = {number(request): request for request, _, _ in server.log}
     assert {key: value for key, value in by_post[1].items() if key != "messages"} == {
-        "model": "teacher", "stream": False, "max_tokens": 1024, "temperature": 0.5}
+        "model": "teacher",
+        "stream": False,
+        "max_tokens": 1024,
+        "temperature": 0.5,
+    }
     image, text = by_post[1]["messages"][0]["content"]
     prompt = gen_cot.PROMPT.replace("{text}", before[1]["text"])
     assert text["text"] == prompt.replace("{keyphrases}", "wildflower hour 1; flowers")
@@ -94,8 +124,16 @@ def test_images_are_upright_small_ones_keep_their_size_and_metadata_is_not_sent(
 
 def test_what_posts_hold_is_data(tmp_path):
     """Braces, tags and halves of characters in a post reach the server as they stand, or not at all."""
-    (tmp_path / "posts.jsonl").write_text(json.dumps(
-        {"id": "a", "text": "{keyphrases} {text} <think> \ud83d \u2028", "image": None, "keyphrases": ["x {text}"]}))
+    (tmp_path / "posts.jsonl").write_text(
+        json.dumps(
+            {
+                "id": "a",
+                "text": "{keyphrases} {text} <think> \ud83d \u2028",
+                "image": None,
+                "keyphrases": ["x {text}"],
+            }
+        )
+    )
     with Server() as server:
         assert gen(tmp_path / "posts.jsonl", server) == 0
     text = text_of(server.log[0][0])
@@ -105,7 +143,9 @@ def test_what_posts_hold_is_data(tmp_path):
 
 def test_another_prompt(tmp_path):
     posts = write_posts(tmp_path, 1)
-    (tmp_path / "prompt.txt").write_text("Why {keyphrases}? {text}\nKeyphrases: {keyphrases}", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text(
+        "Why {keyphrases}? {text}\nKeyphrases: {keyphrases}", encoding="utf-8"
+    )
     (tmp_path / "wrong.txt").write_text("Why? {text}")
     with Server() as server:
         assert gen(posts, server, "--prompt-file", tmp_path / "prompt.txt") == 0
@@ -122,14 +162,29 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tmp_path, capsys):
         assert not gen(posts, server, "--dry-run", "--limit", 3)
         shown = capsys.readouterr().out
         assert not server.log and sorted(path.name for path in tmp_path.iterdir()) == [
-            "0.jpg", "1.jpg", "2.jpg", "3.jpg", "posts.jsonl"]
+            "0.jpg",
+            "1.jpg",
+            "2.jpg",
+            "3.jpg",
+            "posts.jsonl",
+        ]
         gen(posts, server, "--workers", 1)
-    first, request, count = shown.splitlines()[0], shown.partition("\n")[2].rpartition("}")[0], shown.splitlines()[-1]
+    first, request, count = (
+        shown.splitlines()[0],
+        shown.partition("\n")[2].rpartition("}")[0],
+        shown.splitlines()[-1],
+    )
     sent, headers, _ = server.log[0]
-    assert first == f"POST {server.url}/chat/completions" == f"POST http://{headers['Host']}{headers[':path']}"
+    assert (
+        first
+        == f"POST {server.url}/chat/completions"
+        == f"POST http://{headers['Host']}{headers[':path']}"
+    )
     assert json.loads(request + "}") == sent
     assert count.startswith("3 requests to come (0 posts done, 0 failed before)")
-    (tmp_path / "cot.jsonl").write_text("".join((tmp_path / "cot.jsonl").read_text().splitlines(keepends=True)[1:]))
+    (tmp_path / "cot.jsonl").write_text(
+        "".join((tmp_path / "cot.jsonl").read_text().splitlines(keepends=True)[1:])
+    )
     (tmp_path / "0.jpg").write_bytes(b"no image")
     with Server() as server:
         gen(posts, server, "--dry-run")
@@ -142,23 +197,40 @@ def test_a_dry_run_leaves_the_image_out(tmp_path, capsys):
     with Server() as server:
         gen(posts, server, "--dry-run")
     out = capsys.readouterr().out
-    assert re.search(r'"url": "data:image/jpeg;base64,… \(\d,\d{3} characters\)"', out) and len(out) < 3000
+    assert (
+        re.search(r'"url": "data:image/jpeg;base64,… \(\d,\d{3} characters\)"', out)
+        and len(out) < 3000
+    )
 
 
-@pytest.mark.parametrize("base_url, address", [
-    ("https://api.openai.com/v1", "https://api.openai.com/v1/chat/completions"),
-    ("http://localhost:8000", "http://localhost:8000/v1/chat/completions"),
-    ("http://localhost:8000/v1/", "http://localhost:8000/v1/chat/completions"),
-    ("https://a.example/api/v3", "https://a.example/api/v3/chat/completions"),
-    ("https://a.example/v1beta/openai/", "https://a.example/v1beta/openai/chat/completions"),
-    ("https://a.example/x/chat/completions?v=2", "https://a.example/x/chat/completions?v=2"),
-])
+@pytest.mark.parametrize(
+    "base_url, address",
+    [
+        ("https://api.openai.com/v1", "https://api.openai.com/v1/chat/completions"),
+        ("http://localhost:8000", "http://localhost:8000/v1/chat/completions"),
+        ("http://localhost:8000/v1/", "http://localhost:8000/v1/chat/completions"),
+        ("https://a.example/api/v3", "https://a.example/api/v3/chat/completions"),
+        ("https://a.example/v1beta/openai/", "https://a.example/v1beta/openai/chat/completions"),
+        ("https://a.example/x/chat/completions?v=2", "https://a.example/x/chat/completions?v=2"),
+    ],
+)
 def test_addresses(base_url, address):
     assert gen_cot.endpoint(base_url) == address
 
 
-@pytest.mark.parametrize("base_url", ["localhost:8000/v1", "htp://a/v1", "http://", "http://me:word@host/v1",
-                                      "http://host:port/v1", "http://host:99999/v1", "http://[::1/v1", "http://a b/v1"])
+@pytest.mark.parametrize(
+    "base_url",
+    [
+        "localhost:8000/v1",
+        "htp://a/v1",
+        "http://",
+        "http://me:word@host/v1",
+        "http://host:port/v1",
+        "http://host:99999/v1",
+        "http://[::1/v1",
+        "http://a b/v1",
+    ],
+)
 def test_addresses_that_are_none(base_url):
     with pytest.raises(UserError, match="--base-url") as told:
         gen_cot.endpoint(base_url)
@@ -175,20 +247,30 @@ def test_requests_and_replies_hold_against_openais_types(tmp_path):
     with Server() as server:
         assert gen(posts, server, "--temperature", 1) == 0
         ours = [request for request, _, _ in server.log]
-        ours.append(gen_cot.make_request("served", "as infer.py asks", tmp_path / "1.jpg", 784, 512, 0))
+        ours.append(
+            gen_cot.make_request("served", "as infer.py asks", tmp_path / "1.jpg", 784, 512, 0)
+        )
         path = server.log[0][1][":path"]
         client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
         types = TypeAdapter(CompletionCreateParamsNonStreaming)
         for request in ours:
             checked = types.validate_python(request)
-            checked["messages"] = list(checked["messages"])  # what is iterable is checked only when it is read
+            checked["messages"] = list(
+                checked["messages"]
+            )  # what is iterable is checked only when it is read
             for message in checked["messages"]:
                 message["content"] = list(message["content"])
-            assert checked == request and request.keys() <= CompletionCreateParamsNonStreaming.__annotations__.keys()
+            assert (
+                checked == request
+                and request.keys() <= CompletionCreateParamsNonStreaming.__annotations__.keys()
+            )
             reply = client.chat.completions.create(**request)
-            assert reply.choices[0].message.content == right(request) and reply.usage.completion_tokens == 20
+            assert (
+                reply.choices[0].message.content == right(request)
+                and reply.usage.completion_tokens == 20
+            )
             ChatCompletion.model_validate(completion(request, "a"), strict=True)
-        assert [request for request, _, _ in server.log[-len(ours):]] == ours
+        assert [request for request, _, _ in server.log[-len(ours) :]] == ours
         assert server.log[-1][1][":path"] == path
 
 
@@ -197,10 +279,20 @@ def test_requests_and_replies_hold_against_openais_types(tmp_path):
 
 def python(*arguments, cwd, **environment):
     """Start gen_cot.py as a process. It is to know Ctrl-C even where this one was told to ignore it."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("OPENAI_API_KEY", "HF_TOKEN")}
-    return subprocess.Popen([sys.executable, str(ROOT / "gen_cot.py"), *map(str, arguments)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=kept | environment,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OPENAI_API_KEY", "HF_TOKEN")
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "gen_cot.py"), *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=kept | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def test_the_machines_own_token_is_never_sent(tmp_path):
@@ -208,25 +300,54 @@ def test_the_machines_own_token_is_never_sent(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     for name in ("token", "stored_tokens"):
-        (home / name).write_text("hf_storedtoken" if name == "token" else "[me]\nhf_token = hf_storedtoken\n")
+        (home / name).write_text(
+            "hf_storedtoken" if name == "token" else "[me]\nhf_token = hf_storedtoken\n"
+        )
     with Server() as server:
-        process = python(posts, "--out", "a.jsonl", "--model", "m", "--base-url", server.url, cwd=tmp_path,
-                         HF_TOKEN="hf_environmenttoken", HF_HOME=str(home), OPENAI_API_KEY="")
+        process = python(
+            posts,
+            "--out",
+            "a.jsonl",
+            "--model",
+            "m",
+            "--base-url",
+            server.url,
+            cwd=tmp_path,
+            HF_TOKEN="hf_environmenttoken",
+            HF_HOME=str(home),
+            OPENAI_API_KEY="",
+        )
         _, told = process.communicate(timeout=60)
     assert process.returncode == 0, told
-    (request, headers, _), = server.log
+    ((request, headers, _),) = server.log
     assert headers["authorization"] == "Bearer none" and headers["user-agent"] == "dynamic-cot"
     assert "hf_" not in json.dumps([request, headers])
-    assert headers.keys() <= {"Host", "Accept", "Accept-Encoding", "Connection", "user-agent", "authorization",
-                              "content-type", "Content-Length", "Content-Type", ":path"}
+    assert headers.keys() <= {
+        "Host",
+        "Accept",
+        "Accept-Encoding",
+        "Connection",
+        "user-agent",
+        "authorization",
+        "content-type",
+        "Content-Length",
+        "Content-Type",
+        ":path",
+    }
 
 
 def test_a_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, capsys):
     """Not even where the server repeats it, in an error or in a reply."""
     posts, key = write_posts(tmp_path, 6), "sk-proj-0123456789"
     monkeypatch.setenv("OTHER_KEY", f" {key}\n")
-    replies = [error(500, f"at Bearer {key}"), error(400, f"bad {key}"), f"my key is {key}", Raw(500, f"no JSON {key}"),
-               {"error": {"message": f"no credit for {key}"}}, None]
+    replies = [
+        error(500, f"at Bearer {key}"),
+        error(400, f"bad {key}"),
+        f"my key is {key}",
+        Raw(500, f"no JSON {key}"),
+        {"error": {"message": f"no credit for {key}"}},
+        None,
+    ]
     with Server(lambda request, tries: replies[number(request)] or right(request)) as server:
         assert gen(posts, server, "--api-key-env", "OTHER_KEY", "--max-retries", 1) == 1
     assert {headers["authorization"] for _, headers, _ in server.log} == {f"Bearer {key}"}
@@ -236,22 +357,38 @@ def test_a_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, capsys):
     assert "401 Incorrect API key provided: ***; check the key in OTHER_KEY" in str(told.value)
     shown = capsys.readouterr()
     files = [path.read_text(encoding="utf-8") for path in tmp_path.glob("cot*")]
-    assert len(files) == 3 and not any(key in text for text in [shown.out, shown.err, str(told.value), *files])
+    assert len(files) == 3 and not any(
+        key in text for text in [shown.out, shown.err, str(told.value), *files]
+    )
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("OPENAI_API_KEY", None, "the environment variable OPENAI_API_KEY is not set"),
-    ("OTHER", None, "the environment variable OTHER is not set"),
-    ("OTHER", "sk-two words", "OTHER holds a space"),
-    ("OTHER", "sk-é", "OTHER holds a space"),
-    ("sk-0123-4567", None, "takes the name of an environment variable"),
-])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("OPENAI_API_KEY", None, "the environment variable OPENAI_API_KEY is not set"),
+        ("OTHER", None, "the environment variable OTHER is not set"),
+        ("OTHER", "sk-two words", "OTHER holds a space"),
+        ("OTHER", "sk-é", "OTHER holds a space"),
+        ("sk-0123-4567", None, "takes the name of an environment variable"),
+    ],
+)
 def test_keys_that_are_none(tmp_path, monkeypatch, name, value, message):
     if value:
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message) as told:
-        gen_cot.write_reasoning(gen_cot.settings([str(write_posts(tmp_path, 1)), "--out", str(tmp_path / "a.jsonl"),
-                                                  "--model", "m", "--api-key-env", name]))
+        gen_cot.write_reasoning(
+            gen_cot.settings(
+                [
+                    str(write_posts(tmp_path, 1)),
+                    "--out",
+                    str(tmp_path / "a.jsonl"),
+                    "--model",
+                    "m",
+                    "--api-key-env",
+                    name,
+                ]
+            )
+        )
     assert "sk-" not in str(told.value) and not (tmp_path / "a.jsonl").exists()
 
 
@@ -262,38 +399,67 @@ def written(cot, answer="wildflower hour; flowers"):
     return f"<think>{cot}</think><answer>{answer}</answer>"
 
 
-@pytest.mark.parametrize("text, reason", [
-    (written(REASONING), None),
-    (f"Sure!\n```\n<think>\n {REASONING}\n</think>\n\n<answer>\n- Flower\n- Wildflower Hours\n</answer>\n```", None),
-    (written(REASONING, "flowers; wildflower  hour"), None),
-    (written(REASONING, "wildflower hour"), "other keyphrases: wildflower hour"),
-    (written(REASONING, "wildflower hour; flowers; grass"), "other keyphrases: wildflower hour; flowers; grass"),
-    (written(REASONING, ""), "other keyphrases: "),
-    ("wildflower hour; flowers", "tag missing: <think>"),
-    (f"{REASONING}</think><answer>wildflower hour; flowers</answer>", "tag missing: <think>"),
-    (f"<think>{REASONING}</think>wildflower hour; flowers", "tag missing: <answer>"),
-    (f"<think>{REASONING}<answer>wildflower hour; flowers</answer>", "tag missing: </think>"),
-    (written(REASONING + " <think>"), "tag misplaced: <think><think></think><answer></answer>"),
-    (written(f"{REASONING}</think>"), "tag misplaced: <think></think></think><answer></answer>"),
-    (f"<answer>wildflower hour; flowers</answer><think>{REASONING}</think>",
-     "tag misplaced: <answer></answer><think></think>"),
-    (written("It is a flower."), "too short: 4 words"),
-    (written("花" * 9), "too short: 9 words"),
-    (written("花" * 10), None),
-    (written("word " * 250), None),
-    (written("word " * 251), "too long: 251 words"),
-    (written(REASONING + " This fits the given keyphrases."), "gives away: given keyphrases"),
-    (written(REASONING + " This fits the  Given\nHash-tags."), "gives away: given hash tags"),
-    (written(REASONING + " So says the ground-truth."), "gives away: ground truth"),
-    (written(REASONING + " These keywords were provided."), "gives away: keywords were provided"),
-    (written(REASONING + " It is the author’s keyphrase."), "gives away: author's keyphrase"),
-    (written(REASONING * 2 + "因此符合给定的关键词。"), "gives away: 给定的关键词"),
-    (written("I was given a flower and a hashtag is seen on the ground, in truth a well known one."), None),
-    (written("The author chose a blue flower and the hashtag given in the text is the expected one."), None),
-])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (written(REASONING), None),
+        (
+            f"Sure!\n```\n<think>\n {REASONING}\n</think>\n\n<answer>\n- Flower\n- Wildflower Hours\n</answer>\n```",
+            None,
+        ),
+        (written(REASONING, "flowers; wildflower  hour"), None),
+        (written(REASONING, "wildflower hour"), "other keyphrases: wildflower hour"),
+        (
+            written(REASONING, "wildflower hour; flowers; grass"),
+            "other keyphrases: wildflower hour; flowers; grass",
+        ),
+        (written(REASONING, ""), "other keyphrases: "),
+        ("wildflower hour; flowers", "tag missing: <think>"),
+        (f"{REASONING}</think><answer>wildflower hour; flowers</answer>", "tag missing: <think>"),
+        (f"<think>{REASONING}</think>wildflower hour; flowers", "tag missing: <answer>"),
+        (f"<think>{REASONING}<answer>wildflower hour; flowers</answer>", "tag missing: </think>"),
+        (written(REASONING + " <think>"), "tag misplaced: <think><think></think><answer></answer>"),
+        (
+            written(f"{REASONING}</think>"),
+            "tag misplaced: <think></think></think><answer></answer>",
+        ),
+        (
+            f"<answer>wildflower hour; flowers</answer><think>{REASONING}</think>",
+            "tag misplaced: <answer></answer><think></think>",
+        ),
+        (written("It is a flower."), "too short: 4 words"),
+        (written("花" * 9), "too short: 9 words"),
+        (written("花" * 10), None),
+        (written("word " * 250), None),
+        (written("word " * 251), "too long: 251 words"),
+        (written(REASONING + " This fits the given keyphrases."), "gives away: given keyphrases"),
+        (written(REASONING + " This fits the  Given\nHash-tags."), "gives away: given hash tags"),
+        (written(REASONING + " So says the ground-truth."), "gives away: ground truth"),
+        (
+            written(REASONING + " These keywords were provided."),
+            "gives away: keywords were provided",
+        ),
+        (written(REASONING + " It is the author’s keyphrase."), "gives away: author's keyphrase"),
+        (written(REASONING * 2 + "因此符合给定的关键词。"), "gives away: 给定的关键词"),
+        (
+            written(
+                "I was given a flower and a hashtag is seen on the ground, in truth a well known one."
+            ),
+            None,
+        ),
+        (
+            written(
+                "The author chose a blue flower and the hashtag given in the text is the expected one."
+            ),
+            None,
+        ),
+    ],
+)
 def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
     def judge():
-        return gen_cot.accepted(gen_cot.Reply(text, "stop", 9), ["wildflower hour", "flowers"], 10, 250)
+        return gen_cot.accepted(
+            gen_cot.Reply(text, "stop", 9), ["wildflower hour", "flowers"], 10, 250
+        )
 
     if reason is None:
         cot = judge()
@@ -304,13 +470,26 @@ def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
         assert str(failed.value) == reason and failed.value.reply == text
 
 
-@pytest.mark.parametrize("keyphrases, answer", [
-    (["red, white"], "red, white"), (["red, white", "blue"], "red, white; blue"), (["U.S."], "U.S."), (["#tag"], "tag"),
-    (["running shoes"], "run shoe"), (["野花 时间"], "野花时间"), (['"quoted"'], "quoted"),
-    (["2. bundesliga"], "2. bundesliga"), (["café"], "cafe\u0301"), (["a", "a"], "a"),
-])
+@pytest.mark.parametrize(
+    "keyphrases, answer",
+    [
+        (["red, white"], "red, white"),
+        (["red, white", "blue"], "red, white; blue"),
+        (["U.S."], "U.S."),
+        (["#tag"], "tag"),
+        (["running shoes"], "run shoe"),
+        (["野花 时间"], "野花时间"),
+        (['"quoted"'], "quoted"),
+        (["2. bundesliga"], "2. bundesliga"),
+        (["café"], "cafe\u0301"),
+        (["a", "a"], "a"),
+    ],
+)
 def test_keyphrases_are_compared_as_the_parser_of_answers_reads_them(keyphrases, answer):
-    assert gen_cot.accepted(gen_cot.Reply(written(REASONING, answer), "stop", 9), keyphrases, 1, 99) == REASONING
+    assert (
+        gen_cot.accepted(gen_cot.Reply(written(REASONING, answer), "stop", 9), keyphrases, 1, 99)
+        == REASONING
+    )
 
 
 def test_a_reply_that_cant_be_taken_is_asked_for_again(tmp_path):
@@ -320,7 +499,11 @@ def test_a_reply_that_cant_be_taken_is_asked_for_again(tmp_path):
         if number(request) == 1:
             return "no tags at all, only fl\u00f6wers"
         if number(request) == 2 and tries == 2:
-            return error(400, "Your prompt was flagged by our content management policy", code="content_filter")
+            return error(
+                400,
+                "Your prompt was flagged by our content management policy",
+                code="content_filter",
+            )
         if number(request) == 2 or tries < 2:
             return completion(request, right(request), finish="length")
         return right(request)
@@ -330,8 +513,11 @@ def test_a_reply_that_cant_be_taken_is_asked_for_again(tmp_path):
     assert Counter(server.asked()) == {"post-0": 3, "post-1": 3, "post-2": 3}
     assert ids(lines(tmp_path / "cot.jsonl")) == ["post-0"]
     first, second = lines(tmp_path / "cot.failed.jsonl")
-    assert first == lines(posts)[1] | {"teacher": "teacher", "reason": "tag missing: <think>",
-                                       "reply": "no tags at all, only flöwers"}
+    assert first == lines(posts)[1] | {
+        "teacher": "teacher",
+        "reason": "tag missing: <think>",
+        "reply": "no tags at all, only flöwers",
+    }
     assert second["reason"].startswith("content filter: 400") and "<think>" in second["reply"]
 
 
@@ -340,9 +526,12 @@ def test_replies_of_servers_that_split_off_the_reasoning(tmp_path):
 
     def reply(request, tries):
         answer, think = right(request).partition("</think>")[2], f"\n{REASONING}\n"
-        return [completion(request, answer, reasoning_content=think), completion(request, answer, reasoning=think),
-                completion(request, right(request), reasoning_content="thoughts of its own"),
-                completion(request, [{"type": "text", "text": right(request)}])][number(request)]
+        return [
+            completion(request, answer, reasoning_content=think),
+            completion(request, answer, reasoning=think),
+            completion(request, right(request), reasoning_content="thoughts of its own"),
+            completion(request, [{"type": "text", "text": right(request)}]),
+        ][number(request)]
 
     with Server(reply) as server:
         assert gen(posts, server) == 0
@@ -353,13 +542,22 @@ def test_replies_of_servers_that_split_off_the_reasoning(tmp_path):
 
 FAULTS = {  # a name, what the server does, and the reason that a post which always meets it ends with
     "429": (lambda request: error(429, "slow down"), "rate limit: 429 slow down"),
-    "429 with Retry-After": (lambda request: error(429, "slow", {"Retry-After": "1"}), "rate limit: 429 slow"),
+    "429 with Retry-After": (
+        lambda request: error(429, "slow", {"Retry-After": "1"}),
+        "rate limit: 429 slow",
+    ),
     "500": (lambda request: error(500, "oh no"), "server error: 500 oh no"),
     "cut": (cut, "connection lost: "),
     "hang": (lambda request: HANG, "time-out: no reply in 3 s"),
     "HTML": (lambda request: HTML, "malformed reply: not the JSON of a chat completion"),
-    "wrong": (lambda request: written(REASONING, "something else"), "other keyphrases: something else"),
-    "long": (lambda request: written("word " * 300, right(request).split("answer>")[1][:-2]), "too long: 300 words"),
+    "wrong": (
+        lambda request: written(REASONING, "something else"),
+        "other keyphrases: something else",
+    ),
+    "long": (
+        lambda request: written("word " * 300, right(request).split("answer>")[1][:-2]),
+        "too long: 300 words",
+    ),
     "filter": (lambda request: error(400, "content_filter"), "content filter: 400 content_filter"),
     "bad": (lambda request: error(400, "image too odd"), "refused: 400 image too odd"),
 }
@@ -372,8 +570,15 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     for index in (50, 150, 250):
         records[index + 1]["image"] = "lost.jpg"
     posts.write_text("".join(data.to_line(record) for record in records), encoding="utf-8")
-    lasting = dict(zip(draw.sample([i for i in range(500) if records[i]["image"] != "lost.jpg"], len(FAULTS)), FAULTS))
-    passing = [[draw.choice(PASSING) if draw.random() < 0.25 else None for _ in range(16)] for _ in records]
+    lasting = dict(
+        zip(
+            draw.sample([i for i in range(500) if records[i]["image"] != "lost.jpg"], len(FAULTS)),
+            FAULTS,
+        )
+    )
+    passing = [
+        [draw.choice(PASSING) if draw.random() < 0.25 else None for _ in range(16)] for _ in records
+    ]
     faulty = []
 
     def fault(index, tries):
@@ -401,10 +606,18 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
         assert gen(posts, server, "--timeout", 3, "--max-retries", 2) == 1
     assert 0.22 < sum(faulty) / len(faulty) < 0.33 and len(faulty) == len(server.log)
     good, failed = lines(tmp_path / "cot.jsonl"), lines(tmp_path / "cot.failed.jsonl")
-    fates = [(0, "lost") if record["image"] == "lost.jpg" else fate(index) for index, record in enumerate(records)]
-    assert good == [record | {"cot": REASONING, "teacher": "teacher"}
-                    for index, record in enumerate(records) if fates[index][1] is None]
-    assert len(good) > 470 and ids(failed) == [record["id"] for i, record in enumerate(records) if fates[i][1]]
+    fates = [
+        (0, "lost") if record["image"] == "lost.jpg" else fate(index)
+        for index, record in enumerate(records)
+    ]
+    assert good == [
+        record | {"cot": REASONING, "teacher": "teacher"}
+        for index, record in enumerate(records)
+        if fates[index][1] is None
+    ]
+    assert len(good) > 470 and ids(failed) == [
+        record["id"] for i, record in enumerate(records) if fates[i][1]
+    ]
     for record in failed:
         index = int(record["id"].removeprefix("post-"))
         name = fates[index][1]
@@ -421,14 +634,20 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     assert f"{len(failed)} posts failed: " in told and f"{len(server.log)} requests" in told
     assert re.search(r"\d+ done, \d+ failed, \d+\.\d requests/s, [\d,]+ tokens", told)
     kinds = Counter(record["reason"].partition(":")[0] for record in failed)
-    assert kinds["unreadable image"] == 3 and all(f" {count} {kind}" in told for kind, count in kinds.items())
+    assert kinds["unreadable image"] == 3 and all(
+        f" {count} {kind}" in told for kind, count in kinds.items()
+    )
 
 
 def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
     posts, now = write_posts(tmp_path, 2), time.time()
     assert gen_cot.retry_after({}) is None and gen_cot.retry_after({"retry-after": "soon"}) is None
     assert gen_cot.retry_after({"retry-after": "2.5"}) == 2.5
-    assert 28 < gen_cot.retry_after({"retry-after": email.utils.formatdate(now + 30, usegmt=True)}) <= 30
+    assert (
+        28
+        < gen_cot.retry_after({"retry-after": email.utils.formatdate(now + 30, usegmt=True)})
+        <= 30
+    )
     assert gen_cot.retry_after({"retry-after": email.utils.formatdate(now - 30, usegmt=True)}) == 0
 
     def reply(request, tries):
@@ -442,37 +661,74 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
         assert least <= second - first < 60
 
 
-@pytest.mark.parametrize("answer, told", [
-    (error(401, "Incorrect API key"), r"/v1/chat/completions: 401 Incorrect API key; it wants a key: put it in"),
-    (error(403, "no access"), "403 no access; this key may not use the model teacher"),
-    (error(404, "No such model"), "404 No such model; check --base-url, and whether it has a model teacher"),
-    (error(429, "Quota exceeded", code="insufficient_quota"), "429 Quota exceeded; its account needs credit"),
-    (Raw(404, "<html>nothing here</html>", kind="text/html"), "404 ?; check --base-url"),
-    (Raw(307, "", {"Location": "https://elsewhere.example/v1"}), "307 ?; it has moved to https://elsewhere.example/v1"),
-    (Raw(403, ["a list"]), r'403 \["a list"\]; this key'),
-], ids=["401", "403", "404", "quota", "page", "moved", "list"])
+@pytest.mark.parametrize(
+    "answer, told",
+    [
+        (
+            error(401, "Incorrect API key"),
+            r"/v1/chat/completions: 401 Incorrect API key; it wants a key: put it in",
+        ),
+        (error(403, "no access"), "403 no access; this key may not use the model teacher"),
+        (
+            error(404, "No such model"),
+            "404 No such model; check --base-url, and whether it has a model teacher",
+        ),
+        (
+            error(429, "Quota exceeded", code="insufficient_quota"),
+            "429 Quota exceeded; its account needs credit",
+        ),
+        (Raw(404, "<html>nothing here</html>", kind="text/html"), "404 ?; check --base-url"),
+        (
+            Raw(307, "", {"Location": "https://elsewhere.example/v1"}),
+            "307 ?; it has moved to https://elsewhere.example/v1",
+        ),
+        (Raw(403, ["a list"]), r'403 \["a list"\]; this key'),
+    ],
+    ids=["401", "403", "404", "quota", "page", "moved", "list"],
+)
 def test_what_no_post_can_pass_stops_the_run_at_once_in_one_line(tmp_path, answer, told):
     posts = write_posts(tmp_path, 300)
-    with Server(lambda request, tries: answer if len(server.log) > 20 else right(request)) as server:
+    with Server(
+        lambda request, tries: answer if len(server.log) > 20 else right(request)
+    ) as server:
         with pytest.raises(UserError, match=told) as stopped:
             gen(posts, server, "--workers", 4)
     assert len(server.log) < 30 and "\n" not in str(stopped.value)
-    assert 16 <= len(lines(tmp_path / "cot.jsonl")) <= 20 and not lines(tmp_path / "cot.failed.jsonl")
+    assert 16 <= len(lines(tmp_path / "cot.jsonl")) <= 20 and not lines(
+        tmp_path / "cot.failed.jsonl"
+    )
 
 
-@pytest.mark.parametrize("answer", [error(500, "broken"), error(422, "no such field: max_tokens"),
-                                    Raw(200, "null"), Raw(200, "[]"), Raw(200, '{"choices": [{"message": 5}]}'), Raw(200, b"\xff\xfe".decode("latin-1")),
-                                    Raw(200, {"choices": [], "usage": 7}), Raw(500, "[1]"), Raw(200, "[" * 100_000)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        error(500, "broken"),
+        error(422, "no such field: max_tokens"),
+        Raw(200, "null"),
+        Raw(200, "[]"),
+        Raw(200, '{"choices": [{"message": 5}]}'),
+        Raw(200, b"\xff\xfe".decode("latin-1")),
+        Raw(200, {"choices": [], "usage": 7}),
+        Raw(500, "[1]"),
+        Raw(200, "[" * 100_000),
+    ],
+)
 def test_a_server_that_answers_no_post_stops_the_run(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(gen_cot, "GIVE_UP_AFTER", 10)
     posts = write_posts(tmp_path, 100)
     with Server(lambda *_: answer) as server:
-        with pytest.raises(UserError, match="no reply for 1[0-3] posts in a row, the last: (server|refused|malformed)"):
+        with pytest.raises(
+            UserError,
+            match="no reply for 1[0-3] posts in a row, the last: (server|refused|malformed)",
+        ):
             gen(posts, server, "--workers", 4, "--max-retries", 1)
     assert 9 <= len(lines(tmp_path / "cot.failed.jsonl")) < 20
     with Server() as server:
         assert gen(posts, server, "--retry-failed") == 0
-    assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts)) and not (tmp_path / "cot.failed.jsonl").exists()
+    assert (
+        ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
+        and not (tmp_path / "cot.failed.jsonl").exists()
+    )
 
 
 def test_no_server(tmp_path):
@@ -501,7 +757,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
     out = tmp_path / "cot.jsonl"
     with Server(reply) as server:
         process = python(*arguments, "--base-url", server.url, cwd=tmp_path)
-        while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < moment):
+        while process.poll() is None and (
+            not out.exists() or out.read_bytes().count(b"\n") < moment
+        ):
             time.sleep(0.002)
         process.kill()
         process.communicate()
@@ -524,7 +782,9 @@ def test_a_torn_line_is_gone_before_anything_is_added(tmp_path):
         for file in ("cot.jsonl", "cot.failed.jsonl"):
             with open(tmp_path / file, "ab") as out:
                 out.write(b'{"id": "post-1')
-    with Server(lambda request, tries: right(request) if len(server.log) < 4 else error(401, "no")) as server:
+    with Server(
+        lambda request, tries: right(request) if len(server.log) < 4 else error(401, "no")
+    ) as server:
         with pytest.raises(UserError, match="401"):
             gen(posts, server, "--workers", 1)
     with Server() as server:
@@ -539,13 +799,20 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("answer, times", [
-    (lambda request: error(429, "later", {"Retry-After": "300"}), 1), (lambda request: HANG, 2),
-], ids=["once while all wait", "twice while all hang"])
+@pytest.mark.parametrize(
+    "answer, times",
+    [
+        (lambda request: error(429, "later", {"Retry-After": "300"}), 1),
+        (lambda request: HANG, 2),
+    ],
+    ids=["once while all wait", "twice while all hang"],
+)
 def test_ctrl_c_ends_the_process(tmp_path, answer, times):
     posts = write_posts(tmp_path, 50)
     arguments = [posts, "--out", "cot.jsonl", "--model", "m", "--workers", 8]
-    with Server(lambda request, tries: right(request) if number(request) < 5 else answer(request)) as server:
+    with Server(
+        lambda request, tries: right(request) if number(request) < 5 else answer(request)
+    ) as server:
         process = python(*arguments, "--base-url", server.url, cwd=tmp_path)
         wait_for(lambda: len(server.log) >= 5 + 8 and len(lines(tmp_path / "cot.jsonl")) == 5)
         for _ in range(times):
@@ -561,9 +828,13 @@ def test_ctrl_c_ends_the_process(tmp_path, answer, times):
 
 
 @pytest.mark.parametrize("grace, times", [(1, 1), (200, 2)])
-def test_what_hangs_is_waited_for_seconds_and_not_after_a_second_ctrl_c(tmp_path, monkeypatch, grace, times):
+def test_what_hangs_is_waited_for_seconds_and_not_after_a_second_ctrl_c(
+    tmp_path, monkeypatch, grace, times
+):
     monkeypatch.setattr(gen_cot, "GRACE", grace)
-    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)  # even where Ctrl-C is ignored
+    monkeypatch.setattr(
+        signal, "getsignal", lambda _: signal.default_int_handler
+    )  # even where Ctrl-C is ignored
     posts = write_posts(tmp_path, 20)
 
     def interrupt():
@@ -606,25 +877,34 @@ def test_replies_under_way_at_ctrl_c_are_kept(tmp_path):
         wait_for(lambda: len(server.log) >= 8)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
-    assert process.returncode == 130 and sorted(ids(lines(tmp_path / "cot.jsonl"))) == sorted(server.asked())
+    assert process.returncode == 130 and sorted(ids(lines(tmp_path / "cot.jsonl"))) == sorted(
+        server.asked()
+    )
 
 
 def test_failed_posts_are_asked_again_only_when_told_to(tmp_path, capsys):
     posts = write_posts(tmp_path, 10)
-    with Server(lambda request, tries: "no" if number(request) in (3, 7, 8) else right(request)) as server:
+    with Server(
+        lambda request, tries: "no" if number(request) in (3, 7, 8) else right(request)
+    ) as server:
         assert gen(posts, server, "--max-retries", 0) == 1
         assert gen(posts, server) == 1 and len(server.log) == 10
     assert "3 posts failed: 3 tag missing" in capsys.readouterr().err
-    with Server(lambda request, tries: "still no" if number(request) == 7 else right(request)) as server:
+    with Server(
+        lambda request, tries: "still no" if number(request) == 7 else right(request)
+    ) as server:
         assert gen(posts, server, "--retry-failed", "--max-retries", 0) == 1
     assert sorted(server.asked()) == ["post-3", "post-7", "post-8"]
-    failed, = lines(tmp_path / "cot.failed.jsonl")
+    (failed,) = lines(tmp_path / "cot.failed.jsonl")
     assert failed["id"] == "post-7" and failed["reply"] == "still no"
     assert len(lines(tmp_path / "cot.jsonl")) == 9
     with Server() as server:
         assert gen(posts, server, "--retry-failed") == 0 and server.asked() == ["post-7"]
         assert gen(posts, server, "--retry-failed") == 0 and len(server.log) == 1
-    assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts)) and not (tmp_path / "cot.failed.jsonl").exists()
+    assert (
+        ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
+        and not (tmp_path / "cot.failed.jsonl").exists()
+    )
 
 
 def test_a_limit_that_grows(tmp_path):
@@ -632,7 +912,10 @@ def test_a_limit_that_grows(tmp_path):
     with Server() as server:
         assert gen(posts, server, "--limit", 5) == 0 and len(lines(tmp_path / "cot.jsonl")) == 5
         assert gen(posts, server, "--limit", 9) == 0 and gen(posts, server, "--limit", 2) == 0
-    assert server.asked() and sorted(server.asked()) == ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))[:9]
+    assert (
+        server.asked()
+        and sorted(server.asked()) == ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))[:9]
+    )
 
 
 def test_teachers_and_prompts_are_not_mixed_unless_told_to(tmp_path):
@@ -664,7 +947,9 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
         changed = lines(posts)
         changed[2]["keyphrases"] = ["else"]
         posts.write_text("".join(map(data.to_line, changed)), encoding="utf-8")
-        with pytest.raises(UserError, match=r"cot.jsonl line 3 \(id post-2\): .*posts.jsonl has no such post"):
+        with pytest.raises(
+            UserError, match=r"cot.jsonl line 3 \(id post-2\): .*posts.jsonl has no such post"
+        ):
             gen(posts, server)
         write_posts(tmp_path, 4, start=2)
         with pytest.raises(UserError, match=r"cot.jsonl line 1 \(id post-0\)"):
@@ -680,14 +965,18 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
         (tmp_path / "cot.jsonl").write_bytes(before.replace(b"}\n{", b"}\n{{", 1))
         with pytest.raises(UserError, match="line 2: not a line of JSON"):
             gen(posts, server)
-        (tmp_path / "cot.jsonl").write_bytes(before[:-1])  # an editor that leaves out the last line's end
+        (tmp_path / "cot.jsonl").write_bytes(
+            before[:-1]
+        )  # an editor that leaves out the last line's end
         assert gen(posts, server) == 0 and (tmp_path / "cot.jsonl").read_bytes() == before
         assert len(server.log) == 4
 
 
 def test_posts_with_reasoning_of_their_own_get_the_teachers(tmp_path, capsys):
     posts = write_posts(tmp_path, 2)
-    posts.write_text("".join(data.to_line(record | {"cot": "mine"}) for record in lines(posts)), encoding="utf-8")
+    posts.write_text(
+        "".join(data.to_line(record | {"cot": "mine"}) for record in lines(posts)), encoding="utf-8"
+    )
     with Server() as server:
         assert gen(posts, server) == 0
     assert {record["cot"] for record in lines(tmp_path / "cot.jsonl")} == {REASONING}
@@ -721,7 +1010,10 @@ def test_two_runs_do_not_share_an_out(tmp_path):
         over.set()
         first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 1) and len(server.log) == 3
-    assert told.startswith("error: cot.jsonl: another run is writing to it") and len(told.splitlines()) == 1
+    assert (
+        told.startswith("error: cot.jsonl: another run is writing to it")
+        and len(told.splitlines()) == 1
+    )
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path):
@@ -736,7 +1028,9 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path):
                 gen(posts, server)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    kept = [json.loads(line)["id"] for line in (tmp_path / "cot.jsonl").read_bytes().split(b"\n")[:-1]]
+    kept = [
+        json.loads(line)["id"] for line in (tmp_path / "cot.jsonl").read_bytes().split(b"\n")[:-1]
+    ]
     with Server() as server:
         assert 5 < len(kept) < 40 and gen(posts, server) == 0
     assert sorted(server.asked() + kept) == sorted(ids(lines(posts)))

@@ -28,8 +28,24 @@ def toy(world):
 def thinker(world, tmp_path_factory):
     """A toy trained just long enough to write tags."""
     out = tmp_path_factory.mktemp("thinker") / "run"
-    train_alone("--train", world / "train.jsonl", "--model", world / "toy", "--out", out, "--mode", "cot", "--epochs", 8,
-                "--batch-size", 8, "--lr", 3e-3, "--workers", 0)
+    train_alone(
+        "--train",
+        world / "train.jsonl",
+        "--model",
+        world / "toy",
+        "--out",
+        out,
+        "--mode",
+        "cot",
+        "--epochs",
+        8,
+        "--batch-size",
+        8,
+        "--lr",
+        3e-3,
+        "--workers",
+        0,
+    )
     return out
 
 
@@ -43,8 +59,13 @@ def test_batched_generation_equals_transformers_own_on_each_post_alone(toy):
     together = generate(vlm, encoder, batch_of(encoder, posts, range(8)), max_new_tokens=12)
     for index, (text, tokens, ended) in enumerate(together):
         prompt = batch_of(encoder, posts, [index]).prompt
-        own = vlm.generate(**prompt, do_sample=False, max_new_tokens=12, eos_token_id=encoder.end_of_turn,
-                           pad_token_id=encoder.pad)[0, prompt["input_ids"].shape[1]:].tolist()
+        own = vlm.generate(
+            **prompt,
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=encoder.end_of_turn,
+            pad_token_id=encoder.pad,
+        )[0, prompt["input_ids"].shape[1] :].tolist()
         assert ended == (encoder.end_of_turn in own) and tokens == len(own)
         own = own[:-1] if ended else own
         assert text == encoder.tokenizer.decode(own, skip_special_tokens=True)
@@ -59,7 +80,9 @@ def test_penalties_of_the_models_folder_are_not_inherited(toy):
         assert generate(vlm, encoder, batch, max_new_tokens=12) == before
         assert vlm.generation_config.repetition_penalty == 3.0
     finally:
-        vlm.generation_config.update(do_sample=False, temperature=None, repetition_penalty=None, top_k=None)
+        vlm.generation_config.update(
+            do_sample=False, temperature=None, repetition_penalty=None, top_k=None
+        )
 
 
 def test_generation_after_a_training_step_and_the_reverse(thinker, world):
@@ -83,13 +106,21 @@ def test_think_always_and_never(thinker, world):
     auto = generate(vlm, encoder, batch)
     assert all(text.startswith("<think>") for text, _, _ in auto)
     assert generate(vlm, encoder, batch, think="always") == auto
-    assert not any(text.startswith("<think>") for text, _, _ in generate(vlm, encoder, batch, think="never"))
+    assert not any(
+        text.startswith("<think>") for text, _, _ in generate(vlm, encoder, batch, think="never")
+    )
     assert generate(vlm, encoder, batch, max_new_tokens=3) == [
-        (text, 3, False) for text, _, _ in generate(vlm, encoder, batch, max_new_tokens=3)]
+        (text, 3, False) for text, _, _ in generate(vlm, encoder, batch, max_new_tokens=3)
+    ]
 
 
 def run(*arguments, cwd):
-    return subprocess.run([sys.executable, str(ROOT / "infer.py"), *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
 
 
 def test_one_post(thinker, world, tmp_path):
@@ -106,11 +137,17 @@ def test_one_post(thinker, world, tmp_path):
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path):
     failed = run("none", "hello", cwd=tmp_path)
-    assert failed.returncode == 1 and "python train.py" in failed.stderr and len(failed.stderr.splitlines()) == 1
+    assert (
+        failed.returncode == 1
+        and "python train.py" in failed.stderr
+        and len(failed.stderr.splitlines()) == 1
+    )
 
 
 def infer_file(*arguments):
-    return infer.infer_file(infer.settings(list(map(str, arguments)) + ["--workers", "0", "--max-new-tokens", "8"]))
+    return infer.infer_file(
+        infer.settings(list(map(str, arguments)) + ["--workers", "0", "--max-new-tokens", "8"])
+    )
 
 
 def lines(path):
@@ -183,16 +220,24 @@ def broken(world, folder, change):
     return str(folder)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "weights can't be loaded"),
-    (lambda f: (f / "config.json").unlink(), "no model here"),
-    (lambda f: (f / "config.json").write_text("{"), "not JSON"),
-    (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "qwen2_5_vl"),
-    (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
-    (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config"),
-    (lambda f: (f / "prompt.txt").write_text("no place"), "{text}"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:5000]
+            ),
+            "weights can't be loaded",
+        ),
+        (lambda f: (f / "config.json").unlink(), "no model here"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "qwen2_5_vl"),
+        (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
+        (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config"),
+        (lambda f: (f / "prompt.txt").write_text("no place"), "{text}"),
+    ],
+)
 def test_a_broken_model_folder_is_told_in_one_line(world, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         load(broken(world, tmp_path / "broken", change))

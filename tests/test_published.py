@@ -25,7 +25,12 @@ from model import FAMILIES, generate, load
 from tiny import train_alone
 
 ROOT = Path(__file__).parent.parent
-TEXTS = ["hello there", "the foxes play, and the post names them <tool_call>", "日本 😀 <|im_end|>", "a"]
+TEXTS = [
+    "hello there",
+    "the foxes play, and the post names them <tool_call>",
+    "日本 😀 <|im_end|>",
+    "a",
+]
 SIZES = [(112, 84), None, (150, 301), (448, 64)]
 
 
@@ -56,16 +61,28 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def posts(pictures):
     path = pictures[0].parent / "posts.jsonl"
-    records = [{"id": str(number), "text": text, "image": picture and picture.name,
-                "keyphrases": ["the foxes", f"post {number}"], "cot": "hello there the post names the foxes"}
-               for number, (text, picture) in enumerate(zip(TEXTS, pictures))]
+    records = [
+        {
+            "id": str(number),
+            "text": text,
+            "image": picture and picture.name,
+            "keyphrases": ["the foxes", f"post {number}"],
+            "cot": "hello there the post names the foxes",
+        }
+        for number, (text, picture) in enumerate(zip(TEXTS, pictures))
+    ]
     path.write_text("".join(map(data.to_line, records)), encoding="utf-8")
     return path
 
 
 def batch_of(encoder, pictures, numbers):
-    return data.collate([encoder.encode({"id": str(n), "text": TEXTS[n]}, pictures[n], with_answers=False)
-                         for n in numbers], encoder)
+    return data.collate(
+        [
+            encoder.encode({"id": str(n), "text": TEXTS[n]}, pictures[n], with_answers=False)
+            for n in numbers
+        ],
+        encoder,
+    )
 
 
 def logits(model, batch):
@@ -74,7 +91,9 @@ def logits(model, batch):
 
 
 def in_transformers(folder):
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
 
 
 def headers(folder):
@@ -83,7 +102,9 @@ def headers(folder):
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            found |= {name: (weight.get_shape(), weight.get_dtype()) for name, weight in slices.items()}
+            found |= {
+                name: (weight.get_shape(), weight.get_dtype()) for name, weight in slices.items()
+            }
     return found
 
 
@@ -97,7 +118,9 @@ def test_it_loads_as_what_was_written_here_and_in_transformers(source, loaded, p
     assert torch.equal(logits(in_transformers(folder), batch), expected)
 
 
-def test_image_preparation_is_transformers_own_with_the_folders_numbers(source, loaded, pictures, tmp_path):
+def test_image_preparation_is_transformers_own_with_the_folders_numbers(
+    source, loaded, pictures, tmp_path
+):
     folder, _ = source
     _, encoder = loaded
     own = transformers.AutoImageProcessor.from_pretrained(folder)
@@ -127,8 +150,11 @@ def test_max_pixels_bounds_as_transformers_does(source, pictures):
     own = transformers.AutoImageProcessor.from_pretrained(source[0])
     ours = encoder.encode({"id": "a", "text": "x"}, pictures[2], with_answers=False).image
     smallest = min(own.size["shortest_edge"], 100 * 100)
-    theirs = own(images=[Image.open(pictures[2])], size={"shortest_edge": smallest, "longest_edge": 100 * 100},
-                 return_tensors="pt")
+    theirs = own(
+        images=[Image.open(pictures[2])],
+        size={"shortest_edge": smallest, "longest_edge": 100 * 100},
+        return_tensors="pt",
+    )
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
     assert 25 < len(ours["pixel_values"]) <= 100 * 100 // own.patch_size**2
 
@@ -138,7 +164,9 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, lo
     _, encoder = loaded
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     from_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for text, picture in zip(["hello there", "the <tool_call> foxes", " 日本 😀\n\n1984 ", "a"], pictures):
+    for text, picture in zip(
+        ["hello there", "the <tool_call> foxes", " 日本 😀\n\n1984 ", "a"], pictures
+    ):
         sample = encoder.encode({"id": "a", "text": text}, picture, with_answers=False)
         content = [{"type": "image"}] if picture else []
         content.append({"type": "text", "text": data.PROMPT.replace("{text}", text.strip())})
@@ -150,7 +178,7 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, lo
         if picture:
             place = ids.index(encoder.image_token_id)
             count = int(sample.image["image_grid_thw"].prod()) // 4
-            ids = ids[:place] + [encoder.image_token_id] * count + ids[place + 1:]
+            ids = ids[:place] + [encoder.image_token_id] * count + ids[place + 1 :]
         assert sample.prompt == ids
 
 
@@ -161,10 +189,14 @@ def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pict
     model, encoder = loaded
     theirs = in_transformers(folder)
     plain = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=40)
-    together = generate(model, encoder, batch_of(encoder, pictures, range(4)), think, max_new_tokens=40)
+    together = generate(
+        model, encoder, batch_of(encoder, pictures, range(4)), think, max_new_tokens=40
+    )
     penalised = 0
     for number, (text, count, ended) in enumerate(together):
-        alone = generate(model, encoder, batch_of(encoder, pictures, [number]), think, max_new_tokens=40)
+        alone = generate(
+            model, encoder, batch_of(encoder, pictures, [number]), think, max_new_tokens=40
+        )
         prompt = batch_of(encoder, pictures, [number]).prompt
         if think == "always":
             added = torch.tensor([encoder.plain_ids("<think>")])
@@ -173,7 +205,9 @@ def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pict
             prompt["mm_token_type_ids"] = (prompt["input_ids"] == encoder.image_token_id).int()
         start = prompt["input_ids"].shape[1] - (len(encoder.think) if think == "always" else 0)
         own = theirs.generate(**prompt, **plain, repetition_penalty=1.0)[0, start:]
-        penalised += not torch.equal(own, theirs.generate(**prompt, **plain, repetition_penalty=1.5)[0, start:])
+        penalised += not torch.equal(
+            own, theirs.generate(**prompt, **plain, repetition_penalty=1.5)[0, start:]
+        )
         stop = own[-1].item() in theirs.generation_config.eos_token_id
         answer = encoder.tokenizer.decode(own[:-1] if stop else own, skip_special_tokens=True)
         assert (text, count, ended) == (answer, len(own), stop) == alone[0]
@@ -186,27 +220,55 @@ def test_an_answer_ends_at_each_token_that_the_folder_says_it_may_end_with(loade
     batch = batch_of(encoder, pictures, [0])
     inherited = model.generation_config.eos_token_id
     assert inherited == encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    row = model.generate(**batch.prompt, do_sample=False, max_new_tokens=12, repetition_penalty=1.0)[
-        0, batch.prompt["input_ids"].shape[1]:].tolist()
+    row = model.generate(
+        **batch.prompt, do_sample=False, max_new_tokens=12, repetition_penalty=1.0
+    )[0, batch.prompt["input_ids"].shape[1] :].tolist()
     place = next(place for place in range(1, 12) if row[place] not in row[:place])
     try:
         model.generation_config.eos_token_id = [row[place], inherited[0]]
-        (text, count, ended), = generate(model, encoder, batch, max_new_tokens=12)
+        ((text, count, ended),) = generate(model, encoder, batch, max_new_tokens=12)
     finally:
         model.generation_config.eos_token_id = inherited
-    assert ended and count == place + 1 and text == encoder.tokenizer.decode(row[:place], skip_special_tokens=True)
+    assert (
+        ended
+        and count == place + 1
+        and text == encoder.tokenizer.decode(row[:place], skip_special_tokens=True)
+    )
 
 
 def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_path, capsys):
     folder, written = source
-    side_files = {file.name: file.read_bytes() for file in folder.iterdir() if "safetensors" not in file.name}
+    side_files = {
+        file.name: file.read_bytes() for file in folder.iterdir() if "safetensors" not in file.name
+    }
     model, encoder, run = train_alone(
-        "--model", folder, "--train", posts, "--out", tmp_path / "run", "--epochs", 1, "--batch-size", 2, "--lr", 1e-3,
-        "--warmup", 0, "--gamma", 99, "--workers", 0)
+        "--model",
+        folder,
+        "--train",
+        posts,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--batch-size",
+        2,
+        "--lr",
+        1e-3,
+        "--warmup",
+        0,
+        "--gamma",
+        99,
+        "--workers",
+        0,
+    )
     saved = run / "step-2"
-    assert [json.loads(line)["cot_share"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 1]
+    assert [
+        json.loads(line)["cot_share"] for line in (run / "log.jsonl").read_text().splitlines()
+    ] == [1, 1]
     before = written.state_dict()
-    still = [name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])]
+    still = [
+        name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])
+    ]
     assert still == []
 
     # The names and shapes are the published ones; the values are the float32 that training goes on from.
@@ -215,8 +277,15 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     assert saved_weights == {name: (shape, "F32") for name, (shape, _) in source_weights.items()}
     for name, content in side_files.items():
         assert (saved / name).read_bytes() == content, name
-    assert {"config.json", "chat_template.json", "merges.txt", "generation_config.json"} <= side_files.keys()
-    assert not list(saved.glob("*.index.json"))  # one file: an index left over from the source would name shards
+    assert {
+        "config.json",
+        "chat_template.json",
+        "merges.txt",
+        "generation_config.json",
+    } <= side_files.keys()
+    assert not list(
+        saved.glob("*.index.json")
+    )  # one file: an index left over from the source would name shards
 
     batch = batch_of(encoder, pictures, range(4))
     trained = logits(model.eval(), batch)
@@ -227,8 +296,25 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     assert again_encoder.prompt == encoder.prompt
 
     out = tmp_path / "preds.jsonl"
-    assert infer.infer_file(infer.settings(["--data", str(posts), "--out", str(out), "--model", str(run),
-                                            "--workers", "0", "--max-new-tokens", "5"])) == 0
+    assert (
+        infer.infer_file(
+            infer.settings(
+                [
+                    "--data",
+                    str(posts),
+                    "--out",
+                    str(out),
+                    "--model",
+                    str(run),
+                    "--workers",
+                    "0",
+                    "--max-new-tokens",
+                    "5",
+                ]
+            )
+        )
+        == 0
+    )
     predictions = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     answers = generate(again, again_encoder, batch, max_new_tokens=5)
     assert [prediction["output"] for prediction in predictions] == [text for text, _, _ in answers]
@@ -250,26 +336,44 @@ for folder in folders:
     infer.infer_file(infer.settings(["--data", posts, "--out", folder + ".jsonl", "--model", folder, "--workers", "0",
                                       "--max-new-tokens", "3"]))
 """
-    done = subprocess.run([sys.executable, "-c", script, posts, pictures[0], *kinds.values()], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, posts, pictures[0], *kinds.values()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["hello"] * 2 * len(kinds)
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["hello"] * 2 * len(
+        kinds
+    )
     shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
-    ours = re.compile(r"(training|posts): +\d+%\||the answer was cut off after 3 tokens; |.*\.jsonl: 4 posts, ")
+    ours = re.compile(
+        r"(training|posts): +\d+%\||the answer was cut off after 3 tokens; |.*\.jsonl: 4 posts, "
+    )
     assert shown and not [line for line in shown if not ours.match(line)]
 
 
 def test_weights_too_large_for_one_file_are_saved_in_shards_with_an_index_of_their_own(
-        source, pictures, tmp_path, monkeypatch):
+    source, pictures, tmp_path, monkeypatch
+):
     """transformers cuts at 50 GB; here at 50 kB, in other places than the source is cut."""
     folder, written = source
     model, encoder, _ = load(str(folder))
     save_in_shards = partialmethod(type(model).save_pretrained, max_shard_size="50KB")
     monkeypatch.setattr(type(model), "save_pretrained", save_in_shards)
-    checkpoint.save(tmp_path, 1, model, folder, encoder.prompt, torch.optim.AdamW(model.parameters()),
-                    checkpoint.Processes("cpu"))
+    checkpoint.save(
+        tmp_path,
+        1,
+        model,
+        folder,
+        encoder.prompt,
+        torch.optim.AdamW(model.parameters()),
+        checkpoint.Processes("cpu"),
+    )
     saved, index = tmp_path / "step-1", "model.safetensors.index.json"
-    places, before = (json.loads((place / index).read_text())["weight_map"] for place in (saved, folder))
+    places, before = (
+        json.loads((place / index).read_text())["weight_map"] for place in (saved, folder)
+    )
     assert places.keys() == before.keys() and len(set(places.values())) > 1 and places != before
     assert {file.name for file in saved.glob("model-*.safetensors")} == set(places.values())
     batch = batch_of(encoder, pictures, [0, 2])
@@ -284,7 +388,9 @@ def test_a_folder_whose_template_is_in_chat_template_json_only(source, loaded, t
     published.write_json(folder / "tokenizer_config.json", settings)
     _, encoder, _ = load(str(folder))
     record = {"id": "a", "text": "hello there"}
-    assert encoder.encode(record, None, False).prompt == loaded[1].encode(record, None, False).prompt
+    assert (
+        encoder.encode(record, None, False).prompt == loaded[1].encode(record, None, False).prompt
+    )
     (folder / "chat_template.json").unlink()
     with pytest.raises(UserError, match="chat_template.jinja"):
         load(str(folder))

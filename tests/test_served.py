@@ -27,7 +27,17 @@ ROOT = Path(__file__).parent.parent
 
 def served(posts, server, *options, out="preds.jsonl", model="toy"):
     """infer.py --data … --base-url … in this process: its exit code."""
-    arguments = ["--data", posts, "--out", posts.parent / out, "--model", model, "--base-url", server.url, *options]
+    arguments = [
+        "--data",
+        posts,
+        "--out",
+        posts.parent / out,
+        "--model",
+        model,
+        "--base-url",
+        server.url,
+        *options,
+    ]
     return infer.infer_file(infer.settings(list(map(str, arguments))))
 
 
@@ -38,18 +48,38 @@ def toy(world):
     prompts = []
 
     def reply(request, tries):
-        pictures = [Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
-                    for part in request["messages"][0]["content"] if part["type"] == "image_url"]
-        turns = [{"role": "user", "content": [{"type": "image"} if part["type"] == "image_url" else part
-                                              for part in request["messages"][0]["content"]]}]
-        text = encoder.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        pictures = [
+            Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
+            for part in request["messages"][0]["content"]
+            if part["type"] == "image_url"
+        ]
+        turns = [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image"} if part["type"] == "image_url" else part
+                    for part in request["messages"][0]["content"]
+                ],
+            }
+        ]
+        text = encoder.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
         image = encoder.image_processor(images=pictures, return_tensors="pt") if pictures else None
-        count = int(image["image_grid_thw"].prod()) // encoder.image_processor.merge_size**2 if image else 0
+        count = (
+            int(image["image_grid_thw"].prod()) // encoder.image_processor.merge_size**2
+            if image
+            else 0
+        )
         placeholder = encoder.tokenizer.decode([encoder.image_token_id])
-        prompt = encoder.tokenizer(text.replace(placeholder, placeholder * count), add_special_tokens=False).input_ids
+        prompt = encoder.tokenizer(
+            text.replace(placeholder, placeholder * count), add_special_tokens=False
+        ).input_ids
         prompts.append(prompt)
         batch = data.collate([data.Sample("post", prompt, image)], encoder)
-        (output, tokens, ended), = model_file.generate(vlm, encoder, batch, max_new_tokens=request["max_tokens"])
+        ((output, tokens, ended),) = model_file.generate(
+            vlm, encoder, batch, max_new_tokens=request["max_tokens"]
+        )
         answer = completion(request, output, "stop" if ended else "length")
         answer["usage"]["completion_tokens"] = tokens
         return answer
@@ -63,24 +93,50 @@ def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
     records = lines(world / "test.jsonl")
     for record in records:
         record["image"] = record["image"] and str(world / record["image"])
-    for name, posts in (("text", [record | {"image": None} for record in records]), ("images", records)):
+    for name, posts in (
+        ("text", [record | {"image": None} for record in records]),
+        ("images", records),
+    ):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(map(data.to_line, posts)), encoding="utf-8")
         prompts.clear()
         with Server(reply) as server:
-            assert served(file, server, "--batch-size", 1, "--max-new-tokens", 8, out=f"{name}.served.jsonl",
-                          model=world / "toy") == 0
+            assert (
+                served(
+                    file,
+                    server,
+                    "--batch-size",
+                    1,
+                    "--max-new-tokens",
+                    8,
+                    out=f"{name}.served.jsonl",
+                    model=world / "toy",
+                )
+                == 0
+            )
         assert [request["temperature"] for request, _, _ in server.log] == [0] * len(posts)
         dataset = data.EncodedPosts(data.Posts(file), encoder, with_answers=False)
         assert prompts == [dataset[index].prompt for index in range(len(posts))]
-    arguments = ["--data", tmp_path / "text.jsonl", "--out", tmp_path / "here.jsonl", "--model", world / "toy",
-                 "--max-new-tokens", 8, "--workers", 0]
+    arguments = [
+        "--data",
+        tmp_path / "text.jsonl",
+        "--out",
+        tmp_path / "here.jsonl",
+        "--model",
+        world / "toy",
+        "--max-new-tokens",
+        8,
+        "--workers",
+        0,
+    ]
     assert infer.infer_file(infer.settings(list(map(str, arguments)))) == 0
     assert lines(tmp_path / "text.served.jsonl") == lines(tmp_path / "here.jsonl")
     assert len(read_predictions(tmp_path / "images.served.jsonl")) == len(records)
 
 
-@pytest.mark.parametrize("size", [(1500, 1150), (900, 640), (640, 480), (3000, 200), (57, 4000), (20, 5000)])
+@pytest.mark.parametrize(
+    "size", [(1500, 1150), (900, 640), (640, 480), (3000, 200), (57, 4000), (20, 5000)]
+)
 def test_a_scaled_image_has_the_tokens_that_it_has_here(tmp_path, size):
     """A server that knows no --max-pixels of ours cuts what is sent into as many tokens as the encoder here."""
     import gen_cot
@@ -91,8 +147,11 @@ def test_a_scaled_image_has_the_tokens_that_it_has_here(tmp_path, size):
     url = gen_cot.image_part(tmp_path / "a.png", 300 * 28 * 28)["image_url"]["url"]
     sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     there = processor(images=[sent], return_tensors="pt")["image_grid_thw"]
-    here = processor(images=[data.load_image(tmp_path / "a.png", 300 * 28 * 28)], return_tensors="pt",
-                     size={"shortest_edge": 56 * 56, "longest_edge": 300 * 28 * 28})["image_grid_thw"]
+    here = processor(
+        images=[data.load_image(tmp_path / "a.png", 300 * 28 * 28)],
+        return_tensors="pt",
+        size={"shortest_edge": 56 * 56, "longest_edge": 300 * 28 * 28},
+    )["image_grid_thw"]
     assert torch.equal(there, here)
 
 
@@ -106,8 +165,18 @@ def test_outputs_of_every_kind(tmp_path):
 
     def reply(request, tries):
         number = int(re.search(r"post-(\d)", text_of(request))[1])
-        answer = completion(request, *[
-            ("flower; blue",), (tagged,), ("<think>It is bl", "length"), ("<answer>flower; blue</answer>",), (None,), (None,), (None, "length")][number])
+        answer = completion(
+            request,
+            *[
+                ("flower; blue",),
+                (tagged,),
+                ("<think>It is bl", "length"),
+                ("<answer>flower; blue</answer>",),
+                (None,),
+                (None,),
+                (None, "length"),
+            ][number],
+        )
         if number == 3:
             answer["choices"][0]["message"]["reasoning_content"] = "It is blue."
         if number in (5, 6):  # parsers that take all up to </think> for reasoning
@@ -122,12 +191,26 @@ def test_outputs_of_every_kind(tmp_path):
     assert lines(tmp_path / "preds.jsonl") == [
         blank | {"id": "post-0", "think": None, "output": "flower; blue"},
         blank | {"id": "post-1", "think": "It is blue.", "output": tagged},
-        blank | {"id": "post-2", "think": "It is bl", "output": "<think>It is bl", "keyphrases": [], "cut": True},
+        blank
+        | {
+            "id": "post-2",
+            "think": "It is bl",
+            "output": "<think>It is bl",
+            "keyphrases": [],
+            "cut": True,
+        },
         blank | {"id": "post-3", "think": "It is blue.", "output": tagged},
         {"id": "post-4", "keyphrases": [], "think": None, "output": "", "tokens": None},
         blank | {"id": "post-5", "think": None, "output": "flower; blue"},
-        blank | {"id": "post-6", "think": "flower; blue", "output": "<think>flower; blue</think>", "keyphrases": [],
-                 "cut": True}]
+        blank
+        | {
+            "id": "post-6",
+            "think": "flower; blue",
+            "output": "<think>flower; blue</think>",
+            "keyphrases": [],
+            "cut": True,
+        },
+    ]
     assert len(read_predictions(tmp_path / "preds.jsonl")) == 7
 
 
@@ -140,17 +223,29 @@ def test_the_prompt_is_the_option_then_the_folders_then_the_default(tmp_path):
     with Server(reply_with("a")) as server:
         served(posts, server, out="1", model="some/name")
         served(posts, server, out="2", model=tmp_path / "model")
-        served(posts, server, "--prompt-file", tmp_path / "own.txt", out="3", model=tmp_path / "model")
+        served(
+            posts, server, "--prompt-file", tmp_path / "own.txt", out="3", model=tmp_path / "model"
+        )
     assert [text_of(request) for request, _, _ in server.log] == [
-        data.PROMPT.replace("{text}", text), f"folder {text}", f"own {text} {{keyphrases}}"]
-    assert [request["model"] for request, _, _ in server.log] == ["some/name", *[str(tmp_path / "model")] * 2]
+        data.PROMPT.replace("{text}", text),
+        f"folder {text}",
+        f"own {text} {{keyphrases}}",
+    ]
+    assert [request["model"] for request, _, _ in server.log] == [
+        "some/name",
+        *[str(tmp_path / "model")] * 2,
+    ]
 
 
 def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
     posts = write_posts(tmp_path, 40)
     picture = (tmp_path / "1.jpg").read_bytes()
     (tmp_path / "1.jpg").unlink()
-    bad = {"post-2": error(400, "image too odd"), "post-6": error(500, "oh no"), "post-8": error(400, "content_filter")}
+    bad = {
+        "post-2": error(400, "image too odd"),
+        "post-6": error(500, "oh no"),
+        "post-8": error(400, "content_filter"),
+    }
 
     def reply(request, tries):
         return bad.get(re.search(r"post-\d+", text_of(request))[0], "flower")
@@ -160,7 +255,10 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
     first = lines(tmp_path / "preds.jsonl")
     failed = {row["id"]: row["error"] for row in first if "error" in row}
     assert ids(first) == ids(lines(posts)) and failed.pop("post-1") == "image 1.jpg: no such file"
-    assert failed["post-2"] == "refused: 400 image too odd" and failed["post-6"] == "server error: 500 oh no (1 tries)"
+    assert (
+        failed["post-2"] == "refused: 400 image too odd"
+        and failed["post-6"] == "server error: 500 oh no (1 tries)"
+    )
     assert failed["post-8"] == "content filter: 400 content_filter"
     assert all(row["keyphrases"] == [] and row["tokens"] == 0 for row in first if "error" in row)
     (tmp_path / "1.jpg").write_bytes(picture)
@@ -174,13 +272,19 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
             served(posts, server, model="other")
         with pytest.raises(UserError, match="was made with something else.*max_new_tokens"):
             served(posts, server, "--max-new-tokens", 9)
-        assert served(posts, server, "--base-url", "http://127.0.0.1:1/v1", "--batch-size", 3) == 0 and not server.log
+        assert (
+            served(posts, server, "--base-url", "http://127.0.0.1:1/v1", "--batch-size", 3) == 0
+            and not server.log
+        )
 
 
 def test_a_wrong_key_or_name_stops_at_once_and_leaves_nothing(tmp_path):
     posts = write_posts(tmp_path, 40)
     with Server(lambda *_: error(404, "The model `toy` does not exist.")) as server:
-        with pytest.raises(UserError, match="404 The model `toy` does not exist.; check --base-url, and whether .* toy"):
+        with pytest.raises(
+            UserError,
+            match="404 The model `toy` does not exist.; check --base-url, and whether .* toy",
+        ):
             served(posts, server)
     assert not lines(tmp_path / "preds.jsonl") and len(server.log) <= 8
     with pytest.raises(UserError, match="NO_SUCH_KEY is not set"):
@@ -196,32 +300,58 @@ def test_thinking_cant_be_forced_on_a_server(think, capsys):
 
 
 def python(*arguments, cwd):
-    kept = {name: value for name, value in os.environ.items() if name not in ("OPENAI_API_KEY", "HF_TOKEN")}
-    return subprocess.Popen([sys.executable, str(ROOT / "infer.py"), *map(str, arguments)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=kept | {"HF_TOKEN": "hf_own"},
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OPENAI_API_KEY", "HF_TOKEN")
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=kept | {"HF_TOKEN": "hf_own"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def test_one_post_as_a_process(tmp_path):
     write_posts(tmp_path, 1)
     with Server(reply_with("<think>It is blue.</think><answer>flower; blue</answer>")) as server:
-        process = python("1.jpg", "hello {text}", "--base-url", server.url, "--model", "m", cwd=tmp_path)
+        process = python(
+            "1.jpg", "hello {text}", "--base-url", server.url, "--model", "m", cwd=tmp_path
+        )
         shown, told = process.communicate(timeout=60)
     assert (process.returncode, shown, told) == (0, "flower; blue\n\nReasoning: It is blue.\n", "")
     assert text_of(server.log[0][0]) == data.PROMPT.replace("{text}", "hello {text}")
-    assert server.log[0][1]["authorization"] == "Bearer none" and "hf_own" not in json.dumps(server.log[0][:2])
+    assert server.log[0][1]["authorization"] == "Bearer none" and "hf_own" not in json.dumps(
+        server.log[0][:2]
+    )
     with Server(lambda *_: error(400, "context too long")) as server:
         process = python("none", "hello", "--base-url", server.url, "--model", "m", cwd=tmp_path)
         shown, told = process.communicate(timeout=60)
     assert (process.returncode, shown) == (1, "") and told == (
-        f"error: {server.url}/chat/completions: refused: 400 context too long\n")
+        f"error: {server.url}/chat/completions: refused: 400 context too long\n"
+    )
 
 
 def test_stopped_and_continued(tmp_path):
     posts = write_posts(tmp_path, 30)
     number = lambda request: int(re.search(r"post-(\d+)", text_of(request))[1])
-    with Server(lambda request, tries: HANG if number(request) > 9 else f"flower {number(request)}") as server:
-        arguments = ["--data", posts, "--out", "preds.jsonl", "--base-url", server.url, "--model", "m"]
+    with Server(
+        lambda request, tries: HANG if number(request) > 9 else f"flower {number(request)}"
+    ) as server:
+        arguments = [
+            "--data",
+            posts,
+            "--out",
+            "preds.jsonl",
+            "--base-url",
+            server.url,
+            "--model",
+            "m",
+        ]
         process = python(*arguments, cwd=tmp_path)
         wait_for(lambda: len(server.log) == 18 and len(lines(tmp_path / "preds.jsonl")) == 10)
         process.send_signal(signal.SIGINT)
@@ -234,4 +364,6 @@ def test_stopped_and_continued(tmp_path):
     with Server(lambda request, tries: f"flower {number(request)}") as server:
         assert served(posts, server, model="m") == 0
     assert sorted(server.asked()) == sorted(ids(lines(posts))[10:])
-    assert [row["keyphrases"] for row in lines(tmp_path / "preds.jsonl")] == [[f"flower {i}"] for i in range(30)]
+    assert [row["keyphrases"] for row in lines(tmp_path / "preds.jsonl")] == [
+        [f"flower {i}"] for i in range(30)
+    ]

@@ -15,14 +15,19 @@ def gradients(step, batch):
     step.zero_grad()
     loss, plain_loss, reasons = step(batch)
     loss.mean().backward()
-    return loss.detach(), plain_loss, reasons, {n: p.grad.clone() for n, p in step.named_parameters()}
+    return (
+        loss.detach(),
+        plain_loss,
+        reasons,
+        {n: p.grad.clone() for n, p in step.named_parameters()},
+    )
 
 
 def single_loss(model, post, answer):
     """transformers' own loss of one post alone: nothing padded, labels on the answer only."""
     ids = torch.tensor([post["prompt"] + answer])
     labels = ids.clone()
-    labels[:, :len(post["prompt"])] = -100
+    labels[:, : len(post["prompt"])] = -100
     images = post["image"] or {}
     return model(input_ids=ids, labels=labels, mm_token_type_ids=(ids == 90).int(), **images).loss
 
@@ -67,13 +72,21 @@ def test_the_shared_prompt_step_equals_the_literal_one(model, posts, median_gamm
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
-def test_losses_equal_those_of_transformers_for_each_post_alone(model, posts, median_gamma, share_prompt):
+def test_losses_equal_those_of_transformers_for_each_post_alone(
+    model, posts, median_gamma, share_prompt
+):
     with torch.no_grad():
         plain = torch.stack([single_loss(model, post, post["plain"]) for post in posts])
-        cot = torch.stack([single_loss(model, post, post["cot"] or post["plain"]) for post in posts])
+        cot = torch.stack(
+            [single_loss(model, post, post["cot"] or post["plain"]) for post in posts]
+        )
         reasons = (plain < median_gamma) & torch.tensor([post["cot"] is not None for post in posts])
-        expected = {"sft": plain, "cot": cot, "multitask": (plain + cot) / 2,
-                    "dynamic": torch.where(reasons, cot, plain)}
+        expected = {
+            "sft": plain,
+            "cot": cot,
+            "multitask": (plain + cot) / 2,
+            "dynamic": torch.where(reasons, cot, plain),
+        }
         for mode, losses in expected.items():
             loss, _, chosen = DynamicCoT(model, mode, median_gamma, share_prompt)(batch_of(posts))
             torch.testing.assert_close(loss, losses, rtol=0, atol=1e-5)
@@ -91,7 +104,9 @@ def test_gamma_just_above_and_below_one_samples_loss(model, posts):
                 assert bool(chosen[1]) is reasons
 
 
-def test_the_gradient_is_the_literal_two_pass_loop_written_with_transformers_alone(model, posts, median_gamma):
+def test_the_gradient_is_the_literal_two_pass_loop_written_with_transformers_alone(
+    model, posts, median_gamma
+):
     """The method as the paper writes it: probe without gradient, pick, then one training pass a sample."""
     literal = copy.deepcopy(model)
     for post in posts:
@@ -116,7 +131,9 @@ def test_the_vision_tower_runs_once_a_step(model, posts, mode):
 
 def test_logits_are_made_at_answer_tokens_only(model, posts):
     rows = []
-    hook = model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    hook = model.lm_head.register_forward_hook(
+        lambda module, args, output: rows.append(output.shape[0])
+    )
     batch = batch_of(posts)
     _, _, reasons = DynamicCoT(model, "dynamic", gamma=4.0)(batch)
     hook.remove()
@@ -130,7 +147,11 @@ def test_the_tokens_losses_are_those_of_cross_entropy(monkeypatch, tokens, at_on
     """To the last bit, and so is the gradient, in whatever rows; the logits are used up, and there is no second backward."""
     monkeypatch.setattr(TokenLoss, "AT_ONCE", at_once)
     torch.manual_seed(0)
-    head, hidden, targets = torch.nn.Linear(8, 33, bias=False), 9 * torch.randn(tokens, 8), torch.randint(33, (tokens,))
+    head, hidden, targets = (
+        torch.nn.Linear(8, 33, bias=False),
+        9 * torch.randn(tokens, 8),
+        torch.randint(33, (tokens,)),
+    )
     found = []
     for token_loss in (torch.nn.functional.cross_entropy, TokenLoss.apply):
         options = {"reduction": "none"} if token_loss is torch.nn.functional.cross_entropy else {}
@@ -158,14 +179,16 @@ def test_every_parameter_gets_a_gradient_under_bf16_autocast(model, posts, mode,
 
 
 def test_any_split_into_micro_batches_gives_the_same_update(family):
-    posts = random_posts(family, [(4, 4), None, (2, 6), (2, 2), (6, 4), None, (4, 2), (4, 4)], seed=5)
+    posts = random_posts(
+        family, [(4, 4), None, (2, 6), (2, 2), (6, 4), None, (4, 2), (4, 4)], seed=5
+    )
     updates = []
     for size in (1, 2, 4, 8):
         model = tiny_model(family)
         step = DynamicCoT(model, "dynamic", gamma=4.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for start in range(0, 8, size):
-            (step(batch_of(posts[start:start + size]))[0].sum() / 8).backward()
+            (step(batch_of(posts[start : start + size]))[0].sum() / 8).backward()
         optimizer.step()
         updates.append({name: p.detach() for name, p in model.named_parameters()})
     before = dict(tiny_model(family).named_parameters())

@@ -46,14 +46,31 @@ def test_the_ends_of_gamma_train_exactly_as_the_plain_modes(train_on, gamma, mod
 
 
 def test_a_run_learns_and_logs_every_step(train_on, world):
-    run = train_on("run", "--mode", "dynamic", "--gamma", "5", "--valid", world / "valid.jsonl", "--valid-posts", "4")
+    run = train_on(
+        "run",
+        "--mode",
+        "dynamic",
+        "--gamma",
+        "5",
+        "--valid",
+        world / "valid.jsonl",
+        "--valid-posts",
+        "4",
+    )
     log = lines(run / "log.jsonl")
-    steps, evaluations = [line for line in log if "loss" in line], [line for line in log if "valid" in line]
+    steps, evaluations = (
+        [line for line in log if "loss" in line],
+        [line for line in log if "valid" in line],
+    )
     assert [line["step"] for line in steps] == list(range(1, 17))
-    assert [line["step"] for line in evaluations] == [8, 16] and evaluations[0]["valid"]["posts"] == 4
+    assert [line["step"] for line in evaluations] == [8, 16] and evaluations[0]["valid"][
+        "posts"
+    ] == 4
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
     assert steps[0]["cot_share"] == 0 < steps[-1]["cot_share"]
-    assert all(line["samples"] == 8 and line["seconds"] > 0 and line["grad_norm"] > 0 for line in steps)
+    assert all(
+        line["samples"] == 8 and line["seconds"] > 0 and line["grad_norm"] > 0 for line in steps
+    )
     assert (run / "best").read_text().strip() in ("step-8", "step-16")
     assert not list(run.glob(".*"))
 
@@ -61,7 +78,11 @@ def test_a_run_learns_and_logs_every_step(train_on, world):
 def test_the_learning_rate_rises_and_falls():
     args = train.settings(["--lr", "1", "--warmup", "0.1", "--final-lr", "0.2", "--train", "x"])
     rates = [train.learning_rate(step, 100, args) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[-1] == pytest.approx(0.2, abs=1e-3)
+    assert (
+        rates[0] == 0.1
+        and rates[9] == rates[10] == 1.0
+        and rates[-1] == pytest.approx(0.2, abs=1e-3)
+    )
     assert rates[55] == pytest.approx(0.6) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
@@ -70,13 +91,17 @@ def test_the_split_into_micro_batches_changes_nothing_but_rounding(train_on):
     assert any(0 < line["cot_share"] < 1 for line in whole)
     for size in ("3", "1"):
         split = lines(train_on(f"split{size}", "--micro-batch", size, "--gamma", "5") / "log.jsonl")
-        assert [line["loss"] for line in split] == pytest.approx([line["loss"] for line in whole], rel=1e-3)
+        assert [line["loss"] for line in split] == pytest.approx(
+            [line["loss"] for line in whole], rel=1e-3
+        )
         assert [line["cot_share"] for line in split] == [line["cot_share"] for line in whole]
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights_and_log(train_on, monkeypatch):
     whole = train_on("whole", "--gamma", "5")
-    monkeypatch.setattr(train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         train_on("stopped", "--gamma", "5")
     monkeypatch.undo()
@@ -109,7 +134,10 @@ def test_steps_after_the_last_checkpoint_are_done_again(train_on, monkeypatch):
 
 
 def timeless(run):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines(run / "log.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "waited")}
+        for line in lines(run / "log.jsonl")
+    ]
 
 
 def wait_for(condition, process):
@@ -124,12 +152,36 @@ def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(train_on, wo
     whole, run = train_on("whole", *options), tmp_path / "run"
 
     def start(*more):
-        arguments = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", run, "--epochs", "2", "--batch-size",
-                     "8", "--lr", "2e-3", "--workers", "0", "--max-new-tokens", "16", *options, *more]
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+        arguments = [
+            "--train",
+            world / "train.jsonl",
+            "--model",
+            world / "toy",
+            "--out",
+            run,
+            "--epochs",
+            "2",
+            "--batch-size",
+            "8",
+            "--lr",
+            "2e-3",
+            "--workers",
+            "0",
+            "--max-new-tokens",
+            "16",
+            *options,
+            *more,
+        ]
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
-    logged = lambda count: lambda: (run / "log.jsonl").exists() and len(lines(run / "log.jsonl")) >= count
+    logged = lambda count: (
+        lambda: (run / "log.jsonl").exists() and len(lines(run / "log.jsonl")) >= count
+    )
     process = start()
     wait_for(logged(4), process)
     process.kill()
@@ -146,7 +198,11 @@ def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(train_on, wo
     wait_for(logged(13), process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and "--resume goes on" in errors and "Traceback" not in errors
+    assert (
+        process.returncode == 128 + signal.SIGTERM
+        and "--resume goes on" in errors
+        and "Traceback" not in errors
+    )
     step = int(checkpoint.pointed_at(run / "last").name.removeprefix("step-"))
     assert 11 <= step < 16 and lines(run / "log.jsonl")[-1]["step"] == step
 
@@ -160,7 +216,11 @@ def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(train_on, wo
 def test_checkpoints_in_mid_epoch_and_how_many_are_kept(train_on, world):
     run = train_on("run", "--save-every", "3", "--keep", "2", "--valid", world / "valid.jsonl")
     names = {folder.name for folder in checkpoint.checkpoints(run)}
-    assert {"step-15", "step-16"} <= names <= {"step-15", "step-16", (run / "best").read_text().strip()}
+    assert (
+        {"step-15", "step-16"}
+        <= names
+        <= {"step-15", "step-16", (run / "best").read_text().strip()}
+    )
 
 
 def test_a_signal_ends_validation_at_once_and_a_second_one_everything(train_on, world, monkeypatch):
@@ -193,13 +253,18 @@ def test_resuming_with_other_posts_or_settings(train_on, world, tmp_path):
         train_on("run", "--resume", "--force", posts=posts)
 
 
-@pytest.mark.parametrize("name, told", [
-    ("step-8/optimizer/*.safetensors", "step-8: what resuming needs can't be read"),
-    ("step-8/progress.json", "step-8: what resuming needs can't be read"),
-    ("step-8/model.safetensors", "step-8/model.safetensors: "), ("settings.json", "settings.json: damaged")])
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("step-8/optimizer/*.safetensors", "step-8: what resuming needs can't be read"),
+        ("step-8/progress.json", "step-8: what resuming needs can't be read"),
+        ("step-8/model.safetensors", "step-8/model.safetensors: "),
+        ("settings.json", "settings.json: damaged"),
+    ],
+)
 def test_resuming_from_a_damaged_file(train_on, name, told):
     run = train_on("run", "--epochs", "1")
-    file, = run.glob(name)
+    (file,) = run.glob(name)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(UserError, match=f"^{run}/{told}"):
         train_on("run", "--epochs", "1", "--resume")
@@ -215,7 +280,9 @@ def test_a_run_killed_before_a_checkpoint_had_its_name(train_on):
 
 
 def test_a_resumed_run_can_save_more_than_once(train_on, monkeypatch):
-    monkeypatch.setattr(train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         train_on("run", "--epochs", "3")
     monkeypatch.undo()
@@ -231,24 +298,34 @@ def test_a_run_stopped_between_saving_and_validating_validates_first(train_on, w
     measure = train.predict_and_score
     for right in (0, 1):
         left = iter([measure] * right)
-        monkeypatch.setattr(train, "predict_and_score", lambda *a: next(left)(*a))  # StopIteration once none is left
+        monkeypatch.setattr(
+            train, "predict_and_score", lambda *a: next(left)(*a)
+        )  # StopIteration once none is left
         with pytest.raises(StopIteration):
             train_on(f"stopped{right}", *options)
         monkeypatch.undo()
         stopped = train_on(f"stopped{right}", *options, "--resume")
         evaluations = lambda run: [line for line in lines(run / "log.jsonl") if "valid" in line]
-        assert evaluations(whole) == evaluations(stopped) and [line["step"] for line in evaluations(whole)] == [8, 12]
+        assert evaluations(whole) == evaluations(stopped) and [
+            line["step"] for line in evaluations(whole)
+        ] == [8, 12]
         assert (whole / "best").read_text() == (stopped / "best").read_text()
 
 
 def test_an_epoch_and_a_tenth_is_the_beginning_of_two(train_on):
     """Ten steps an epoch; in binary, 1.1 times 10 is above 11."""
     options = ["--mode", "sft", "--batch-size", "7", "--epochs"]
-    short, two = (lines(train_on(epochs, *options, epochs) / "log.jsonl") for epochs in ("1.1", "2"))
+    short, two = (
+        lines(train_on(epochs, *options, epochs) / "log.jsonl") for epochs in ("1.1", "2")
+    )
     assert len(short) == 11 and len(two) == 20
     assert [(line["step"], line["epoch"], line["tokens"]) for line in short] == [
-        (line["step"], line["epoch"], line["tokens"]) for line in two[:11]]
-    assert short[-1]["lr"] == pytest.approx(two[-1]["lr"], rel=0.9) and short[-1]["lr"] < 0.2 * two[10]["lr"]
+        (line["step"], line["epoch"], line["tokens"]) for line in two[:11]
+    ]
+    assert (
+        short[-1]["lr"] == pytest.approx(two[-1]["lr"], rel=0.9)
+        and short[-1]["lr"] < 0.2 * two[10]["lr"]
+    )
     assert lines(train_on("1.1", *options, "1.1", "--resume") / "log.jsonl") == short
 
 
@@ -260,9 +337,24 @@ def test_epochs_that_are_none(capsys, text):
 
 
 @pytest.mark.parametrize("option", ["--valid", "--test"])
-def test_a_wrong_validation_or_test_file_is_told_before_training(world, tmp_path, monkeypatch, option):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--train", str(world / "train.jsonl"), "--model", str(world / "toy"),
-                                      "--out", str(tmp_path / "run"), option, str(tmp_path / "none.jsonl")])
+def test_a_wrong_validation_or_test_file_is_told_before_training(
+    world, tmp_path, monkeypatch, option
+):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--train",
+            str(world / "train.jsonl"),
+            "--model",
+            str(world / "toy"),
+            "--out",
+            str(tmp_path / "run"),
+            option,
+            str(tmp_path / "none.jsonl"),
+        ],
+    )
     with pytest.raises(UserError, match="none.jsonl: no such file"):
         train.main()
     assert not (tmp_path / "run").exists()
@@ -270,8 +362,22 @@ def test_a_wrong_validation_or_test_file_is_told_before_training(world, tmp_path
 
 def test_a_finished_run_is_a_model_to_go_on_from(train_on, world, tmp_path):
     first = train_on("first")
-    _, _, second = train_alone("--train", world / "train.jsonl", "--model", first, "--out", tmp_path / "second", "--epochs", 1,
-                               "--batch-size", 32, "--workers", 0, "--device", "cpu")
+    _, _, second = train_alone(
+        "--train",
+        world / "train.jsonl",
+        "--model",
+        first,
+        "--out",
+        tmp_path / "second",
+        "--epochs",
+        1,
+        "--batch-size",
+        32,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    )
     assert lines(second / "log.jsonl")[0]["loss"] < lines(first / "log.jsonl")[0]["loss"] / 1.5
 
 
@@ -317,7 +423,11 @@ def test_an_unreadable_image_is_skipped_and_listed(train_on, world, tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     run = train_on("run", posts=path)
     skipped = lines(run / "skipped.jsonl")
-    assert {line["id"] for line in skipped} == {"5"} and len(skipped) == 2 and skipped[0]["reason"] == "no such file"
+    assert (
+        {line["id"] for line in skipped} == {"5"}
+        and len(skipped) == 2
+        and skipped[0]["reason"] == "no such file"
+    )
     assert sum(line["samples"] for line in lines(run / "log.jsonl")) == 2 * 127
 
 
@@ -328,23 +438,38 @@ def test_many_unreadable_images_end_the_run(train_on, world, tmp_path):
 
 def frames_of(error, name):
     """The frames of functions of that name that an error has come through."""
-    return [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == name]
+    return [
+        frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == name
+    ]
 
 
 @pytest.mark.parametrize("script", ["train", "infer"])
 def test_a_full_gpu_is_told_in_a_line(world, tmp_path, monkeypatch, script):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB.")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB."
+        )
 
     monkeypatch.setattr("model.DynamicCoT.forward" if script == "train" else "model.generate", full)
     module = importlib.import_module(script)
-    options = {"train": ["--train", world / "train.jsonl", "--out", tmp_path / "run", "--workers", 0],
-               "infer": ["--data", world / "test.jsonl", "--out", tmp_path / "preds.jsonl", "--workers", 0]}[script]
+    options = {
+        "train": ["--train", world / "train.jsonl", "--out", tmp_path / "run", "--workers", 0],
+        "infer": [
+            "--data",
+            world / "test.jsonl",
+            "--out",
+            tmp_path / "preds.jsonl",
+            "--workers",
+            0,
+        ],
+    }[script]
     monkeypatch.setattr(sys, "argv", [script, "--model", str(world / "toy"), *map(str, options)])
     mend = {"train": "a smaller --micro-batch", "infer": "a smaller --batch-size"}[script]
-    with pytest.raises(UserError, match=f"^CUDA out of memory. Tried to allocate 2.00 GiB; {mend}") as told:
+    with pytest.raises(
+        UserError, match=f"^CUDA out of memory. Tried to allocate 2.00 GiB; {mend}"
+    ) as told:
         module.main()
-    step, = frames_of(told.value.__context__, "train" if script == "train" else "predict")
+    (step,) = frames_of(told.value.__context__, "train" if script == "train" else "predict")
     assert not step.f_locals, "what fills the memory is held by nobody"
 
 
@@ -364,7 +489,10 @@ def test_weights_that_are_not_finite_are_not_saved(train_on, monkeypatch):
     assert (run / "last").read_text().strip() == "step-8"
 
 
-@pytest.mark.parametrize("mode, keep, message", [("cot", 60, "4 of 64"), ("multitask", 60, "4 of 64"), ("dynamic", 0, "no post")])
+@pytest.mark.parametrize(
+    "mode, keep, message",
+    [("cot", 60, "4 of 64"), ("multitask", 60, "4 of 64"), ("dynamic", 0, "no post")],
+)
 def test_missing_reasoning_is_counted(train_on, world, tmp_path, mode, keep, message):
     records = lines(world / "train.jsonl")
     for record in records[keep:]:
@@ -380,7 +508,9 @@ def test_gradient_checkpointing_and_a_frozen_vision_tower(train_on, world, monke
 
     shared = lines(train_on("shared", "--gamma", "5") / "log.jsonl")
     run = lines(train_on("run", "--gamma", "5", "--gradient-checkpointing") / "log.jsonl")
-    assert [line["loss"] for line in run] == pytest.approx([line["loss"] for line in shared], rel=1e-3)
+    assert [line["loss"] for line in run] == pytest.approx(
+        [line["loss"] for line in shared], rel=1e-3
+    )
 
     calls, forward = [], Layer.forward
     monkeypatch.setattr(Layer, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
@@ -408,7 +538,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(train_on, monkeypatch):
         train_on("run")
     monkeypatch.undo()
     run = train_on("run", "--resume")
-    assert (run / "last").read_text().strip() == "step-16" and same(weights(run), weights(train_on("whole")))
+    assert (run / "last").read_text().strip() == "step-16" and same(
+        weights(run), weights(train_on("whole"))
+    )
 
 
 def test_the_checkpoint_is_a_model_folder_like_its_source(train_on, world):
@@ -416,8 +548,13 @@ def test_the_checkpoint_is_a_model_folder_like_its_source(train_on, world):
 
     run = train_on("run")
     folder = checkpoint.pointed_at(run / "last")
-    source, saved = load_file(world / "toy" / "model.safetensors"), load_file(folder / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in source.items()} == {name: tensor.shape for name, tensor in saved.items()}
+    source, saved = (
+        load_file(world / "toy" / "model.safetensors"),
+        load_file(folder / "model.safetensors"),
+    )
+    assert {name: tensor.shape for name, tensor in source.items()} == {
+        name: tensor.shape for name, tensor in saved.items()
+    }
     for file in (world / "toy").iterdir():
         if file.name != "model.safetensors":
             assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
@@ -437,24 +574,54 @@ def test_a_saved_pointer_that_names_nothing_is_told(tmp_path):
 
 def test_the_command_line(world, tmp_path):
     """A real process: help without torch, mistakes in one line, and a run that ends with scores and a command."""
+
     def run(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True,
-                              cwd=tmp_path)
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
 
     helped = run("--help")
     assert helped.returncode == 0 and "(default: 0.4)" in helped.stdout
-    for arguments, message in ((["--model", "x"], "--train is missing"), (["--train", "x"], "--model is missing"),
-                               (["--train", "none.jsonl", "--model", world / "toy"], "none.jsonl")):
+    for arguments, message in (
+        (["--model", "x"], "--train is missing"),
+        (["--train", "x"], "--model is missing"),
+        (["--train", "none.jsonl", "--model", world / "toy"], "none.jsonl"),
+    ):
         failed = run(*arguments)
-        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
+        assert (
+            failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
+        )
         assert len(failed.stderr.strip().splitlines()) == 1
-    done = run("--train", world / "train.jsonl", "--test", world / "test.jsonl", "--model", world / "toy", "--epochs", 1,
-               "--workers", 1, "--max-new-tokens", 4, "--out", "run2")
+    done = run(
+        "--train",
+        world / "train.jsonl",
+        "--test",
+        world / "test.jsonl",
+        "--model",
+        world / "toy",
+        "--epochs",
+        1,
+        "--workers",
+        1,
+        "--max-new-tokens",
+        4,
+        "--out",
+        "run2",
+    )
     assert done.returncode == 0, done.stderr
     shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
-    assert shown and not [line for line in shown if not re.match(r"(training|test): +\d+%\|", line)]  # no library's
-    assert "F1@1" in done.stdout and "python infer.py" in done.stdout and "--model run2" in done.stdout
+    assert shown and not [
+        line for line in shown if not re.match(r"(training|test): +\d+%\|", line)
+    ]  # no library's
+    assert (
+        "F1@1" in done.stdout and "python infer.py" in done.stdout and "--model run2" in done.stdout
+    )
     assert "python pages.py curves run2 --out run2/curves.html" in done.stdout
     assert len(lines(tmp_path / "run2" / "test_preds.jsonl")) == 12
-    assert math.isfinite(json.loads((tmp_path / "run2" / "test_scores.json").read_text())["all"]["F1@1"])
+    assert math.isfinite(
+        json.loads((tmp_path / "run2" / "test_scores.json").read_text())["all"]["F1@1"]
+    )
     shutil.rmtree(tmp_path / "run2")

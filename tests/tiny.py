@@ -7,11 +7,23 @@ import train
 from data import Answers, Batch
 
 VOCABULARY, IMAGE_TOKEN = 97, 90
-TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.3, rms_norm_eps=1e-6,
-            bos_token_id=None, eos_token_id=None)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+    rms_norm_eps=1e-6,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-TOKENS = dict(image_token_id=IMAGE_TOKEN, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+TOKENS = dict(
+    image_token_id=IMAGE_TOKEN, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93
+)
 PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
@@ -24,21 +36,50 @@ def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
     if family == "qwen2_vl":
         config = transformers.Qwen2VLConfig(
             text_config=text,
-            vision_config=dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14),
-            tie_word_embeddings=tied, **tokens)
+            vision_config=dict(
+                depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14
+            ),
+            tie_word_embeddings=tied,
+            **tokens,
+        )
         return transformers.Qwen2VLForConditionalGeneration(config)
     if family == "qwen2_5_vl":
         config = transformers.Qwen2_5_VLConfig(
             text_config=text,
-            vision_config=dict(depth=2, hidden_size=16, num_heads=2, intermediate_size=24, out_hidden_size=32,
-                               patch_size=14, fullatt_block_indexes=[1], window_size=56),
-            tie_word_embeddings=tied, **tokens)
+            vision_config=dict(
+                depth=2,
+                hidden_size=16,
+                num_heads=2,
+                intermediate_size=24,
+                out_hidden_size=32,
+                patch_size=14,
+                fullatt_block_indexes=[1],
+                window_size=56,
+            ),
+            tie_word_embeddings=tied,
+            **tokens,
+        )
         return transformers.Qwen2_5_VLForConditionalGeneration(config)
     config = transformers.Qwen3VLConfig(
-        text_config=text | {"head_dim": 8, "num_hidden_layers": 3, "rope_parameters": ROPE | {"mrope_interleaved": True}},
-        vision_config=dict(depth=3, hidden_size=16, num_heads=2, intermediate_size=24, out_hidden_size=32,
-                           patch_size=16, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-        tie_word_embeddings=tied, **tokens)
+        text_config=text
+        | {
+            "head_dim": 8,
+            "num_hidden_layers": 3,
+            "rope_parameters": ROPE | {"mrope_interleaved": True},
+        },
+        vision_config=dict(
+            depth=3,
+            hidden_size=16,
+            num_heads=2,
+            intermediate_size=24,
+            out_hidden_size=32,
+            patch_size=16,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        tie_word_embeddings=tied,
+        **tokens,
+    )
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
@@ -62,8 +103,14 @@ def random_posts(family, grids, seed=0, text=(3, 9), plain=(2, 5), cot=(8, 14), 
             pixels = torch.randn(rows * columns, 3 * 2 * PATCH[family] ** 2, generator=draw)
             image = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])}
             prompt = tokens(2) + [92] + [IMAGE_TOKEN] * (rows * columns // 4) + [93] + prompt
-        posts.append({"prompt": prompt, "image": image, "plain": tokens(number(*plain)),
-                      "cot": None if index in without_cot else tokens(number(*cot))})
+        posts.append(
+            {
+                "prompt": prompt,
+                "image": image,
+                "plain": tokens(number(*plain)),
+                "cot": None if index in without_cot else tokens(number(*cot)),
+            }
+        )
     return posts
 
 
@@ -72,21 +119,33 @@ def batch_of(posts):
     width = max(len(post["prompt"]) for post in posts)
     rows = [[0] * (width - len(post["prompt"])) + post["prompt"] for post in posts]
     input_ids = torch.tensor(rows)
-    mask = torch.tensor([[0] * (width - len(post["prompt"])) + [1] * len(post["prompt"]) for post in posts])
-    prompt = {"input_ids": input_ids, "attention_mask": mask,
-              "mm_token_type_ids": ((input_ids == IMAGE_TOKEN) & mask.bool()).int()}
+    mask = torch.tensor(
+        [[0] * (width - len(post["prompt"])) + [1] * len(post["prompt"]) for post in posts]
+    )
+    prompt = {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": ((input_ids == IMAGE_TOKEN) & mask.bool()).int(),
+    }
     images = [post["image"] for post in posts if post["image"] is not None]
     if images:
         prompt |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
 
     def answers(lists):
         width = max(map(len, lists))
-        return Answers(torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in lists]),
-                       torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in lists]))
+        return Answers(
+            torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in lists]),
+            torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in lists]),
+        )
 
-    return Batch([str(i) for i in range(len(posts))], prompt, answers([post["plain"] for post in posts]),
-                 answers([post["cot"] or post["plain"] for post in posts]),
-                 torch.tensor([post["cot"] is not None for post in posts]), 0)
+    return Batch(
+        [str(i) for i in range(len(posts))],
+        prompt,
+        answers([post["plain"] for post in posts]),
+        answers([post["cot"] or post["plain"] for post in posts]),
+        torch.tensor([post["cot"] is not None for post in posts]),
+        0,
+    )
 
 
 QWEN_TEMPLATE = """\
@@ -111,15 +170,34 @@ def byte_level_bpe():
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    page = [PROMPT, "user assistant system You are a helpful assistant", "the post names the foxes", "hello there"] * 3
-    page += ["<think>The post"] * 9  # the vocabulary then joins `>` and `The`, as published ones may
-    tokenizer.train_from_iterator(page, trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    page = [
+        PROMPT,
+        "user assistant system You are a helpful assistant",
+        "the post names the foxes",
+        "hello there",
+    ] * 3
+    page += [
+        "<think>The post"
+    ] * 9  # the vocabulary then joins `>` and `The`, as published ones may
+    tokenizer.train_from_iterator(
+        page,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return tokenizer
 
 
@@ -129,7 +207,19 @@ def qwen_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = byte_level_bpe()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    specials = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+    ]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   additional_special_tokens=specials[1:], chat_template=QWEN_TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=specials[1:],
+        chat_template=QWEN_TEMPLATE,
+    )
