@@ -1,12 +1,13 @@
-"""Scores of predicted keyphrases, by the arithmetic of CMKP's evaluator (Wang et al., EMNLP 2020).
+"""Score predicted keyphrases as CMKP's evaluator does (Wang et al., EMNLP 2020).
 
     python evaluate.py preds.jsonl test.jsonl --train train.jsonl
     python evaluate.py best_pred.txt test_src.txt                   # CMKP's own text files
     python evaluate.py ours.jsonl test.jsonl --against theirs.jsonl
 
-Predictions are JSON objects, one a line, with "id" and "keyphrases" (and perhaps "think" and "tokens"), or
-CMKP's text, `a;b;c` a line. References are JSON objects with "id", "text" and "keyphrases", or CMKP's text,
-`text<sep>a;b<sep>image address` a line. This file needs nothing but numpy and can be copied elsewhere.
+Predictions: one JSON object a line with "id" and "keyphrases" (optionally "think" and "tokens"),
+or CMKP's text, `a;b;c` a line. References: one JSON object a line with "id", "text" and
+"keyphrases", or CMKP's text, `text<sep>a;b<sep>image address` a line.
+This file needs only numpy and also works when it is copied elsewhere.
 """
 
 import argparse
@@ -21,49 +22,62 @@ from functools import cache
 from itertools import chain
 from typing import NamedTuple
 
-# --------------------------------------------------------------------------------------- running a script
+# ------------------------------------------------------------------------------- running a script
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line that names the file, the record and the mend."""
+    """A user's mistake, in one line that names the file, the record and how to mend it."""
 
 
 def run(main):
-    """Call a script's `main()` and exit with its code (None is 0); a UserError is one line and code 1."""
+    """Exit with the code that `main()` returns (None is 0); print a UserError and exit with 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a character that the screen lacks is no reason to fail
+            # A character that the terminal can't encode is printed as an escape.
+            stream.reconfigure(errors="backslashreplace")
     message = None
     try:
         code = main() or 0
         print(end="", flush=True)
     except UserError as error:
-        code, message = 1, error
+        code, message = 1, str(error)  # the error's frames may hold a progress bar
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader (`| head`) has left
+    except BrokenPipeError:  # the program that reads our output (`| head`) has ended
         code = 1
-    except OSError as error:  # a full disk or the like, met where nobody could say more about it
+    except OSError as error:  # an error that no function explains better, such as a full disk
         code, message = 1, f"{error.filename or 'the output'}: {error.strerror or error}"
     if message:
         print("error:", one_line(message), file=sys.stderr)
     try:
         print(end="", flush=True)
-    except OSError:  # Python would complain when it flushes what can't be written at exit
+    except OSError:  # else Python prints an error of its own when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def one_line(text):
-    """`text` as a screen can show it: one line, not without end, what is not printable (control codes) escaped."""
+    """`text` as one printable line of about 1000 characters at most."""
     text = " ".join(str(text).split())
     text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# ------------------------------------------------------------------------------------------ reading files
+def shown(value):
+    """`repr(value)`, cut to 60 characters, for an error message."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "something nested too deeply"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def first_few(items):
+    """The first three strings of a list and how many more there are, for an error message."""
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+# ---------------------------------------------------------------------------------- reading files
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LOOKS_LIKE_JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*["}]')
@@ -79,82 +93,65 @@ def read_lines(path):
                     raise UserError(f"{path}: a gzip file; unpack it first (gunzip)")
                 yield number, offset, raw
                 offset += len(raw)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, where a file is needed") from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+        reasons = {
+            FileNotFoundError: "no such file",
+            IsADirectoryError: "a folder, where a file is needed",
+        }
+        reason = reasons.get(type(error), f"can't be read ({error.strerror})")
+        raise UserError(f"{path}: {reason}") from None
 
 
 def decode(path, number, raw):
-    """The text of a line without byte order mark and line end. Raises UserError where it is not UTF-8."""
+    """A line's text without byte order mark and line end. Raises UserError if it isn't UTF-8."""
     try:
         return raw.removeprefix(BYTE_ORDER_MARK).decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
-        ) from None
+        where = f"{path} line {number}"
+        raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def parse_line(path, number, raw):
-    """The JSON object in one line (bytes) of a JSONL file. Raises UserError naming file and line."""
-    text = decode(path, number, raw)
+    """The JSON object in a line (bytes) of a JSONL file, as a dict. Raises UserError."""
+    text, where = decode(path, number, raw), f"{path} line {number}"
     try:
         record = json.loads(text)
     except RecursionError:
-        raise UserError(f"{path} line {number}: JSON nested too deeply") from None
+        raise UserError(f"{where}: JSON nested too deeply") from None
     except json.JSONDecodeError as error:
+        reason = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         raise UserError(
-            f"{path} line {number}: not a line of JSON ({error.msg.removesuffix(' at')} at character "
-            f"{error.pos + 1}); one whole JSON object a line is needed"
+            f"{where}: not a line of JSON ({reason}); one whole JSON object a line is needed"
         ) from None
     except ValueError:
-        raise UserError(
-            f"{path} line {number}: a whole number of thousands of digits, which Python doesn't read"
-        ) from None
+        raise UserError(f"{where}: a whole number with too many digits for Python") from None
     if not isinstance(record, dict):
-        raise UserError(f"{path} line {number}: a JSON object is needed here, not {shown(record)}")
+        raise UserError(f"{where}: a JSON object is needed, not {shown(record)}")
     return record
 
 
-def jsonl(path):
-    """Iterate over (line number from 1, byte offset of the line, dict) of a JSONL file, skipping blank lines.
+def read_jsonl(path):
+    """Iterate over (line number from 1, byte offset, dict) of a JSONL file without its blank lines.
 
-    Streams: one line is in memory at a time. Raises UserError naming the file and the line.
+    Only one line is in memory at a time. Raises UserError naming the file and the line.
     """
     for number, offset, raw in read_lines(path):
         if raw.removeprefix(BYTE_ORDER_MARK).strip():
             yield number, offset, parse_line(path, number, raw)
 
 
-def shown(value):
-    """`value` as an error message shows it: escaped and no longer than half a line."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = "something nested too deeply"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def first_few(items):
-    """The first three of some strings, for an error message, and how many more there are."""
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-
 def read_rows(path):
-    """Iterate over (line number, row) of a file: rows are dicts if it is JSONL, strings if it is text.
+    """Iterate over (line number, row): rows are dicts if the file is JSONL, strings if it is text.
 
-    JSONL is what is named so, and what begins with a JSON object (blank lines aside).
+    A file is JSONL if its name says so or if its first line that isn't blank begins an object.
     """
     lines, head = read_lines(path), []
     for line in lines:
         head.append(line)
         if line[2].strip():
             break
-    is_json = str(path).endswith((".jsonl", ".json")) or bool(
-        head and LOOKS_LIKE_JSON.match(head[-1][2])
-    )
+    start = head[-1][2] if head else b""
+    is_json = str(path).endswith((".jsonl", ".json")) or LOOKS_LIKE_JSON.match(start)
     for number, _, raw in chain(head, lines):
         if not is_json:
             yield number, decode(path, number, raw)
@@ -162,30 +159,28 @@ def read_rows(path):
             yield number, parse_line(path, number, raw)
 
 
-def checked(where, record, field):
-    """A field that must be there: "keyphrases" a list of strings, others a string. Raises UserError."""
+def required(where, record, field):
+    """A field that must be a string, or a list of strings (keyphrases). Raises UserError."""
     value = record.get(field)
     if field == "keyphrases":
-        if not isinstance(value, list) or not all(isinstance(phrase, str) for phrase in value):
-            raise UserError(
-                f"{where}: the field 'keyphrases' must be a list of strings, not {shown(value)}"
-            )
-    elif not isinstance(value, str):
-        raise UserError(f"{where}: the field {field!r} must be a string, not {shown(value)}")
+        kind = "list of strings"
+        right = isinstance(value, list) and all(isinstance(phrase, str) for phrase in value)
+    else:
+        kind, right = "string", isinstance(value, str)
+    if not right:
+        raise UserError(f"{where}: the field {field!r} must be a {kind}, not {shown(value)}")
     return value
 
 
 def parse_cmkp(path, number, line):
-    """A post in CMKP's text format, `text<sep>a;b<sep>image address` (the address may be missing), as a dict.
+    """A post in CMKP's text format, `text<sep>a;b<sep>image address`, as a dict.
 
     Its id is the image's file name without extension, None without address. Raises UserError.
     """
     fields = [field.strip() for field in line.split("<sep>")]
     if len(fields) not in (2, 3):
-        raise UserError(
-            f"{path} line {number}: text<sep>a;b<sep>address is needed here, with 1 or 2 <sep>, "
-            f"not {len(fields) - 1}"
-        )
+        found = f"a line with {len(fields) - 1} <sep>"
+        raise UserError(f"{path} line {number}: must be text<sep>a;b<sep>address, not {found}")
     text, keyphrases, address = (*fields, "")[:3]
     identity = address.rsplit("/", 1)[-1].rsplit(".", 1)[0] or None
     return {"id": identity, "text": text, "keyphrases": keyphrases.split(";"), "address": address}
@@ -194,27 +189,23 @@ def parse_cmkp(path, number, line):
 def read_posts(path):
     """Iterate over (line number, post) of a file of posts, JSONL or CMKP's text.
 
-    A post is a dict with "id", "text" and "keyphrases"; CMKP's have "address" too. Raises UserError.
+    A post is a dict of "id", "text", "keyphrases" and, in CMKP's text, "address". Raises UserError.
     """
+    fields = "id", "text", "keyphrases"
     for number, row in read_rows(path):
         if isinstance(row, str):
             yield number, parse_cmkp(path, number, row)
         else:
             where = f"{path} line {number}"
-            yield (
-                number,
-                {field: checked(where, row, field) for field in ("id", "text", "keyphrases")},
-            )
+            yield number, {field: required(where, row, field) for field in fields}
 
 
 def read_references(path):
-    """The posts of a file as a list of dicts with "id", "text" and "keyphrases". Raises UserError."""
-    numbered = list(read_posts(path))
-    if not numbered:
+    """The posts of a file as a list of dicts (see `read_posts`). Raises UserError."""
+    posts = without_duplicates(path, read_posts(path))
+    if not posts:
         raise UserError(f"{path}: no posts in it")
-    if "address" not in numbered[0][1]:
-        refuse_duplicates(path, numbered)
-    return [post for _, post in numbered]
+    return posts
 
 
 def train_keyphrases(path):
@@ -224,97 +215,83 @@ def train_keyphrases(path):
 
 
 def parse_prediction(path, number, row):
-    """What the scores need of a row of predictions, JSON or `a;b;c`, as a dict. Raises UserError."""
+    """A row (a dict or `a;b;c`) as a dict: "id", "keyphrases" and, if given, "think" and "tokens".
+
+    A row of text has the id None. Raises UserError.
+    """
     where = f"{path} line {number}"
     if isinstance(row, str):
         if "<sep>" in row:
-            raise UserError(
-                f"{where}: a line of references; predictions come first, a;b;c a line or JSONL"
-            )
+            raise UserError(f"{where}: <sep> belongs to references; predictions come first: a;b;c")
         return {"id": None, "keyphrases": row.split(";") if row.strip() else []}
-    prediction = {"id": checked(where, row, "id")}
-    # A post that could not be read has no keyphrases, and is scored so.
-    prediction["keyphrases"] = [] if row.get("error") else checked(where, row, "keyphrases")
+    prediction = {"id": required(where, row, "id")}
+    # A post that could not be read counts as one without predicted keyphrases.
+    prediction["keyphrases"] = [] if row.get("error") else required(where, row, "keyphrases")
     if "think" in row:
-        prediction["think"] = row["think"] and checked(where, row, "think")
-    if (tokens := row.get("tokens")) is not None:
-        # The comparison is false for NaN, and its bound keeps out whole numbers too large for a float.
-        if (
-            isinstance(tokens, bool)
-            or not isinstance(tokens, int | float)
-            or not 0 <= tokens < 1e12
-        ):
-            raise UserError(
-                f"{where}: the field 'tokens' must be a number of tokens, not {shown(tokens)}"
-            )
-        prediction["tokens"] = tokens
+        prediction["think"] = row["think"] and required(where, row, "think")
+    if row.get("tokens") is not None:
+        prediction["tokens"] = tokens = row["tokens"]
+        # NaN fails this comparison; the bound refuses whole numbers too large for a float.
+        if type(tokens) not in (int, float) or not 0 <= tokens < 1e12:
+            raise UserError(f"{where}: the field 'tokens' must be a number, not {shown(tokens)}")
     return prediction
 
 
 def read_predictions(path):
-    """The predictions in a file as a list of dicts with "id" (None in text) and "keyphrases".
-
-    Where the file has "think" and "tokens", they do, too. Raises UserError.
-    """
-    numbered = [(number, parse_prediction(path, number, row)) for number, row in read_rows(path)]
-    if numbered and numbered[0][1]["id"] is not None:
-        refuse_duplicates(path, numbered)
-    return [prediction for _, prediction in numbered]
+    """The predictions of a file as a list of dicts (see `parse_prediction`). Raises UserError."""
+    rows = ((number, parse_prediction(path, number, row)) for number, row in read_rows(path))
+    return without_duplicates(path, rows)
 
 
-def refuse_duplicates(path, numbered):
-    """Raise UserError if an id is on more than one line; `numbered` is a list of (line number, record)."""
-    lines, doubled = {}, []
+def without_duplicates(path, numbered):
+    """The records of (line number, record) pairs. Raises UserError if two in JSONL share an id."""
+    records, lines, doubled = [], {}, []
     for number, record in numbered:
-        first = lines.setdefault(record["id"], number)
-        if first != number:
-            doubled.append(f"{shown(record['id'])} on lines {first} and {number}")
+        records.append(record)
+        if record["id"] is not None and "address" not in record:
+            first = lines.setdefault(record["id"], number)
+            if first != number:
+                doubled.append(f"{shown(record['id'])} on lines {first} and {number}")
     if doubled:
         raise UserError(f"{path}: the same id twice: {first_few(doubled)}; keep one line of each")
+    return records
 
 
 def align(predictions, references, allow_missing=False, names=("predictions", "references")):
-    """The predictions in the order of the references, matched by id, or by line where one side is text.
+    """The predictions in the order of the references.
 
-    CMKP's posts do have the names of their images: JSONL predictions that go by these are matched so, too.
-    `allow_missing` puts an empty prediction where there is none. Raises UserError naming the first posts or
-    predictions without a partner; `names` are the files' names for it.
+    They are matched by id, or line by line if one of the files is text. CMKP's posts have ids,
+    too, their images' names: these are used if the predictions have them. `allow_missing` adds an
+    empty prediction where there is none; `names` are the files' names for error messages.
+    Raises UserError naming the first predictions or posts without a partner.
     """
-    ours, theirs = names
-    by_id = {prediction["id"]: prediction for prediction in predictions}
-    ids = {post["id"] for post in references}
-    images_are_ids = len(ids) == len(references) and not ids.isdisjoint(by_id)
-    if None not in by_id and ("address" not in references[0] or images_are_ids):
-        unknown = [shown(identity) for identity in by_id if identity not in ids]
-        missing = [shown(post["id"]) for post in references if post["id"] not in by_id]
-        if unknown:
-            raise UserError(
-                f"{ours}: {len(unknown)} of {len(by_id)} ids are not in {theirs}: "
-                f"{first_few(unknown)}; were these predictions made for another file?"
-            )
-        if missing and not allow_missing:
-            raise UserError(
-                f"{ours}: no prediction for {len(missing)} of {len(ids)} posts of {theirs}: "
-                f"{first_few(missing)}; --allow-missing scores them as empty"
-            )
-        return [
-            by_id.get(post["id"]) or {"id": post["id"], "keyphrases": []} for post in references
-        ]
-    missing = len(references) - len(predictions)
-    counts = f"{ours}: {len(predictions)} lines for the {len(references)} posts of {theirs}"
-    if missing < 0:
-        raise UserError(f"{counts}; line {len(references) + 1} is the first without a post")
+    made = {prediction["id"]: prediction for prediction in predictions}
+    kind, wanted = "id", [post["id"] for post in references]
+    images_are_ids = len(set(wanted)) == len(wanted) and not made.keys().isdisjoint(wanted)
+    if None in made or ("address" in references[0] and not images_are_ids):
+        made = dict(enumerate(predictions, start=1))
+        kind, wanted = "line", range(1, len(references) + 1)
+    known = set(wanted)
+    unknown = [shown(key) for key in made if key not in known]
+    missing = [shown(key) for key in wanted if key not in made]
+    (ours, theirs), posts = names, f"{len(wanted)} posts"
+    if unknown:
+        raise UserError(
+            f"{ours}: {len(unknown)} of {len(made)} {kind}s are not in {theirs} ({posts}): "
+            f"{kind} {first_few(unknown)}; were these predictions made for another file?"
+        )
     if missing and not allow_missing:
         raise UserError(
-            f"{counts}; post {len(predictions) + 1} is the first without a line; "
-            "--allow-missing scores them as empty"
+            f"{ours}: no prediction for {len(missing)} of {posts} of {theirs}: "
+            f"{kind} {first_few(missing)}; --allow-missing scores them as empty"
         )
-    return predictions + [{"id": None, "keyphrases": []}] * missing
+    empty = {"id": None, "keyphrases": []}
+    return [made.get(key, empty) for key in wanted]
 
 
-# ------------------------------------------------------------------------------------- words and stemming
+# ----------------------------------------------------------------------------- words and stemming
 
-# The letters of scripts that are written without spaces: Han with its extensions, Hiragana and Katakana.
+# Scripts that are written without spaces: Han with its extensions, Hiragana and Katakana.
 CJK = re.compile(
     "([々〇\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
     "\U00020000-\U0003ffff])"
@@ -322,94 +299,42 @@ CJK = re.compile(
 
 
 def normalize(phrase):
-    """The words of a phrase or text in the form in which they are compared: a tuple of lower-case stems.
+    """A phrase's or text's words as they are compared: a tuple of lower-case stems.
 
-    Words stand between white space; a Chinese or Japanese character is a word of its own. The same letters
-    match whether accents are part of them or combining characters.
+    Words are separated by white space; a Chinese or Japanese character is a word of its own.
+    Letters with accents match the same letters with combining accents.
     """
     if not phrase.isascii():
         phrase = CJK.sub(r" \1 ", unicodedata.normalize("NFC", phrase))
     return tuple(map(stem, phrase.lower().split()))
 
 
-# Porter's conditions see a word as consonants and vowels. A `y` is a vowel after a consonant and a consonant
-# elsewhere; `marked` writes the consonant as Y, so that the vowels are simply aeiouy.
+# Porter's conditions see a word as consonants and vowels. A `y` after a consonant is a vowel, any
+# other `y` a consonant; `marked` writes the latter as Y, so that the vowels are simply aeiouy.
 CONSONANT_Y = re.compile(r"(^|[aeiouy])y")
 VOWEL = re.compile("[aeiouy]")
 VOWEL_CONSONANT = re.compile("[aeiouy][^aeiouy]")
 SHORT_END = re.compile(r"(?:[^aeiouy][aeiouy][^aeiouywxY]|^[aeiouy][^aeiouy])\Z")
 
-IRREGULAR = {
-    "sky": "sky",
-    "skies": "sky",
-    "dying": "die",
-    "lying": "lie",
-    "tying": "tie",
-    "news": "news",
-    "innings": "inning",
-    "inning": "inning",
-    "outings": "outing",
-    "outing": "outing",
-    "howe": "howe",
-    "cannings": "canning",
-    "canning": "canning",
-    "proceed": "proceed",
-    "exceed": "exceed",
-    "succeed": "succeed",
-}
-STEP_2 = {
-    "ational": "ate",
-    "tional": "tion",
-    "enci": "ence",
-    "anci": "ance",
-    "izer": "ize",
-    "bli": "ble",
-    "entli": "ent",
-    "eli": "e",
-    "ousli": "ous",
-    "ization": "ize",
-    "ation": "ate",
-    "ator": "ate",
-    "alism": "al",
-    "iveness": "ive",
-    "fulness": "ful",
-    "ousness": "ous",
-    "aliti": "al",
-    "iviti": "ive",
-    "biliti": "ble",
-    "fulli": "ful",
-}
-STEP_3 = {
-    "icate": "ic",
-    "ative": "",
-    "alize": "al",
-    "iciti": "ic",
-    "ical": "ic",
-    "ful": "",
-    "ness": "",
-}
-STEP_4 = dict.fromkeys(
-    [
-        "al",
-        "ance",
-        "ence",
-        "er",
-        "ic",
-        "able",
-        "ible",
-        "ant",
-        "ement",
-        "ment",
-        "ent",
-        "ou",
-        "ism",
-        "ate",
-        "iti",
-        "ous",
-        "ive",
-        "ize",
-    ],
-    "",
+
+def pairs(text):
+    """A dict from a text of `key:value` words; a value may be empty."""
+    return dict(pair.split(":") for pair in text.split())
+
+
+IRREGULAR = pairs(
+    "sky:sky skies:sky dying:die lying:lie tying:tie news:news innings:inning inning:inning "
+    "outings:outing outing:outing howe:howe cannings:canning canning:canning proceed:proceed "
+    "exceed:exceed succeed:succeed"
+)
+STEP_2 = pairs(
+    "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble entli:ent eli:e ousli:ous "
+    "ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al "
+    "iviti:ive biliti:ble fulli:ful"
+)
+STEP_3 = pairs("icate:ic ative: alize:al iciti:ic ical:ic ful: ness:")
+STEP_4 = pairs(
+    "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ou: ism: ate: iti: ous: ive: ize:"
 )
 
 
@@ -424,13 +349,10 @@ def measure(word):
 
 @cache
 def stem(word):
-    """The stem of a lower-case word: Porter's algorithm (Program 14(3), 1980) with NLTK's extensions."""
-    if word in IRREGULAR:
-        return IRREGULAR[word]
-    if len(word) <= 2:
-        return word
-    word = strip_plural(word)
-    word = strip_past(word)
+    """The stem of a lower-case word: Porter (Program 14(3), 1980) with NLTK's extensions."""
+    if word in IRREGULAR or len(word) <= 2:
+        return IRREGULAR.get(word, word)
+    word = strip_ending(word)
     if word.endswith("y") and len(word) > 2 and not VOWEL.match(marked(word)[-2]):
         word = word[:-1] + "i"
     if word.endswith("alli") and measure(word[:-4]) > 0:
@@ -453,18 +375,11 @@ def stem(word):
     return word
 
 
-def strip_plural(word):
-    """Step 1a: caresses, ponies, cats."""
-    if word.endswith("ies"):
-        return word[:-1] if len(word) == 4 else word[:-2]
-    if word.endswith("sses"):
-        return word[:-2]
-    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
-
-
-def strip_past(word):
-    """Step 1b: agreed, plastered, motoring; the rest may get its e back (filing), lose a p (hopping)."""
-    if word.endswith("ied"):
+def strip_ending(word):
+    """Steps 1a and 1b: caresses, ponies, cats; agreed, plastered, motoring, filing, hopping."""
+    if word.endswith("s") and not word.endswith(("ss", "ies")):
+        word = word[:-2] if word.endswith("sses") else word[:-1]
+    if word.endswith(("ies", "ied")):
         return word[:-1] if len(word) == 4 else word[:-2]
     if word.endswith("eed"):
         return word[:-1] if measure(word[:-3]) > 0 else word
@@ -476,64 +391,57 @@ def strip_past(word):
         return word + "e"
     if word[-2:-1] == word[-1] and not VOWEL.match(marked(word)[-1]):
         return word if word[-1] in "lsz" else word[:-1]
-    if word.endswith("*d"):  # NLTK takes the name of its double-letter rule for a suffix, too
+    if word.endswith("*d"):  # NLTK also takes the name of its double-consonant rule for a suffix
         return word[:-2] + "d"
     return word + "e" if measure(word) == 1 and SHORT_END.search(marked(word)) else word
 
 
 def replace_suffix(word, rules, least):
-    """Replace the word's suffix by the first rule that knows it, if what is left measures over `least`."""
-    if word.endswith(tuple(rules)):  # one quick look for all of them: most words end otherwise
+    """`word` with its suffix replaced by the first rule that matches, if the rest's m > `least`."""
+    if word.endswith(tuple(rules)):  # one fast check for all rules: most words match none
         suffix = next(suffix for suffix in rules if word.endswith(suffix))
-        left = word.removesuffix(suffix)
-        return left + rules[suffix] if measure(left) > least else word
+        rest = word.removesuffix(suffix)
+        return rest + rules[suffix] if measure(rest) > least else word
     return word
 
 
-# ------------------------------------------------------------------------------------------- the scores
+# ------------------------------------------------------------------------------------- the scores
 
 CUTS = (1, 3, 5)
-CUTS_AND_M = (*CUTS, "M")
-MEASURES = [
-    *(f"{name}@{k}" for name in ("P", "R", "F1") for k in CUTS_AND_M),
-    *(f"{name}@{k}" for name in ("MAP", "NDCG") for k in CUTS),
-]
+MEASURES = [f"{name}@{k}" for name in ("P", "R", "F1") for k in (*CUTS, "M")]
+MEASURES += [f"{name}@{k}" for name in ("MAP", "NDCG") for k in CUTS]
 HEADLINES = ["F1@1", "F1@3", "F1@5", "F1@M", "MAP@5", "NDCG@5"]
 INVALID_WORDS = frozenset([",", ".", "<unk>"])
 
 
 class Part(NamedTuple):
-    """What one class of keyphrases is scored on."""
+    """What the scores of one class of keyphrases are computed from."""
 
-    posts: object  # array: indices of the posts that have a reference of the class
-    keyphrases: int  # the class's references
-    values: (
-        object  # array, a row a post: P and R at 1, 3, 5, M, average precision and NDCG at 1, 3, 5
-    )
+    posts: object  # (N,) int: indices of the posts that have a reference of the class
+    keyphrases: int  # number of references of the class
+    values: object  # (N, 14) float: P and R at 1, 3, 5 and M, then AP and NDCG at 1, 3 and 5
 
 
 def statistics(predictions, references, train=None):
-    """What every post contributes to the scores: a dict from the name of a class to its Part.
+    """What each post contributes to the scores: a dict from class name to Part.
 
-    A keyphrase is present if its words stand consecutively in the post's text, else absent; seen if it is one
-    of `train`, the keyphrases of the training data, else unseen. References and predictions are filtered to a
-    class before they are compared.
+    A keyphrase is present if its words stand side by side in the post's text, else absent; seen if
+    it is in `train`, the training data's keyphrases, else unseen. References and predictions are
+    filtered to a class before they are compared. Raises ValueError if the lengths differ.
     """
     import numpy as np
 
-    if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
     known = {normalize(phrase) for phrase in train or ()}
-    guesses, answers = [], []  # a row a phrase: its post; whether it is correct, present, seen
-    for post, (prediction, reference) in enumerate(zip(predictions, references)):
-        # Words hold no spaces, so that words standing consecutively are a substring from space to space.
+    guesses, answers = [], []  # a row per phrase: its post; whether it is correct, present, seen
+    for post, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        # Words contain no spaces: with spaces around both, words side by side are a substring.
         text = f" {' '.join(normalize(reference['text']))} "
         wanted = dict.fromkeys(map(normalize, reference["keyphrases"]))
         wanted.pop((), None)
         for phrase in wanted:
             answers.append((post, True, f" {' '.join(phrase)} " in text, phrase in known))
         for phrase in dict.fromkeys(map(normalize, prediction["keyphrases"])):
-            # An empty phrase stays, as a guess that is wrong, absent and unseen.
+            # An empty phrase is kept: a prediction that is wrong, absent and unseen.
             if INVALID_WORDS.isdisjoint(phrase):
                 present = bool(phrase) and f" {' '.join(phrase)} " in text
                 guesses.append((post, phrase in wanted, present, bool(phrase) and phrase in known))
@@ -544,70 +452,64 @@ def statistics(predictions, references, train=None):
 
     guess_post, correct, guess_present, guess_seen = columns(guesses)
     answer_post, _, present, seen = columns(answers)
-    classes = {
-        "all": (guess_post >= 0, answer_post >= 0),
-        "present": (guess_present, present),
-        "absent": (~guess_present, ~present),
-    }
+    classes = {"all": (guess_post >= 0, answer_post >= 0)}  # class -> masks of guesses, answers
+    classes["present"] = guess_present, present
+    classes["absent"] = ~guess_present, ~present
     if train is not None:
-        classes |= {
-            "seen": (guess_seen, seen),
-            "unseen": (~guess_seen, ~seen),
-            "absent_unseen": (~guess_present & ~guess_seen, ~present & ~seen),
-        }
+        classes["seen"] = guess_seen, seen
+        classes["unseen"] = ~guess_seen, ~seen
+        classes["absent_unseen"] = ~guess_present & ~guess_seen, ~present & ~seen
+    posts = len(references)
     return {
-        name: class_statistics(
-            guess_post[ours], correct[ours], answer_post[theirs], len(references)
-        )
+        name: class_statistics(guess_post[ours], correct[ours], answer_post[theirs], posts)
         for name, (ours, theirs) in classes.items()
     }
 
 
 def class_statistics(guess_post, correct, answer_post, total):
-    """The Part of one class, from each guess's post, whether it is correct, and each reference's post."""
+    """The Part of one class.
+
+    guess_post: (G,) int, the post of each prediction of the class, in order; correct: (G,) bool;
+    answer_post: (A,) int, the post of each reference of the class; total: number of posts.
+    """
     import numpy as np
 
     answers = np.bincount(answer_post, minlength=total)
     made = np.bincount(guess_post, minlength=total)
     posts = np.flatnonzero(answers)
-    # Guesses stand in the order of their posts: ranks and hits so far count from where the post starts.
+    # A prediction's rank and the hits up to it count from its post's first prediction.
     start = (np.cumsum(made) - made)[guess_post]
     hits = np.cumsum(np.append(0, correct))
     rank = np.arange(1, len(guess_post) + 1) - start
     precision_here = (hits[1:] - hits[start]) / rank
     answers, made, most = answers[posts], made[posts], made.max(initial=1)
+    cuts = (*CUTS, most)
 
     def per_post(gains, k):
-        """The gains of the correct guesses among the first k, added up for each post that is scored."""
+        """(N,): each scored post's sum of `gains` over the correct predictions in its first k."""
         chosen = correct & (rank <= k)
         return np.bincount(guess_post[chosen], gains[chosen], minlength=total)[posts]
 
-    right = [per_post(np.ones(len(rank)), k) for k in (*CUTS, most)]
-    precision = [hit / np.clip(made, 1, k) for hit, k in zip(right, (*CUTS, most))]
+    right = [per_post(np.ones(len(rank)), k) for k in cuts]
+    precision = [hit / np.clip(made, 1, k) for hit, k in zip(right, cuts, strict=True)]
     recall = [hit / answers for hit in right]
     average_precision = [per_post(precision_here, k) / answers for k in CUTS]
-    # The ideal order has all correct guesses first; one that was never made is not missed here.
-    gain = np.cumsum(np.append(0, 1 / np.log2(np.arange(2, most + 2))))
-    ideal = [gain[np.minimum(right[-1], k).astype(int)] for k in CUTS]
-    ndcg = [
-        per_post(1 / np.log2(rank + 1), k) / np.where(best > 0, best, 1)
-        for k, best in zip(CUTS, ideal)
-    ]
-    return Part(
-        posts, int(answers.sum()), np.column_stack(precision + recall + average_precision + ndcg)
-    )
+    # The ideal order has all correct predictions first; references not predicted don't count.
+    ideal_gain = np.cumsum(np.append(0, 1 / np.log2(np.arange(2, most + 2))))
+    ndcg = []
+    for k in CUTS:
+        ideal = ideal_gain[np.minimum(right[-1], k).astype(int)]
+        ndcg.append(per_post(1 / np.log2(rank + 1), k) / np.where(ideal > 0, ideal, 1))
+    values = np.column_stack(precision + recall + average_precision + ndcg)
+    return Part(posts, int(answers.sum()), values)
 
 
 def figures(means):
-    """MEASURES from means over posts (any leading axes): F1 is the harmonic mean of mean P and mean R."""
+    """MEASURES (…, 18) from means over posts (…, 14); F1 combines mean P and mean R."""
     import numpy as np
 
-    cuts = len(CUTS_AND_M)
-    precision, recall, ranking = (
-        means[..., :cuts],
-        means[..., cuts : 2 * cuts],
-        means[..., 2 * cuts :],
-    )
+    cuts = len(CUTS) + 1  # and M
+    precision, recall, ranking = np.split(means, [cuts, 2 * cuts], axis=-1)
     total = precision + recall
     f1 = 2 * precision * recall / np.where(total > 0, total, 1)
     return np.concatenate([precision, recall, f1, ranking], axis=-1)
@@ -616,42 +518,35 @@ def figures(means):
 def score(predictions, references, train=None):
     """Scores of aligned predictions and references: {"posts": n, "all": {"F1@1": …}, "present": …}.
 
-    Predictions are dicts with "keyphrases" and perhaps "think" and "tokens", references dicts with "text" and
-    "keyphrases". `train` (an iterable of the training data's keyphrases) adds the classes seen, unseen and
-    absent_unseen. A class has the counts "posts" and "keyphrases", MEASURES as fractions (0 without posts), and
-    "tokens" (mean per post) and "reasoned" (share of posts) over the predictions that tell.
+    Predictions are dicts with "keyphrases" and optionally "think" and "tokens", references dicts
+    with "text" and "keyphrases". `train`, the training data's keyphrases, adds the classes seen,
+    unseen and absent_unseen. A class has "posts" and "keyphrases" (counts), MEASURES (fractions, 0
+    without posts) and, if predictions have the fields, "tokens" (mean) and "reasoned" (share).
     """
     return describe(statistics(predictions, references, train), predictions)
 
 
 def describe(parts, predictions):
-    """`score`'s dict, from the classes' statistics."""
+    """`score`'s dict from the classes' statistics."""
     result = {"posts": len(predictions)}
     for name, part in parts.items():
         means = part.values.sum(axis=0) / max(len(part.posts), 1)
-        result[name] = {
-            "posts": len(part.posts),
-            "keyphrases": part.keyphrases,
-            **dict(zip(MEASURES, figures(means).tolist())),
-        }
-        of_class = [predictions[post] for post in part.posts]
-        tokens = [
-            prediction["tokens"] for prediction in of_class if prediction.get("tokens") is not None
-        ]
-        thoughts = [prediction["think"] or "" for prediction in of_class if "think" in prediction]
+        measures = dict(zip(MEASURES, figures(means).tolist(), strict=True))
+        result[name] = {"posts": len(part.posts), "keyphrases": part.keyphrases, **measures}
+        scored = [predictions[post] for post in part.posts]
+        tokens = [made["tokens"] for made in scored if made.get("tokens") is not None]
+        reasoned = [bool((made["think"] or "").strip()) for made in scored if "think" in made]
         if tokens:
             result[name]["tokens"] = sum(tokens) / len(tokens)
-        if thoughts:
-            result[name]["reasoned"] = sum(bool(thought.strip()) for thought in thoughts) / len(
-                thoughts
-            )
+        if reasoned:
+            result[name]["reasoned"] = sum(reasoned) / len(reasoned)
     return result
 
 
-# ----------------------------------------------------------------------------------------- significance
+# ----------------------------------------------------------------------------------- significance
 
-ROUNDS = 1000  # of resampling, where two systems are compared and the number isn't given
-NUMBERS_AT_ONCE = 4_000_000  # random numbers held in memory at a time
+ROUNDS = 1000  # rounds of resampling for --against without --bootstrap
+NUMBERS_AT_ONCE = 4_000_000  # random numbers in memory at a time
 
 
 def chunks(rounds, posts):
@@ -661,9 +556,10 @@ def chunks(rounds, posts):
 
 
 def resample(parts, posts, rounds, seed):
-    """MEASURES of `rounds` bootstrap samples: a dict from class to an array of a row a sample.
+    """The MEASURES of `rounds` bootstrap samples: a dict from class name to (rounds, 18).
 
-    A sample draws as many of the `posts` posts as there are, with replacement; means and F1 are taken anew.
+    A sample draws as many of the `posts` posts as there are, with replacement, and computes means
+    and F1 from these.
     """
     import numpy as np
 
@@ -672,9 +568,8 @@ def resample(parts, posts, rounds, seed):
     for size in chunks(rounds, posts):
         drawn = random.integers(posts, size=(size, posts))
         drawn += np.arange(size)[:, None] * posts
-        times = (
-            np.bincount(drawn.ravel(), minlength=size * posts).reshape(size, posts).astype(float)
-        )
+        # (size, posts): how often each sample has each post.
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
         for name, part in parts.items():
             weights = times[:, part.posts]
             means = weights @ part.values / np.maximum(weights.sum(axis=1, keepdims=True), 1)
@@ -683,17 +578,18 @@ def resample(parts, posts, rounds, seed):
 
 
 def intervals(samples):
-    """The middle 95% of the rows of `samples`: a dict from measure to [low, high]."""
+    """The middle 95% of samples (rounds, 18): a dict from measure to [low, high]."""
     import numpy as np
 
-    return dict(zip(MEASURES, np.quantile(samples, [0.025, 0.975], axis=0).T.tolist()))
+    ends = np.quantile(samples, [0.025, 0.975], axis=0)
+    return dict(zip(MEASURES, ends.T.tolist(), strict=True))
 
 
 def compare(parts, others, posts, rounds, seed):
-    """p-values of two systems' differences: a dict from class to an array in the order of MEASURES.
+    """p-values of two systems' differences: a dict from class name to (18,), one per measure.
 
-    The paired randomisation test: each post's two outcomes are swapped or not at random; p is the share of
-    rounds whose difference, of either sign, is at least the real one (which counts as a round itself).
+    A paired randomisation test: each round swaps each post's two outcomes with probability 1/2; p
+    is the share of rounds, the real one included, whose absolute difference reaches the real one.
     """
     import numpy as np
 
@@ -707,56 +603,45 @@ def compare(parts, others, posts, rounds, seed):
             ours, theirs = part.values.sum(axis=0), other.values.sum(axis=0)
             real = figures(ours / count) - figures(theirs / count)
             shuffled = figures((ours + moved) / count) - figures((theirs - moved) / count)
-            # Sums in another order differ in the last digits; equal differences must count as reached.
+            # Summed in another order, equal differences may differ in their last digits.
             reached[name] += (abs(shuffled) >= abs(real) - 1e-12).sum(axis=0)
     return {name: (count + 1) / (rounds + 1) for name, count in reached.items()}
 
 
-# -------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------- the table
 
 
 def table(scores):
-    """`score`'s dict, and what `main` adds to it, as text for people: measures in percent."""
+    """`score`'s dict, with what `main` adds to it, as text; fractions are shown in percent."""
     names = [name for name in scores if name not in ("posts", "against")]
     titles = [name.replace("_", "+") for name in names]
     entries = [scores[name] for name in names]
 
     def row(key, show):
-        """A line over all classes, `-` where a class has no posts or the predictions don't tell."""
-        return [
-            key,
-            *(show(entry[key]) if entry["posts"] and key in entry else "-" for entry in entries),
-        ]
+        """A line of each class's `key`; `-` where there is nothing to show."""
+        cells = [show(entry[key]) if entry["posts"] and key in entry else "-" for entry in entries]
+        return [key, *cells]
 
-    counts = [[key, *(str(entry[key]) for entry in entries)] for key in ("posts", "keyphrases")]
-    blocks = [[["", *titles], *counts, *(row(measure, percent) for measure in MEASURES)]]
-    if any("tokens" in entry for entry in entries):
-        blocks[0].append(row("tokens", "{:.1f}".format))
-    if any("reasoned" in entry for entry in entries):
-        blocks[0].append(row("reasoned", percent))
+    rows = [["", *titles]]
+    rows += [[key, *(str(entry[key]) for entry in entries)] for key in ("posts", "keyphrases")]
+    rows += [row(measure, percent) for measure in MEASURES]
+    for key, show in (("tokens", "{:.1f}".format), ("reasoned", percent)):
+        if any(key in entry for entry in entries):
+            rows.append(row(key, show))
+    blocks = [rows]
     if "interval" in scores["all"]:
         blocks.append([["95% interval", *titles]])
-        for measure in HEADLINES:
-            cells = [
-                span(entry["interval"][measure]) if entry["posts"] else "-" for entry in entries
-            ]
-            blocks[-1].append([measure, *cells])
+        for name in HEADLINES:
+            cells = [span(entry["interval"][name]) if entry["posts"] else "-" for entry in entries]
+            blocks[-1].append([name, *cells])
     if "against" in scores:
         blocks.append([["", "measure", "this", "other", "difference", "95% interval", "p"]])
-        for name, title in zip(names, titles):
-            for measure in HEADLINES if scores[name]["posts"] else ():
-                pair = scores["against"][name][measure]
-                figures_of_both = [percent(scores[name][measure]), percent(pair["score"])]
-                blocks[-1].append(
-                    [
-                        title,
-                        measure,
-                        *figures_of_both,
-                        f"{100 * pair['difference']:+.2f}",
-                        span(pair["interval"]),
-                        f"{pair['p']:.4f}",
-                    ]
-                )
+        for title, entry, against in zip(titles, entries, scores["against"].values(), strict=True):
+            for name in HEADLINES if entry["posts"] else ():
+                pair = against[name]
+                cells = [title, name, percent(entry[name]), percent(pair["score"])]
+                cells += [f"{100 * pair['difference']:+.2f}", span(pair["interval"])]
+                blocks[-1].append([*cells, f"{pair['p']:.4f}"])
     return "\n\n".join(map(lay_out, blocks))
 
 
@@ -769,98 +654,64 @@ def span(ends):
 
 
 def lay_out(rows):
-    """Rows of cells as lines of aligned columns, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """Rows of cells as lines of columns, the first left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(cells) for cells in padded)
 
 
-# ------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------- the command line
 
 
-def natural(text):
-    """A whole number from 0 up, as argparse wants it told."""
+def non_negative_int(text):
+    """argparse type: a whole number from 0 up."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
     return int(text)
 
 
-def read_arguments():
-    parser = argparse.ArgumentParser(
-        description="Scores of predicted keyphrases.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def parse_args(arguments=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("predictions", help="predictions: JSONL with id and keyphrases, or text, a;b;c a line")
-    add(
-        "references",
-        help="posts: JSONL with id, text, keyphrases, or text, text<sep>a;b<sep>address a line",
-    )
-    add("--train", metavar="FILE", help="training posts, to score seen and unseen keyphrases apart")
-    add(
-        "--against",
-        metavar="FILE",
-        help="another system's predictions: differences, intervals and p-values",
-    )
-    add(
-        "--bootstrap",
-        metavar="N",
-        type=natural,
-        default=0,
-        help=f"rounds of resampling for 95%% intervals, 0 for none; with --against 0 stands for {ROUNDS}",
-    )
-    add("--seed", type=natural, default=0, help="seed of the resampling")
-    add(
-        "--json",
-        action="store_true",
-        help="print one JSON object of unrounded fractions instead of a table",
-    )
-    add(
-        "--allow-missing",
-        action="store_true",
-        help="score posts without a prediction as empty predictions",
-    )
-    return parser.parse_args()
+    add("predictions", help="file of predictions, JSONL or text")
+    add("references", help="file of posts, JSONL or text")
+    add("--train", metavar="FILE", help="training posts: scores seen and unseen keyphrases")
+    add("--against", metavar="FILE", help="another system's predictions: compares the two")
+    rounds = f"rounds of resampling for 95%% intervals (default: 0, or {ROUNDS} with --against)"
+    add("--bootstrap", metavar="N", type=non_negative_int, default=0, help=rounds)
+    add("--seed", type=non_negative_int, default=0, help="seed of the resampling (default: 0)")
+    add("--json", action="store_true", help="print a JSON object of unrounded fractions, no table")
+    add("--allow-missing", action="store_true", help="score posts without prediction as empty")
+    return parser.parse_args(arguments)
 
 
 def main():
-    args = read_arguments()
-    gc.disable()  # no cycles here, and looking for some among millions of phrases takes seconds
+    args = parse_args()
+    gc.disable()  # there are no cycles, and searching millions of phrases for some takes seconds
     references = read_references(args.references)
-
-    def read_aligned(path):
-        return align(
-            read_predictions(path), references, args.allow_missing, (path, args.references)
-        )
-
-    predictions, posts = read_aligned(args.predictions), len(references)
-    others = read_aligned(args.against) if args.against else None
+    systems = []
+    for path in filter(None, (args.predictions, args.against)):
+        names = path, args.references
+        systems.append(align(read_predictions(path), references, args.allow_missing, names))
     train = list(train_keyphrases(args.train)) if args.train else None
-    parts = statistics(predictions, references, train)
-    scores = describe(parts, predictions)
+    parts = [statistics(system, references, train) for system in systems]
+    scores, *others = map(describe, parts, systems)
 
-    rounds = args.bootstrap or (ROUNDS if others else 0)
+    posts, rounds = len(references), args.bootstrap or (ROUNDS if args.against else 0)
     if rounds:
-        samples = resample(parts, posts, rounds, args.seed)
-        for name in parts:
-            scores[name]["interval"] = intervals(samples[name])
-    if others:
-        other_parts = statistics(others, references, train)
-        other_scores = describe(other_parts, others)
-        other_samples = resample(other_parts, posts, rounds, args.seed)
-        p_values = compare(parts, other_parts, posts, rounds, args.seed)
-        scores["against"] = {}
-        for name in parts:
-            interval = intervals(samples[name] - other_samples[name])
-            scores["against"][name] = {
-                measure: {
-                    "score": other_scores[name][measure],
-                    "difference": scores[name][measure] - other_scores[name][measure],
-                    "interval": interval[measure],
-                    "p": p,
-                }
-                for measure, p in zip(MEASURES, p_values[name].tolist())
-            }
+        samples = [resample(part, posts, rounds, args.seed) for part in parts]
+        for name in parts[0]:
+            scores[name]["interval"] = intervals(samples[0][name])
+    if args.against:
+        p_values = compare(*parts, posts, rounds, args.seed)
+        scores["against"] = {name: {} for name in parts[0]}
+        for name, against in scores["against"].items():
+            interval = intervals(samples[0][name] - samples[1][name])
+            for key, p in zip(MEASURES, p_values[name].tolist(), strict=True):
+                other = others[0][name][key]
+                pair = {"score": other, "difference": scores[name][key] - other}
+                against[key] = {**pair, "interval": interval[key], "p": p}
     print(json.dumps(scores, indent=2) if args.json else table(scores))
 
 

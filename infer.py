@@ -2,88 +2,50 @@
 
     python infer.py image.jpg "text of the post"
     python infer.py --data test.jsonl --out preds.jsonl --model out/run1
-    python infer.py --data test.jsonl --out preds.jsonl --model out/run1 --base-url http://localhost:8000/v1
+    python infer.py --data test.jsonl --out preds.jsonl --model M --base-url http://localhost:8000/v1
 
-The first form prints the keyphrases, then the reasoning if the model chose to reason. Write `none` for the image
-of a text-only post. The second form can be stopped and started again: posts already predicted are not predicted
-twice, and those whose image could not be read are tried again. The third does the same with a model that a serving
-engine has loaded; --model is then its name there.
+The first form prints the keyphrases, then the reasoning if the model chose to reason. Write `none`
+for the image of a text-only post. The second form can be stopped and started again: posts already
+predicted are not predicted twice, and those that failed are tried again. The third does the same
+with a model that a server has loaded; --model is then its name there.
 """
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
 import sys
 from pathlib import Path
 
-import checkpoint
 import data
-import gen_cot
-from evaluate import UserError, jsonl, one_line, parse_prediction, run, shown
+from evaluate import UserError, one_line, parse_prediction, run, shown
+from support.chat import Failed, chat_request
+from support.checkpoint import checkpoint_of, find_model
+from support.connection import add_server_options
+from support.console import HelpFormatter, info, out_of_memory, positive_int, progress, writing
+from support.jsonl import JsonlWriter, locked, to_line, write_atomic
 
-
-def settings(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
-    add = parser.add_argument
-    add("image", nargs="?", help="the post's image, or none")
-    add("text", nargs="?", help="the post's text")
-    add("--data", metavar="FILE", help="predict all posts of this file (JSONL)")
-    add("--out", metavar="FILE", help="where the predictions of --data go (JSONL)")
-    add(
-        "--model",
-        default="out/run",
-        help="a run's folder, one of its checkpoints, a model folder, or a hub name; "
-        "with --base-url what the server calls it",
-    )
-    add(
-        "--think",
-        choices=["auto", "always", "never"],
-        default="auto",
-        help="whether the model reasons first",
-    )
-    add("--batch-size", type=data.count, default=8, help="posts generated at once with --data")
-    add("--json", action="store_true", help="print the one post's prediction as JSON")
-    data.add_reading_options(parser)
-    served = parser.add_argument_group(
-        "served inference",
-        "--batch-size posts are asked for at once; --max-length, "
-        "--workers and --device are the server's own affair",
-    )
-    served.add_argument(
-        "--base-url", help="the address of an OpenAI-compatible server that has the model"
-    )
-    gen_cot.add_server_options(served)
-    args = parser.parse_args(arguments)
-    if args.data is None and (args.image is None or args.text is None):
-        parser.error("give an image and a text, or --data FILE --out FILE")
-    if args.data is not None and (args.out is None or args.image is not None):
-        parser.error("--data goes with --out FILE and without an image or text")
-    if args.base_url and args.think != "auto":
-        parser.error(
-            f"--think {args.think} needs the model here: a server can't be told how an answer begins; "
-            "leave out --base-url or --think"
-        )
-    return args
+KEPT = "what was predicted is kept: make room and run this again"
 
 
 def load_model(args):
-    """(model, encoder) of --model. Raises UserError, which for the default says how to get a model."""
+    """(model, encoder) of --model. Raises UserError, for the default with how to get a model."""
     if args.model == "out/run" and not Path(args.model).exists():
-        raise UserError(
-            "no trained model yet: run `python train.py` (minutes on a CPU), or name one with --model"
-        )
-    name = checkpoint.model_folder(args.model)
+        raise UserError("no trained model yet: run `python train.py` (minutes), or name a --model")
+    folder = find_model(args.model)  # before torch, which takes seconds to import
     import torch
 
-    from model import load, pick_device
+    import model
+    from support.distributed import pick_device
 
     device = pick_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, encoder, _ = load(
-        name, device, dtype, args.prompt_file, args.max_pixels, args.max_length
-    )
-    return model, encoder
+    vlm, encoder, _ = model.load(str(folder), device, dtype, data.encoder_options(args))
+    return vlm, encoder
+
+
+# --------------------------------------------------------------------------------------- one post
 
 
 def infer_one(args):
@@ -92,22 +54,19 @@ def infer_one(args):
     if image is not None and not os.path.exists(image):
         raise UserError(f"{image}: no such file; for a text-only post write none instead")
     record = {"id": "post", "text": args.text}
+    predict = predict_served if args.base_url else predict_here
     try:
-        prediction = (
-            predict_served(args, record, image)
-            if args.base_url
-            else predict_here(args, record, image)
-        )
+        prediction = predict(args, record, image)
     except data.Unreadable as error:
         raise UserError(f"{args.image}: {error}; for a text-only post write none instead") from None
     if args.json:
-        sys.stdout.write(data.to_line({"image": args.image, "text": args.text} | prediction))
+        sys.stdout.write(to_line({"image": args.image, "text": args.text} | prediction))
         return
     print(data.plain_answer(prediction["keyphrases"]) or "(no keyphrases)")
     if prediction["think"]:
         print(f"\nReasoning: {prediction['think']}")
     if prediction.get("cut"):
-        data.say(f"the answer was cut off after {args.max_new_tokens} tokens; see --max-new-tokens")
+        info(f"the answer was cut off after {args.max_new_tokens} tokens; see --max-new-tokens")
 
 
 def predict_here(args, record, image):
@@ -115,44 +74,50 @@ def predict_here(args, record, image):
     vlm, encoder = load_model(args)
     import model
 
-    micro_batches = [data.collate([encoder.encode(record, image, with_answers=False)], encoder)]
-    (prediction,) = model.predict(
-        vlm, encoder, [(micro_batches, [])], args.think, args.max_new_tokens
-    )
+    batch = data.collate([encoder.encode(record, image, with_answers=False)], encoder)
+    (prediction,) = model.predict(vlm, encoder, [([batch], [])], args.think, args.max_new_tokens)
     return prediction
+
+
+def predict_served(args, record, image):
+    """The prediction for one post by a served model. Raises data.Unreadable, UserError."""
+    client, prompt = connect(args, 1)
+    try:
+        (prediction,) = client.each(lambda _: ask(args, client, prompt, record, image), [record])
+    except Failed as failed:
+        raise UserError(f"{client.server}: {failed}") from None
+    return prediction
+
+
+# ---------------------------------------------------------------------------------- a file of posts
 
 
 def infer_file(args):
     """Predict the posts of --data that --out lacks; returns 1 if a post failed, else 0."""
-    posts = data.Posts(args.data)
-    done = finished(args, posts)
-    todo = [index for index in range(len(posts)) if posts[index]["id"] not in done]
-    if todo:
-        predictions = (
-            all_served(args, posts, todo) if args.base_url else all_here(args, posts, todo)
-        )
-        begin(args, done)
-        with writable(args.out), open(args.out, "a", encoding="utf-8") as file:
-            for prediction in data.progress(predictions, len(posts), "posts", done=len(done)):
-                file.write(data.to_line(prediction))
-                file.flush()
-                done[prediction["id"]] = prediction
-    ordered = [done[posts[index]["id"]] for index in range(len(posts))]
-    with writable(args.out):
-        data.write_whole(args.out, "".join(map(data.to_line, ordered)))
-    return summary(args, ordered)
-
-
-@contextlib.contextmanager
-def writable(path):
-    """What the system refuses in the block, which writes to `path`, is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: can't be written ({error.strerror or error}); what was predicted is kept: make room "
-            "and run this again"
-        ) from None
+    posts, out = data.Posts(args.data), Path(args.out)
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out}: not a file on a disk; --out is the file for the predictions")
+    writer = JsonlWriter(out, len(posts))
+    index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
+    with locked(out), contextlib.closing(writer):
+        failed = read_finished(args, writer, index_of)
+        todo = [index for index in range(len(posts)) if index not in writer]
+        todo.sort(key=failed.__contains__)  # again after those that were never tried
+        if todo:
+            predictions = (all_served if args.base_url else all_here)(args, posts, todo)
+            with writing(out):
+                settings = json.dumps(identity(args), indent=1, ensure_ascii=False) + "\n"
+                write_atomic(f"{out}.settings.json", settings)
+                if out.exists():
+                    writer.sort()  # without what is predicted again
+            done = len(posts) - len(todo)
+            with contextlib.closing(predictions):
+                for prediction in progress(predictions, len(posts), "posts", initial=done):
+                    with writing(out, KEPT):
+                        writer.append(prediction, index=index_of[hash(prediction["id"])])
+        with writing(out, KEPT):
+            writer.sort()
+        return summary(args, writer)
 
 
 def all_here(args, posts, todo):
@@ -160,162 +125,153 @@ def all_here(args, posts, todo):
     vlm, encoder = load_model(args)
     import model
 
-    steps = [
-        todo[start : start + args.batch_size] for start in range(0, len(todo), args.batch_size)
-    ]
-    loader = data.Loader(posts, encoder, steps, args.batch_size, args.workers, with_answers=False)
+    size = args.batch_size
+    steps = [todo[start : start + size] for start in range(0, len(todo), size)]
+    loader = data.Loader(data.EncodedPosts(posts, encoder, False), steps, size, args.workers)
     return model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
 
 
 def all_served(args, posts, todo):
-    """An iterator over predictions for the posts `todo` (indices) by a served model, as they come."""
+    """An iterator over predictions for the posts `todo` (indices) by a served model."""
     client, prompt = connect(args, min(args.batch_size, len(todo)))
+    client.answered = len(todo) < len(posts)  # in an earlier run
 
-    def predict(index):
+    async def predict(index):
         record = posts[index]
         try:
-            return ask(args, client, prompt, record, posts.image_path(record))
+            return await ask(args, client, prompt, record, posts.image_path(record))
         except data.Unreadable as error:
             reason = f"image {record['image']}: {error}"
-        except gen_cot.Failed as failed:
+        except Failed as failed:
             reason = str(failed)
-        return {
-            "id": record["id"],
-            "keyphrases": [],
-            "think": None,
-            "output": "",
-            "tokens": 0,
-            "error": reason,
-        }
+        nothing = {"keyphrases": [], "think": None, "output": "", "tokens": 0}
+        return {"id": record["id"], **nothing, "error": reason}
 
     return client.each(predict, todo)
-
-
-def predict_served(args, record, image):
-    """The prediction for one post by a served model. Raises data.Unreadable, UserError."""
-    client, prompt = connect(args, 1)
-    try:
-        return ask(args, client, prompt, record, image)
-    except gen_cot.Failed as failed:
-        raise UserError(f"{client.server}: {failed}") from None
 
 
 def connect(args, workers):
     """(client, prompt) of served inference. Raises UserError.
 
-    The prompt is --prompt-file's, else the one that the model was trained with where its folder is here, else PROMPT.
+    The prompt is --prompt-file's, else the one in the model's folder if that is here, else PROMPT.
     """
-    client = gen_cot.Client(
-        args.base_url, args.model, args.api_key_env, workers, args.max_retries, args.timeout
-    )
-    own = Path(checkpoint.model_folder(args.model)) / "prompt.txt"
+    from support.client import Client
+
+    client = Client(args.base_url, args, workers)
+    own = Path(checkpoint_of(args.model)) / "prompt.txt"
     file = args.prompt_file or (own if own.is_file() else None)
-    return client, gen_cot.read_prompt(file, "{text}") if file else data.PROMPT
+    return client, data.read_prompt(file, "{text}") if file else data.PROMPT
 
 
-def ask(args, client, prompt, record, image):
-    """A served model's prediction for one post, as `model.predict` yields it. Raises data.Unreadable, Failed."""
-    text = gen_cot.fill(prompt, text=record["text"].strip())
-    reply = client.ask(
-        gen_cot.make_request(args.model, text, image, args.max_pixels, args.max_new_tokens, 0)
-    )
-    if reply.finish == "content_filter":
-        raise gen_cot.Failed("content filter: the reply was cut off")
+async def ask(args, client, prompt, record, image):
+    """A served model's prediction for a post, as `model.predict` yields it.
+
+    Raises data.Unreadable, Failed.
+    """
+    text = data.fill_prompt(prompt, text=record["text"].strip())
+    url = await asyncio.to_thread(data.image_url, image, args.max_pixels) if image else None
+    reply = await client.ask(chat_request(args.model, text, url, args.max_new_tokens, 0))
     keyphrases, think = data.parse_answer(reply.text)
-    prediction = {
-        "id": record["id"],
-        "keyphrases": keyphrases,
-        "think": think,
-        "output": reply.text,
-        "tokens": reply.tokens,
-    }
+    prediction = {"id": record["id"], "keyphrases": keyphrases, "think": think}
+    prediction |= {"output": reply.text, "tokens": reply.tokens}
     return prediction | {"cut": True} if reply.finish == "length" else prediction
 
 
 def identity(args):
-    """What predictions depend on: settings, and the state of the files that they name. A resumed run must match."""
+    """What predictions depend on, which a resumed run must match: settings, and files' states."""
     names = ("think", "max_pixels", "max_new_tokens", "model" if args.base_url else "max_length")
     now = {name: value for name, value in vars(args).items() if name in names}
-    model = Path(checkpoint.model_folder(args.model))
-    if not args.base_url:
-        from model import find
-
-        model = find(str(model))
-    files = [
-        args.data,
-        *sorted(model.glob("*.safetensors")),
-        args.prompt_file or model / "prompt.txt",
-    ]
-    files = [Path(file) for file in files if Path(file).exists()]
-    return now | {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    model = Path(checkpoint_of(args.model)) if args.base_url else find_model(args.model)
+    weights = sorted(model.glob("*.safetensors"))
+    files = [Path(file) for file in (args.data, *weights, args.prompt_file or model / "prompt.txt")]
+    states = {str(file): file.stat() for file in files if file.exists()}
+    return now | {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
-def finished(args, posts):
-    """The predictions by id that --out already holds, those with an error left out.
+def read_finished(args, writer, index_of):
+    """Give `writer` the predictions that --out holds; returns the indices of those with an error.
 
     Raises UserError if they were made with other settings, which stand in a file beside it.
     """
-    out = Path(args.out)
-    if out.exists() and not out.is_file():
-        raise UserError(
-            f"{out}: not a file on a disk; --out is the file that the predictions go to"
-        )
+    out, failed = writer.path, set()
     if not out.exists() or not out.stat().st_size:
-        return {}
+        return failed
     before, now = {}, identity(args)
     with contextlib.suppress(OSError, ValueError, TypeError):
         before = dict(json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8")))
-    if before != now:
-        differ = sorted(
-            name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
-        )
+    names = sorted(before.keys() | now.keys())
+    if different := [name for name in names if before.get(name) != now.get(name)]:
         raise UserError(
-            f"{out}: was made with something else ({', '.join(differ)}); name another --out, or remove it"
+            f"{out}: was made with something else ({', '.join(different)}); choose another --out, "
+            "or remove it"
         )
-    known = {posts[index]["id"] for index in range(len(posts))}
-    whole_lines, _, torn = out.read_bytes().rpartition(b"\n")
-    if torn:  # predicted anew
-        data.write_whole(out, whole_lines + b"\n" if whole_lines else b"")
-    done = {}
-    for line, _, row in jsonl(out):
-        if parse_prediction(out, line, row)["id"] in known and not row.get("error"):
-            done[row["id"]] = row | {"think": row.get("think"), "tokens": row.get("tokens") or 0}
-    return done
+    for line, offset, row in writer.read():
+        index = index_of.get(hash(parse_prediction(out, line, row)["id"]))
+        if index is not None and row.get("error"):
+            failed.add(index)
+        elif index is not None:
+            writer.offsets[index] = offset
+    return failed
 
 
-def begin(args, done):
-    """Write --out anew with what is done, and beside it what it is made with. Raises UserError."""
-    out = Path(args.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        data.write_whole(
-            f"{out}.settings.json", json.dumps(identity(args), indent=1, ensure_ascii=False) + "\n"
-        )
-        data.write_whole(out, "".join(map(data.to_line, done.values())))
-    except OSError as error:
-        raise UserError(f"{out}: can't be written ({error.strerror}); name another --out") from None
-
-
-def summary(args, predictions):
-    failed = [prediction for prediction in predictions if "error" in prediction]
-    cut = sum("cut" in prediction for prediction in predictions)
-    tokens = sum(prediction["tokens"] or 0 for prediction in predictions) / len(predictions)
-    reasoned = sum(prediction["think"] is not None for prediction in predictions) / len(predictions)
-    data.say(
-        f"{args.out}: {len(predictions)} posts, {tokens:.1f} tokens a post, {reasoned:.1%} reasoned about, "
-        f"{cut} cut off after {args.max_new_tokens} tokens, {len(failed)} failed"
+def summary(args, writer):
+    """Print how many posts, tokens and failures there are; returns the exit code."""
+    posts = tokens = reasoned = cut = 0
+    failed = []
+    for _, line in writer.lines():
+        prediction = json.loads(line)
+        posts += 1
+        tokens += prediction.get("tokens") or 0
+        reasoned += prediction.get("think") is not None
+        cut += "cut" in prediction
+        if "error" in prediction:
+            failed.append((prediction["id"], prediction["error"]))
+    info(
+        f"{args.out}: {posts} posts, {tokens / posts:.1f} tokens a post, {reasoned / posts:.1%} "
+        f"reasoned about, {cut} cut off after {args.max_new_tokens} tokens, {len(failed)} failed"
     )
-    for prediction in failed[:3]:
-        data.say(f"  (id {shown(prediction['id'])}) {one_line(prediction['error'])}")
+    for identity, error in failed[:3]:
+        info(f"  (id {shown(identity)}) {one_line(error)}")
     return 1 if failed else 0
 
 
+def parse_args(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("image", nargs="?", help="the post's image, or none")
+    add("text", nargs="?", help="the post's text")
+    add("--data", metavar="FILE", help="predict all posts of this file (JSONL)")
+    add("--out", metavar="FILE", help="file for the predictions of --data (JSONL)")
+    model_help = "a run, a checkpoint or a model folder, or a hub name; its name on --base-url"
+    add("--model", default="out/run", help=model_help)
+    modes, think_help = ["auto", "always", "never"], "whether the model reasons first"
+    add("--think", choices=modes, default="auto", help=think_help)
+    add("--batch-size", type=positive_int, default=8, help="posts generated at once with --data")
+    add("--json", action="store_true", help="print the one post's prediction as JSON")
+    data.add_reading_options(parser)
+    ignored = "--batch-size posts are asked for at once; --max-length, --workers and --device "
+    served = parser.add_argument_group("served inference", ignored + "have no effect")
+    served.add_argument("--base-url", help="address of an OpenAI-compatible server with the model")
+    add_server_options(served)
+    args = parser.parse_args(arguments)
+    if args.data is None and (args.image is None or args.text is None):
+        parser.error("give an image and a text, or --data FILE --out FILE")
+    if args.data is not None and (args.out is None or args.image is not None):
+        parser.error("--data goes with --out FILE and without an image or text")
+    if args.base_url and args.think != "auto":
+        parser.error(
+            f"--think {args.think} needs the model here: a server can't be told how an answer "
+            "begins; leave out --base-url or --think"
+        )
+    return args
+
+
 def main():
-    args = settings()
+    args = parse_args()
     if args.data is None:
-        with checkpoint.enough_memory("a smaller --max-pixels takes less"):
+        with out_of_memory("try a smaller --max-pixels"):
             return infer_one(args)
-    with checkpoint.enough_memory("a smaller --batch-size takes less; what was predicted is kept"):
+    with out_of_memory("try a smaller --batch-size; what was predicted is kept"):
         return infer_file(args)
 
 

@@ -1,7 +1,8 @@
-"""How long evaluate.py takes, by hand: python tests/bench_evaluate.py [PREDICTIONS REFERENCES]
+"""How long evaluate.py takes. By hand: python tests/bench_evaluate.py [PREDICTIONS REFERENCES]
 
-Without arguments: synthetic posts, as many as CMKP's test set has and as MMKP-360k has for training. With the
-names of two files: these. Prints the best of three runs from process start to table, and the peak of memory.
+Without arguments it scores synthetic posts, as many as CMKP's test set and MMKP-360k's training set
+have; else the two files. Prints the best time of three runs, from the start of the process to the
+table, and the peak of memory.
 """
 
 import json
@@ -17,9 +18,9 @@ SCRIPT = Path(__file__).parent.parent / "evaluate.py"
 
 
 def write_posts(folder, posts, seed=0):
-    """Posts of about 28 words and predictions of five phrases as JSONL: (predictions, references)."""
+    """Write posts of about 28 words and predictions of five phrases: (predictions, references)."""
     rng = random.Random(seed)
-    syllables = ["".join(pair) for pair in zip("bcdfglmnprstvz" * 5, "aeiou" * 14)]
+    syllables = ["".join(pair) for pair in zip("bcdfglmnprstvz" * 5, "aeiou" * 14, strict=True)]
     endings = ["", "", "s", "ing", "ed", "ly", "ation", "er"]
     stems = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(60_000)]
     words = list(dict.fromkeys(stem + rng.choice(endings) for stem in stems))

@@ -1,7 +1,10 @@
-"""How fast and in how much memory gen_cot.py asks, by hand: python tests/bench_gen_cot.py speed|memory [POSTS …]
+"""How fast and in how much memory gen_cot.py asks. By hand:
 
-speed: 32 workers, photos of one megapixel, a server that answers in 100 ms. memory: tiny images and a server that
-answers at once, 1,000 posts and 100,000. The server is a process of its own, on the same machine.
+    python tests/bench_gen_cot.py speed|memory [POSTS ...]
+
+speed: 32 workers, photos of one megapixel, a server that answers in 100 ms. memory: tiny images
+and a server that answers at once, 1,000 posts and 100,000. The server is a process of its own, on
+the same machine.
 """
 
 import io
@@ -33,19 +36,8 @@ def photo(path, size=(1152, 864)):
 def gen_cot(posts, server, workers):
     """Run gen_cot.py as a process: (seconds, its own CPU seconds, its peak memory in MB)."""
     started = time.perf_counter()
-    command = [
-        sys.executable,
-        ROOT / "gen_cot.py",
-        posts,
-        "--out",
-        posts.parent / "cot.jsonl",
-        "--model",
-        "m",
-        "--base-url",
-        server,
-        "--workers",
-        str(workers),
-    ]
+    command = [sys.executable, ROOT / "gen_cot.py", posts, "--out", posts.parent / "cot.jsonl"]
+    command += ["--model", "m", "--base-url", server, "--workers", str(workers)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     last = process.stderr.read().splitlines()[-2:]
     _, code, used = os.wait4(process.pid, 0)
@@ -60,7 +52,8 @@ def stages(posts, count=100):
     from PIL import Image
 
     import data
-    import gen_cot
+    from gen_cot import PROMPT
+    from support.chat import chat_request
 
     def clock(name, step):
         started = time.thread_time()
@@ -79,7 +72,7 @@ def stages(posts, count=100):
     small = clock("scale it", lambda: image.resize((700, 532), Image.Resampling.BICUBIC))
     sent = clock("write it as JPEG", lambda: save(small))
     clock("base64", lambda: base64.b64encode(sent).decode())
-    request = gen_cot.make_request("m", gen_cot.PROMPT, path, 512 * 28 * 28)
+    request = chat_request("m", PROMPT, data.image_url(path, 512 * 28 * 28))
     clock("JSON", lambda: json.dumps(request, ensure_ascii=False).encode())
     print(f"  {path.stat().st_size / 1000:.0f} KB read, {len(sent) / 1000:.0f} KB sent")
 
@@ -105,8 +98,9 @@ def main():
                 server.wait()
             server_cpu = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - cpu
             print(
-                f"{count} posts: {seconds:.1f} s, {count / seconds:.1f} posts/s; {1000 * cpu / count:.1f} ms of CPU "
-                f"a post (the server's own about {1000 * server_cpu / count:.1f}); {memory:.0f} MB at the peak",
+                f"{count} posts: {seconds:.1f} s, {count / seconds:.1f} posts/s; "
+                f"{1000 * cpu / count:.1f} ms of CPU a post (the server's own about "
+                f"{1000 * server_cpu / count:.1f}); {memory:.0f} MB at the peak",
                 flush=True,
             )
             if what == "speed":

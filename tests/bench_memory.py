@@ -1,10 +1,11 @@
-"""What a training step takes of memory, measured on a CPU, beside what `train.py --estimate` says. By hand:
+"""The memory of a training step, measured on a CPU, beside what tools/memory.py says. By hand:
 
     python tests/bench_memory.py            # small models; the cases with an adapter need peft
-    python tests/bench_memory.py --real     # no measurement: the estimates for Qwen2.5-VL 3B and 7B, as in the README
+    python tests/bench_memory.py --real     # only estimates: docs/scaling.md's table
 
-A tensor counts from the operation that makes it until its last holder lets go of it; the second step is measured, in
-which the optimizer has its state. What an operation takes inside itself is not seen. bf16 is the CPU's autocast.
+A tensor counts from the operation that makes it until nothing refers to it. The second step is
+measured: in it the optimizer has its state. What an operation takes internally is not counted.
+bf16 is the CPU's autocast.
 """
 
 import argparse
@@ -15,43 +16,35 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-import torch
-import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
-import data
-import train
-from model import DynamicCoT, add_adapter, memory
-from tiny import batch_of, random_posts
+from model import DynamicCoT  # noqa: E402
+from support.adapters import add_adapter  # noqa: E402
+from support.console import HelpFormatter  # noqa: E402
+from tiny import batch_of, random_posts  # noqa: E402
+from tools import memory  # noqa: E402
 
-SHAPES = {
-    "wide": dict(
-        hidden=256,
-        layers=2,
-        heads=4,
-        kv=2,
-        mlp=704,
-        vocabulary=2000,
-        tied=True,
-        vision=96,
-        blocks=3,
-    ),
-    "long": dict(
-        hidden=64, layers=6, heads=4, kv=1, mlp=176, vocabulary=500, tied=True, vision=64, blocks=4
-    ),
-    "wordy": dict(
-        hidden=96,
-        layers=3,
-        heads=4,
-        kv=2,
-        mlp=264,
-        vocabulary=12000,
-        tied=False,
-        vision=64,
-        blocks=2,
-    ),
-}
+
+def read_shapes(text):
+    """A dict from name to a dict of `config`'s arguments, from a table with these as its titles."""
+    titles, *rows = map(str.split, text.strip().splitlines())
+    return {name: dict(zip(titles, map(int, row), strict=True)) for name, *row in rows}
+
+
+SHAPES = read_shapes("""
+      hidden layers heads kv  mlp vocabulary tied vision blocks vision_heads vision_mlp
+wide     256      2     4  2  704       2000    1     96      3            4        288
+long      64      6     4  1  176        500    1     64      4            4        192
+wordy     96      3     4  2  264      12000    0     64      2            4        192
+""")
+REAL = read_shapes("""
+      hidden layers heads kv   mlp vocabulary tied vision blocks vision_heads vision_mlp
+3B      2048     36    16  2 11008     151936    1   1280     32           16       3420
+7B      3584     28    28  4 18944     152064    0   1280     32           16       3420
+""")
 CASES = [
     dict(),
     dict(passes=1),
@@ -67,7 +60,7 @@ POSTS, GRID, TEXT, ANSWER = 3, (8, 12), 40, 30
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, and the most that ever were: `now`, `peak`."""
+    """Counts the bytes of all tensors that are alive: `now`, and at most so far: `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -95,19 +88,10 @@ class Live(TorchDispatchMode):
 
 
 def config(
-    hidden,
-    layers,
-    heads,
-    kv,
-    mlp,
-    vocabulary,
-    tied,
-    vision,
-    blocks,
-    vision_heads=4,
-    vision_mlp=None,
+    *, hidden, layers, heads, kv, mlp, vocabulary, tied, vision, blocks, vision_heads, vision_mlp
 ):
     half = hidden // heads // 2
+    mrope = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
     return transformers.Qwen2_5_VLConfig(
         text_config=dict(
             hidden_size=hidden,
@@ -118,11 +102,11 @@ def config(
             vocab_size=vocabulary,
             bos_token_id=None,
             eos_token_id=None,
-            tie_word_embeddings=tied,
+            tie_word_embeddings=bool(tied),
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": 1e6,
-                "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8],
+                "mrope_section": mrope,
             },
         ),
         vision_config=dict(
@@ -130,46 +114,18 @@ def config(
             hidden_size=vision,
             num_heads=vision_heads,
             out_hidden_size=hidden,
-            intermediate_size=vision_mlp or 3 * vision,
+            intermediate_size=vision_mlp,
             fullatt_block_indexes=[blocks - 1],
         ),
         image_token_id=90,
         video_token_id=91,
         vision_start_token_id=92,
         vision_end_token_id=93,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=bool(tied),
     )
 
 
-REAL = {
-    "3B": dict(
-        hidden=2048,
-        layers=36,
-        heads=16,
-        kv=2,
-        mlp=11008,
-        vocabulary=151936,
-        tied=True,
-        vision=1280,
-        blocks=32,
-        vision_heads=16,
-        vision_mlp=3420,
-    ),
-    "7B": dict(
-        hidden=3584,
-        layers=28,
-        heads=28,
-        kv=4,
-        mlp=18944,
-        vocabulary=152064,
-        tied=False,
-        vision=1280,
-        blocks=32,
-        vision_heads=16,
-        vision_mlp=3420,
-    ),
-}
-# The README's table: model, GPUs, flags.
+# docs/scaling.md's table: model, GPUs, flags.
 ROWS = [
     (model, gpus, flags)
     for model in REAL
@@ -197,9 +153,8 @@ def measured(shape, bf16=False, rank=None, freeze_vision=False, checkpointing=Fa
     torch.manual_seed(0)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config(**shape))
     if rank:
-        add_adapter(
-            model.to(torch.bfloat16 if bf16 else torch.float32), rank, "base", not freeze_vision
-        )
+        model.to(torch.bfloat16 if bf16 else torch.float32)
+        add_adapter(model, rank, "base", not freeze_vision)
     elif freeze_vision:
         model.model.visual.requires_grad_(False)
     model.train()
@@ -235,53 +190,27 @@ def measured(shape, bf16=False, rank=None, freeze_vision=False, checkpointing=Fa
 def compare(names, cases):
     for name in names:
         for case in cases:
-            parts = memory(
-                empty(SHAPES[name]),
-                POSTS,
-                GRID[0] * GRID[1] // 4,
-                TEXT - 2,
-                ANSWER,
-                **{"bf16": False} | case,
-            )
-            yield {
-                "shape": name,
-                **case,
-                "measured": measured(SHAPES[name], **case),
-                "estimated": round(parts["peak"]),
-            }
+            shape = (POSTS, GRID[0] * GRID[1] // 4, TEXT - 2, ANSWER)
+            step = memory.Step(*shape, **{"bf16": False} | case)
+            estimated = memory.step_memory(empty(SHAPES[name]), step)["peak"]
+            peaks = {"measured": measured(SHAPES[name], **case), "estimated": round(estimated)}
+            yield {"shape": name, **case, **peaks}
 
 
 def real():
-    print(
-        "| model | GPUs | flags | "
-        + " | ".join(
-            parts := [
-                "weights",
-                "gradients",
-                "optimizer",
-                "copies",
-                "activations",
-                "logits",
-                "peak",
-            ]
-        )
-        + " | fits |\n"
-        + "|---" * (len(parts) + 4)
-        + "|"
-    )
+    parts = "weights gradients optimizer copies activations logits peak".split()
+    print("| " + " | ".join(["model", "GPUs", "flags", *parts, "fits"]) + " |")
+    print("|---" * (len(parts) + 4) + "|")
     for name, gpus, flags in ROWS:
-        args = train.settings(["--train", "x", *flags.split(), "--gpus", str(gpus)])
-        needs = train.needed(empty(REAL[name]), args, 80)
-        fits = [str(card) for card in train.CARDS if needs["peak"] <= train.USABLE * card]
-        print(
-            f"| {name} | {gpus} | `{flags}` | "
-            + " | ".join(f"{needs[part]:.1f}" for part in parts)
-            + f" | {fits[0] if fits else '–'} |"
-        )
+        args = memory.parse_args([*flags.split(), "--gpus", str(gpus)])
+        needs = memory.estimate(empty(REAL[name]), args, 80)
+        fits = [str(card) for card in memory.CARDS if needs["peak"] <= memory.USABLE * card]
+        cells = [name, str(gpus), f"`{flags}`", *(f"{needs[part]:.1f}" for part in parts)]
+        print("| " + " | ".join([*cells, fits[0] if fits else "–"]) + " |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--real", action="store_true", help="estimate the real shapes")
     parser.add_argument(
         "--shapes", nargs="+", choices=SHAPES, default=[*SHAPES], help="which small models"
@@ -293,10 +222,8 @@ def main():
     if args.real:
         return real()
     for result in compare(args.shapes, args.cases):
-        print(
-            json.dumps(result | {"off": round(result["estimated"] / result["measured"] - 1, 3)}),
-            flush=True,
-        )
+        off = round(result["estimated"] / result["measured"] - 1, 3)
+        print(json.dumps(result | {"off": off}), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A small club world with its toy model, used by every test that trains or predicts."""
-    from clubworld import write_toy_model, write_world
+    from tools.clubworld import write_toy_model, write_world
 
     folder = tmp_path_factory.mktemp("world") / "club"
     write_world(folder, seed=100, train=64, valid=8, test=12)
@@ -22,29 +22,16 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def train_on(world, tmp_path):
-    """train_on(out, *options): `python train.py` on the small world, ten steps of eight; returns the run's folder."""
+    """train_on(out, *options): `python train.py` on the small world; returns the run's folder.
+
+    It trains for 16 steps of eight posts.
+    """
     from tiny import train_alone
 
     def run(out, *options, posts=world / "train.jsonl"):
-        arguments = [
-            "--train",
-            str(posts),
-            "--model",
-            str(world / "toy"),
-            "--out",
-            str(tmp_path / out),
-            "--epochs",
-            "2",
-            "--batch-size",
-            "8",
-            "--lr",
-            "2e-3",
-            "--workers",
-            "0",
-            "--max-new-tokens",
-            "16",
-        ]
-        train_alone(*arguments, *options)
+        files = ["--train", posts, "--model", world / "toy", "--out", tmp_path / out]
+        sizes = "--epochs 2 --batch-size 8 --lr 2e-3 --workers 0 --max-new-tokens 16"
+        train_alone(*files, sizes, *options)
         return tmp_path / out
 
     return run

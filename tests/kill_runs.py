@@ -1,13 +1,15 @@
-"""Kill training runs at random moments, half of them inside a save, resume them, and compare with a run left alone. By hand:
+"""Kill training runs at random moments, resume them, and compare with a run that was left alone.
 
     python tests/kill_runs.py --kills 80
     python tests/kill_runs.py --kills 20 --processes 2
 
-Every run that was killed is resumed (and killed again) until it has had its share of kills and is let through; its weights
-and its log must then equal, bit for bit, those of the run that was never stopped.
+Half of the kills come inside a save. A run is resumed and killed again until it has had its share
+of kills, and then left to finish; its weights and its log must equal, bit for bit, those of the run
+that was never stopped.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -16,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-
-import data
-
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from support.console import HelpFormatter, positive_int  # noqa: E402
 
 
 def tensors(run):
@@ -39,27 +41,15 @@ def tensors(run):
 
 def log(run):
     lines = (json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
-    return [
-        {key: value for key, value in line.items() if key not in ("seconds", "waited")}
-        for line in lines
-    ]
+    times = ("seconds", "waited")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def start(arguments, processes):
-    launcher = (
-        []
-        if processes == 1
-        else [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "127.0.0.1:0",
-        ]
-    )
+    launcher = []
+    if processes > 1:
+        launcher = f"-m torch.distributed.run --nproc-per-node {processes}".split()
+        launcher += "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0".split()
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)],
         stdout=subprocess.DEVNULL,
@@ -86,10 +76,8 @@ def descendants(pid):
 
 def kill(process):
     for pid in descendants(process.pid):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.communicate()
 
 
@@ -104,43 +92,38 @@ def wait_for(condition, process, pause=0.002):
 
 def saving(out, since):
     """Whether a save begun after `since` is under way, or was cut."""
-    for partial in out.glob(".step-*.partial"):
-        try:
-            if partial.stat().st_mtime > since:
+    for folder in out.glob(".step-*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if folder.stat().st_mtime > since:
                 return True
-        except FileNotFoundError:
-            pass
     return False
 
 
 def one_run(out, arguments, processes, kills, draw, counts):
-    """Train a run to its end through so many kills."""
+    """Train a run to its end through `kills` kills."""
+    log_file = out / "log.jsonl"
+
+    def log_size():
+        return log_file.stat().st_size if log_file.exists() else 0
+
     while True:
-        resume = (
-            ["--resume"] if (out / "settings.json").exists() and (out / "last").exists() else []
-        )
+        resume = ["--resume"] if (out / "last").exists() else []
         process, began = start([*arguments, "--out", out, *resume], processes), time.time()
         if not kills:
             _, errors = process.communicate()
             if process.returncode:
                 sys.exit(f"the last run ended with {process.returncode}: {errors[-2000:]}")
             return
-        size = (out / "log.jsonl").stat().st_size if (out / "log.jsonl").exists() else 0
-        inside = draw.random() < 0.5
-        if inside:
-            alive = wait_for(lambda: saving(out, began), process)
+        size = log_size()
+        if draw.random() < 0.5:
+            alive = wait_for(partial(saving, out, began), process)
             time.sleep(draw.random() * 0.1)
         else:
-            alive = wait_for(
-                lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > size,
-                process,
-                0.01,
-            )
+            alive = wait_for(lambda size=size: log_size() > size, process, 0.01)
             time.sleep(draw.random() * 2)
         if not alive and process.returncode:
-            sys.exit(
-                f"a run ended by itself with {process.returncode}: {process.communicate()[1][-2000:]}"
-            )
+            _, errors = process.communicate()
+            sys.exit(f"a run ended by itself with {process.returncode}: {errors[-2000:]}")
         if process.poll() is None:
             kill(process)
             counts["kills"] += 1
@@ -152,82 +135,38 @@ def one_run(out, arguments, processes, kills, draw, counts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
-    parser.add_argument("--kills", type=data.count, default=80, help="kills in all")
-    parser.add_argument(
-        "--kills-a-run", type=data.count, default=5, help="kills that one run goes through"
-    )
-    parser.add_argument(
-        "--processes", type=data.count, default=1, help="processes that train together"
-    )
-    parser.add_argument("--parallel", default="fsdp", help="how they share the model")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--kills", type=positive_int, default=80, help="kills in all")
+    add("--kills-a-run", type=positive_int, default=5, help="kills of one run")
+    add("--processes", type=positive_int, default=1, help="processes that train together")
+    add("--parallel", default="fsdp", help="how they share the model")
+    add("--seed", type=int, default=0, help="sets the moments of the kills")
     args = parser.parse_args()
     draw, counts = random.Random(args.seed), {"kills": 0, "a save was under way": 0, "runs": 0}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        subprocess.run(
-            [
-                sys.executable,
-                ROOT / "clubworld.py",
-                "--out",
-                folder / "club",
-                "--seed",
-                "100",
-                "--train",
-                "64",
-                "--valid",
-                "8",
-                "--test",
-                "8",
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        arguments = [
-            "--train",
-            folder / "club" / "train.jsonl",
-            "--valid",
-            folder / "club" / "valid.jsonl",
-            "--model",
-            folder / "club" / "toy",
-            "--epochs",
-            3,
-            "--batch-size",
-            8,
-            "--lr",
-            2e-3,
-            "--gamma",
-            5,
-            "--workers",
-            1,
-            "--max-new-tokens",
-            4,
-            "--save-every",
-            1,
-            "--parallel",
-            args.parallel,
-        ]
-        one_run(folder / "whole", arguments, args.processes, 0, draw, counts)
-        right = tensors(folder / "whole"), log(folder / "whole")
+        club, whole = folder / "club", folder / "whole"
+        sizes = "--seed 100 --train 64 --valid 8 --test 8".split()
+        command = [sys.executable, "-m", "tools.clubworld", "--out", club, *sizes]
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True, cwd=ROOT, **silent)
+        files = ["--train", club / "train.jsonl", "--valid", club / "valid.jsonl"]
+        options = "--epochs 3 --batch-size 8 --lr 2e-3 --gamma 5 --workers 1 --save-every 1"
+        options = [*options.split(), "--max-new-tokens", 4, "--parallel", args.parallel]
+        arguments = [*files, "--model", club / "toy", *options]
+        one_run(whole, arguments, args.processes, 0, draw, counts)
+        right = tensors(whole), log(whole)
         while counts["kills"] < args.kills:
             out = folder / f"run{counts['runs']}"
-            one_run(
-                out,
-                arguments,
-                args.processes,
-                min(args.kills_a_run, args.kills - counts["kills"]),
-                draw,
-                counts,
-            )
+            kills = min(args.kills_a_run, args.kills - counts["kills"])
+            one_run(out, arguments, args.processes, kills, draw, counts)
             counts["runs"] += 1
             if (tensors(out), log(out)) != right:
                 sys.exit(f"{out.name}: not what the run that was never stopped has; {counts}")
             print(json.dumps(counts), flush=True)
-    print(
-        f"{args.processes} processes: {counts['kills']} kills in {counts['runs']} runs, all as the run left alone"
-    )
+    kills = f"{counts['kills']} kills in {counts['runs']} runs"
+    print(f"{args.processes} processes: {kills}, all as the run left alone")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Folders in the layout in which the Qwen-VL models are published, at a tiny size and with random weights.
+"""Model folders as the Qwen-VL models are published, but tiny and with random weights.
 
-What is as published: every file and its name, the keys of every JSON file, the names, shards and bfloat16 of the
-weights, the tokenizer's kind and added tokens, the template's turns. What is tiny: the numbers in config.json and
-the vocabulary. `write` returns the model whose weights it wrote, built without reading any of the files.
+As published: every file and its name, the keys of every JSON file, the names, shards and bfloat16
+of the weights, the tokenizer's kind and added tokens, the template's turns. Tiny: the numbers in
+config.json and the vocabulary. `write` returns the model whose weights it wrote; it reads none of
+the files.
 """
 
 import json
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from tiny import PATCH, QWEN_TEMPLATE, ROPE, TEXT, byte_level_bpe, tiny_model
 
-# family, whether the head is the embedding, config.json's transformers_version, tokens a prompt may have
+# (family, whether head and embedding are tied, transformers_version, most tokens of a prompt)
 KINDS = {
     "Qwen2-VL-2B": ("qwen2_vl", True, "4.41.2", 32768),
     "Qwen2.5-VL-3B": ("qwen2_5_vl", True, "4.41.2", 131072),
@@ -20,41 +21,20 @@ KINDS = {
     "Qwen3-VL-4B": ("qwen3_vl", True, "4.57.0.dev0", 262144),
 }
 
-SPECIALS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-# Tokens of their own too, but not marked as special.
-TOOLS = {
-    "qwen2_vl": [],
-    "qwen2_5_vl": [
-        "<tool_call>",
-        "</tool_call>",
-        "<|fim_prefix|>",
-        "<|fim_middle|>",
-        "<|fim_suffix|>",
-        "<|fim_pad|>",
-        "<|repo_name|>",
-        "<|file_sep|>",
-    ],
-}
-TOOLS["qwen3_vl"] = TOOLS["qwen2_5_vl"] + [
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
+SPECIALS = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
+    <|image_pad|> <|video_pad|>
+""".split()
+# Also tokens of their own, but not marked as special.
+TOOLS = {"qwen2_vl": []}
+TOOLS["qwen2_5_vl"] = """
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>
+    <|repo_name|> <|file_sep|>
+""".split()
+TOOLS["qwen3_vl"] = [
+    *TOOLS["qwen2_5_vl"],
+    *"<tool_response> </tool_response> <think> </think>".split(),
 ]
 
 # Qwen3-VL's has no system turn of its own, and speaks of messages by attribute.
@@ -86,7 +66,7 @@ CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.261302
 
 
 def write(folder, kind, seed=0, shards=3):
-    """Write a model of `kind`; returns it, in float32, with the bfloat16 values that the folder has."""
+    """Write a model of `kind` and return it in float32, with the folder's bfloat16 values."""
     family, tied, version, length = KINDS[kind]
     folder.mkdir(parents=True)
     ids = write_tokenizer(folder, family, length)
@@ -265,12 +245,10 @@ def write_image_processor(folder, family):
 
 
 def write_tokenizer(folder, family, length):
-    """tokenizer.json, vocab.json, merges.txt, tokenizer_config.json and the template; returns ids by token."""
+    """Write the tokenizer's files and the chat template; returns ids by token."""
     tokenizer = json.loads(byte_level_bpe().to_str())
-    vocabulary, merges = (
-        tokenizer["model"]["vocab"],
-        [" ".join(pair) for pair in tokenizer["model"]["merges"]],
-    )
+    vocabulary = tokenizer["model"]["vocab"]
+    merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     added = {
         len(vocabulary) + index: {"content": token, **flags, "special": token in SPECIALS}
@@ -312,7 +290,7 @@ def write_tokenizer(folder, family, length):
 
 
 def published_name(name, family):
-    """The published name of a weight that transformers 5 calls `name`: only the older families' differ."""
+    """The published name of the weight that transformers 5 calls `name`."""
     if family == "qwen3_vl":
         return name
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")

@@ -1,82 +1,257 @@
-"""A real HTTP server on 127.0.0.1 that speaks the chat-completions protocol, with faults at will; posts to ask about.
+"""A local HTTP server that speaks the chat-completions protocol, with faults, and some posts.
 
 By hand, as a teacher that is always right: python tests/server.py [SECONDS A REPLY]
 """
 
+import gzip
 import json
 import re
+import ssl
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
-REASONING = "The photo shows a small blue flower in the grass, and the post is about the wild ones, so this sums it up."
+CERTIFICATE = Path(__file__).parent / "localhost.pem"  # self-signed, with its key: for tests only
+REASONING = (
+    "The photo shows a small blue flower in the grass, and the post is about the wild ones, so "
+    "this sums it up."
+)
+THOUGHTS = "Okay, the user wants the reasoning. It should be short."
 
 
 def text_of(request):
-    """The text part of a request's only turn."""
-    return request["messages"][0]["content"][-1]["text"]
+    """The text of a request's only turn."""
+    content = request["messages"][0]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
 
 
 def right(request):
-    """What a good teacher replies: reasoning, and the keyphrases that stand in the prompt."""
+    """What a good teacher replies: reasoning, and the keyphrases in the prompt."""
     keyphrases = text_of(request).rpartition("Keyphrases: ")[2].strip()
     return f"<think>{REASONING}</think><answer>{keyphrases}</answer>"
 
 
 def completion(request, text, finish="stop", **message):
     """A chat completion as JSON."""
+    message = {"role": "assistant", "content": text, "refusal": None} | message
+    choice = {"index": 0, "finish_reason": finish, "logprobs": None, "message": message}
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": request["model"],
-        "choices": [
-            {
-                "index": 0,
-                "finish_reason": finish,
-                "logprobs": None,
-                "message": {"role": "assistant", "content": text, "refusal": None} | message,
-            }
-        ],
+        "choices": [choice],
         "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
     }
 
 
 class Raw:
-    """Some other answer than a completion."""
+    """An answer as it goes over the wire: `body` is bytes, text, or a value for JSON.
 
-    def __init__(self, status, body="", headers=(), kind="application/json"):
-        self.body = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.status, self.headers, self.kind, self.cut = status, dict(headers), kind, None
+    cut: only so many bytes are sent, then the connection is closed. drip: before the body a blank
+    is sent every 0.1 s for so many seconds, in chunks.
+    """
+
+    def __init__(self, status, body="", headers=(), kind="application/json", cut=None, drip=0):
+        body = body if isinstance(body, bytes | str) else json.dumps(body)
+        self.body = body.encode() if isinstance(body, str) else body
+        self.status, self.headers, self.kind = status, dict(headers), kind
+        self.cut, self.drip = cut, drip
+
+    def send(self, handler):
+        handler.send_response(self.status)
+        length = (
+            {"Transfer-Encoding": "chunked"} if self.drip else {"Content-Length": len(self.body)}
+        )
+        for name, value in ({"Content-Type": self.kind} | length | self.headers).items():
+            handler.send_header(name, str(value))
+        handler.end_headers()
+        end = time.monotonic() + self.drip
+        while time.monotonic() < end:
+            handler.wfile.write(b"1\r\n \r\n")
+            handler.wfile.flush()
+            time.sleep(0.1)
+        if self.drip:
+            handler.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(self.body), self.body))
+        else:
+            handler.wfile.write(self.body[: self.cut])
+        if self.cut is not None:
+            handler.close_connection = True
 
 
 def error(status, message, headers=(), **fields):
-    return Raw(
-        status,
-        {"error": {"message": message, "type": "error", "param": None, "code": None} | fields},
-        headers,
-    )
+    """An error as OpenAI writes it."""
+    fields = {"message": message, "type": "error", "param": None, "code": None} | fields
+    return Raw(status, {"error": fields}, headers)
+
+
+def events(request, text, end="data: [DONE]\n\n", finish="stop", **delta):
+    """A completion as an event stream, in pieces of 40 characters."""
+    deltas = [{"role": "assistant", "content": ""} | delta]
+    deltas += [{"content": text[start : start + 40]} for start in range(0, len(text), 40)]
+    chunks = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    chunks.append({"choices": [], "usage": completion(request, "")["usage"]})
+    lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+    return Raw(200, ": keep-alive\n\n" + lines + end, kind="text/event-stream")
 
 
 def cut(request):
-    """A completion of which half arrives before the connection is cut."""
-    raw = Raw(200, completion(request, right(request)))
-    raw.cut = len(raw.body) // 2
-    return raw
+    """A completion of which half arrives before the connection is closed."""
+    body = json.dumps(completion(request, right(request)))
+    return Raw(200, body, cut=len(body) // 2)
 
 
-HANG, HTML = (
-    "hang",
-    Raw(200, "<!DOCTYPE html><html><body>Bad gateway</body></html>", kind="text/html"),
-)
+def cut_events(request):
+    """An event stream without its end."""
+    raw = events(request, right(request))
+    return Raw(200, raw.body[:-300].rpartition(b"\n\n")[0] + b"\n\n", kind=raw.kind)
+
+
+def with_usage(request, usage):
+    return completion(request, right(request)) | {"usage": usage}
+
+
+def in_choice(request, **fields):
+    """A completion whose choice reports an error."""
+    answer = completion(request, "")
+    answer["choices"][0] |= fields
+    return answer
+
+
+def packed(request):
+    body = gzip.compress(json.dumps(completion(request, right(request))).encode())
+    return Raw(200, body, {"Content-Encoding": "gzip"})
+
+
+def answer_of(request):
+    return right(request).partition("</think>")[2]
+
+
+HANG, DROP = "hang", "drop"  # no reply and no end; the connection is closed without a reply
+HTML = Raw(200, "<!DOCTYPE html><html><body>Bad gateway</body></html>", kind="text/html")
+PAGE = "<html><head><title>Access denied</title></head><body>Authentication required</body></html>"
+FLAGGED = "Input was flagged by moderation"
+GUIDELINES = "Content violates usage guidelines. API key ID: 1, Failed check: SAFETY_CHECK_TYPE_X"
+
+# What real servers and gateways do, by name. A request gets what these make of it.
+
+# Right replies in every dress: their reasoning is REASONING.
+ANSWERS = {
+    "plain": lambda r: right(r),
+    "gzip": packed,
+    "blanks first": lambda r: Raw(200, completion(r, right(r)), drip=0.3),
+    "byte-order mark": lambda r: Raw(200, "\ufeff" + json.dumps(completion(r, right(r)))),
+    "status 201": lambda r: Raw(201, completion(r, right(r))),
+    "event stream": lambda r: events(r, right(r)),
+    "event stream without DONE": lambda r: events(r, right(r), end=""),
+    "event stream with reasoning": lambda r: events(
+        r, answer_of(r), reasoning_content=f"\n{REASONING}\n"
+    ),
+    "usage in strings": lambda r: with_usage(
+        r, {"prompt_tokens": "100", "completion_tokens": "20"}
+    ),
+    "usage null": lambda r: with_usage(r, None),
+    "usage of another kind": lambda r: with_usage(r, {"completion_tokens": {"total": 20}}),
+    "content in parts": lambda r: completion(r, [{"type": "text", "text": right(r)}]),
+    "content in strings": lambda r: completion(r, [right(r)[:9], right(r)[9:]]),
+    "reasoning_content": lambda r: completion(r, answer_of(r), reasoning_content=REASONING),
+    "reasoning": lambda r: completion(r, answer_of(r), reasoning=f"\n{REASONING}\n"),
+    "reasoning_details": lambda r: completion(
+        r, answer_of(r), reasoning_details=[{"type": "reasoning.text", "text": REASONING}]
+    ),
+    "thinking": lambda r: completion(r, answer_of(r), thinking=REASONING),
+    "thinking in parts": lambda r: completion(
+        r, [{"type": "thinking", "thinking": [{"type": "text", "text": REASONING}]}, answer_of(r)]
+    ),
+    "thoughts beside": lambda r: completion(r, right(r), reasoning_content=THOUGHTS),
+    "thoughts before": lambda r: f"<think>{THOUGHTS}</think>\n\n{right(r)}",
+    "thoughts before, not opened": lambda r: f"{THOUGHTS} </think>\n\n{right(r)}",
+    "thoughts about the form": lambda r: (
+        f"The form is <think>the reasoning</think><answer>the keyphrases</answer>, so: </think> "
+        f"{right(r)}"
+    ),
+}
+
+# What passes: (the answer, how the reason of a post begins that always meets it).
+PASSING = {
+    "429": (lambda r: error(429, "slow down"), "rate limit: 429 slow down"),
+    "429 in a 200": (
+        lambda r: Raw(200, {"error": {"code": 429, "message": "x"}}),
+        "rate limit: 429",
+    ),
+    "429 by base_resp": (
+        lambda r: Raw(200, {"base_resp": {"status_code": 1002, "status_msg": "rpm"}}),
+        "rate limit: 429 rpm",
+    ),
+    "500": (lambda r: error(500, "oh no"), "server error: 500 oh no"),
+    "502 page": (lambda r: Raw(502, PAGE, kind="text/html"), "server error: 502 a web page"),
+    "202": (lambda r: Raw(202), "server error: 202 nothing"),
+    "204": (lambda r: Raw(204), "server error: 204 nothing"),
+    "424": (lambda r: Raw(424, {"error": "failed dependency"}), "server error: 424 failed depend"),
+    "498": (lambda r: error(498, "capacity"), "server error: 498 capacity"),
+    "499": (lambda r: error(499, "closed"), "server error: 499 closed"),
+    "finish error": (lambda r: completion(r, "<think>T", "error"), "server error: the reply ended"),
+    "finish abort": (
+        lambda r: completion(r, None, "abort"),
+        "server error: the reply ended with ab",
+    ),
+    "error in a choice": (
+        lambda r: in_choice(r, error={"code": 502, "message": "upstream"}, finish_reason="stop"),
+        "server error: upstream",
+    ),
+    "502 in a 200": (
+        lambda r: Raw(200, {"error": {"code": "502", "message": "provider"}}),
+        "server error: 502 provider",
+    ),
+    "base_resp": (
+        lambda r: Raw(200, {"base_resp": {"status_code": 1000, "status_msg": "unknown"}}),
+        "server error: 500 unknown",
+    ),
+    "an error in an event stream": (
+        lambda r: Raw(200, 'data: {"error": {"code": 503, "message": "busy"}}\n\n', kind="text/x"),
+        "server error: 503 busy",
+    ),
+    "cut": (cut, "connection lost: "),
+    "disconnected": (lambda r: DROP, "connection lost: "),
+    "event stream cut": (cut_events, "malformed reply: "),
+    "HTML": (lambda r: HTML, "malformed reply: not the JSON of a chat completion"),
+    "empty": (lambda r: Raw(200), "malformed reply: not the JSON of a chat completion"),
+}
+
+# What concerns one post alone and is not asked again: (the answer, how its reason begins).
+FAILING = {
+    "filter": (lambda r: error(400, "x", code="content_filter"), "content filter: 400 x"),
+    "moderation by 403": (lambda r: error(403, FLAGGED), f"content filter: 403 {FLAGGED}"),
+    "guidelines by 403": (
+        lambda r: Raw(403, {"code": GUIDELINES, "error": "not allowed"}),
+        "content filter: 403 not allowed",
+    ),
+    "sensitive by base_resp": (
+        lambda r: Raw(200, {"base_resp": {"status_code": 1026, "status_msg": "new_sensitive"}}),
+        "content filter: 451 new_sensitive",
+    ),
+    "finish content_filter": (
+        lambda r: completion(r, "<think>The", "content_filter"),
+        "content filter: the reply was cut off",
+    ),
+    "refusal": (lambda r: completion(r, None, refusal="I can't."), "refusal: I can't."),
+    "null": (lambda r: completion(r, None), "refusal: the reply has no content"),
+    "too odd": (lambda r: error(400, "image too odd"), "refused: 400 image too odd"),
+    "403 page": (lambda r: Raw(403, PAGE, kind="text/html"), "refused: 403 a web page"),
+}
 
 
 class Server:
-    """`reply(request, tries)` says what is answered: a text, a completion, a Raw, or HANG. `tries` counts, from 0, the
-    requests with the same text. `log` has (request, headers, time) of each, the newest last."""
+    """`reply(request, tries)` says what is answered: a text, a completion, a Raw, or HANG.
 
-    def __init__(self, reply=lambda request, tries: right(request), keep_log=True):
+    `tries` counts, from 0, the requests with the same text. `log` has (request, headers, time) of
+    each, the newest last. `tls` makes it an HTTPS server with a self-signed certificate.
+    """
+
+    def __init__(self, reply=lambda request, tries: right(request), keep_log=True, tls=False):
         server, self.reply, self.log, self.tries = self, reply, [], {}
         self.closing, lock = threading.Event(), threading.Lock()
 
@@ -89,29 +264,17 @@ class Server:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 tries = 0
                 if keep_log:
+                    text, headers = text_of(request), dict(self.headers) | {":path": self.path}
                     with lock:
-                        tries = server.tries[text_of(request)] = (
-                            server.tries.get(text_of(request), -1) + 1
-                        )
-                        server.log.append(
-                            (request, dict(self.headers) | {":path": self.path}, time.time())
-                        )
+                        tries = server.tries[text] = server.tries.get(text, -1) + 1
+                        server.log.append((request, headers, time.time()))
                 answer = server.reply(request, tries)
-                if answer is HANG:
-                    server.closing.wait(300)
+                if answer in (HANG, DROP):
+                    server.closing.wait(300 if answer is HANG else 0)
                     self.close_connection = True
                     return
                 answer = completion(request, answer) if isinstance(answer, str) else answer
-                raw = Raw(200, answer) if isinstance(answer, dict) else answer
-                self.send_response(raw.status)
-                for name, value in (
-                    {"Content-Type": raw.kind, "Content-Length": len(raw.body)} | raw.headers
-                ).items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(raw.body[: raw.cut])
-                if raw.cut:
-                    self.close_connection = True
+                (Raw(200, answer) if isinstance(answer, dict) else answer).send(self)
 
             def log_message(self, *_):
                 pass
@@ -123,7 +286,12 @@ class Server:
                 pass
 
         self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(CERTIFICATE)
+            self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.http.server_port}/v1"
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
@@ -141,7 +309,7 @@ class Server:
 
 
 def write_posts(folder, count, images=4, size=(60, 40), start=0):
-    """posts.jsonl with `count` posts, each naming its id in its text, and a few images that they share."""
+    """posts.jsonl with `count` posts, each with its id in its text, and images that they share."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,19 +317,14 @@ def write_posts(folder, count, images=4, size=(60, 40), start=0):
         Image.effect_noise(size, 60).convert("RGB").save(folder / f"{number}.jpg")
     with open(folder / "posts.jsonl", "w", encoding="utf-8") as file:
         for index in range(start, start + count):
-            image = f"{index % images}.jpg" if images and index % 5 else None
-            file.write(
-                json.dumps(
-                    {
-                        "id": f"post-{index}",
-                        "text": f"post-{index} some tiny blümchen 花",
-                        "image": image,
-                        "keyphrases": [f"wildflower hour {index % 1000}", "flowers"],
-                        "lang": "en",
-                    }
-                )
-                + "\n"
-            )
+            record = {
+                "id": f"post-{index}",
+                "text": f"post-{index} some tiny blümchen 花",
+                "image": f"{index % images}.jpg" if images and index % 5 else None,
+                "keyphrases": [f"wildflower hour {index % 1000}", "flowers"],
+                "lang": "en",
+            }
+            file.write(json.dumps(record) + "\n")
     return folder / "posts.jsonl"
 
 

@@ -6,14 +6,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import clubworld
-from clubworld import EVENTS, KINDS, MOODS, make_clubs, make_posts, write_toy_model, write_world
 from evaluate import UserError
+from tools import clubworld
+from tools.clubworld import (
+    EVENTS,
+    KINDS,
+    MOODS,
+    make_clubs,
+    make_posts,
+    write_toy_model,
+    write_world,
+)
 
 
 @pytest.fixture(scope="module")
 def posts():
-    """4,000 training, 400 validation and 1,000 test records of a development world, without their images."""
+    """4,000 training, 400 validation and 1,000 test records of a development world, no images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clubworld, "draw_shirt", lambda rng, club: None)
         patch.setattr(clubworld, "draw_scene", lambda rng, scene: None)
@@ -54,7 +62,7 @@ def tokens(tokenizer, text):
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-# -------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
@@ -132,7 +140,7 @@ def test_mistakes_are_named(tmp_path):
         write_world(tmp_path / "file" / "world", train=2, valid=1, test=1)
 
 
-# -------------------------------------------------------------------------------------------------- the world
+# ---------------------------------------------------------------------------------------- the world
 
 
 def test_clubs_are_told_apart_by_each_of_their_facts():
@@ -240,7 +248,7 @@ def test_moods_follow_from_nothing(posts):
     assert all(len(with_word[word]) == 12 for word in common)
 
 
-# ---------------------------------------------------------------------------------------------- the toy model
+# ------------------------------------------------------------------------------------ the toy model
 
 
 def test_lengths_of_the_answers(posts, tokenizer):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 from PIL import Image
 
 import data
-from data import Encoder, Posts, Unreadable, load_image, parse_answer
-from evaluate import UserError
+from data import Encoder, EncoderOptions, Posts, Unreadable, load_image, parse_answer
+from evaluate import UserError, read_posts
+from support.jsonl import to_line, write_atomic
 from tiny import qwen_tokenizer
 
 CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
 
-# ------------------------------------------------------------------------------------------------- parser
+# ------------------------------------------------------------------------------------------- parser
 
 
 @pytest.mark.parametrize(
@@ -74,30 +76,8 @@ def test_parser_reads_back_what_the_targets_say():
 
 def test_parser_survives_anything():
     draw = random.Random(1)
-    pieces = [
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        ";",
-        ",",
-        "\n",
-        "#",
-        "- ",
-        "1. ",
-        "a b",
-        "é",
-        "\ud800",
-        "\0",
-        "<",
-        ">",
-        "“",
-        " ",
-        ".",
-        "；",
-        "😀",
-        "<|im_end|>",
-    ]
+    pieces = "<think> </think> <answer> </answer> ; , # < > “ . ； é 😀 <|im_end|>".split()
+    pieces += ["\n", "- ", "1. ", "a b", "\ud800", "\0", " "]
     for _ in range(3000):
         keyphrases, think = parse_answer("".join(draw.choices(pieces, k=draw.randint(0, 25))))
         assert think is None or isinstance(think, str)
@@ -106,14 +86,12 @@ def test_parser_survives_anything():
         assert len({phrase.casefold() for phrase in keyphrases}) == len(keyphrases)
 
 
-# ------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 
 def write(path, *records):
-    path.write_text(
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
-        encoding="utf-8",
-    )
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
@@ -155,18 +133,14 @@ def test_two_workers_share_a_dataset(tmp_path):
         (post(keyphrases=["a;b"]), "semicolon"),
         (post(keyphrases=[" "]), "empty"),
         (post(keyphrases=["a</think>"]), "tag"),
-        (post(cot="<think>x</think>"), "bare reasoning"),
+        (post(cot="<think>x</think>"), "'cot' is the reasoning alone"),
         (post(), "already used"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, bad, message):
-    path = write(
-        tmp_path / "posts.jsonl",
-        post(),
-        bad
-        if message == "already used"
-        else {"id": "b"} | bad | ({"id": "b"} if bad["id"] == "a" else {}),
-    )
+    if bad["id"] == "a" and message != "already used":
+        bad = bad | {"id": "b"}
+    path = write(tmp_path / "posts.jsonl", post(), bad)
     with pytest.raises(UserError, match=message) as error:
         Posts(path, for_training=True)
     assert "posts.jsonl line 2" in str(error.value) and "\n" not in str(error.value)
@@ -184,7 +158,7 @@ def test_an_empty_file_is_said_to_be_empty(tmp_path):
         Posts(write(tmp_path / "posts.jsonl"))
 
 
-# -------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 LEFT_RED = np.zeros((40, 60, 3), np.uint8) + np.array([0, 0, 255], np.uint8)
 LEFT_RED[:, :30] = (255, 0, 0)
@@ -198,7 +172,7 @@ def is_left_red(image):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
-    """The stored pixels are what a camera held that way would store; read, the picture is upright."""
+    """The pixels are stored as by a camera that was held that way; read, the picture is upright."""
     undo = {
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
         3: [Image.Transpose.ROTATE_180],
@@ -262,25 +236,25 @@ def test_what_is_no_image_is_said_to_be_none(tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
     os.mkfifo(tmp_path / "fifo.jpg")
-    for name, reason in (
-        ("missing.jpg", "no such file"),
-        ("torn.png", "not a readable"),
-        ("text.jpg", "not a readable"),
-        ("empty.jpg", "not a readable"),
-        (".", "not a regular"),
-        ("fifo.jpg", "not a regular"),
-    ):
-        with pytest.raises(Unreadable, match=reason):
-            load_image(tmp_path / name, 10**6)
+    reasons = {
+        "no such file": ["missing.jpg"],
+        "not a readable": ["torn.png", "text.jpg", "empty.jpg"],
+        "not a regular": [".", "fifo.jpg"],
+    }
+    for reason, names in reasons.items():
+        for name in names:
+            with pytest.raises(Unreadable, match=reason):
+                load_image(tmp_path / name, 10**6)
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):
     import struct
     import zlib
 
-    chunk = lambda kind, body: (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    )
+    def chunk(kind, body):
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
     (tmp_path / "a.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
@@ -295,7 +269,7 @@ def test_a_large_jpeg_is_decoded_small(tmp_path):
     assert 100_000 <= image.width * image.height <= 4000 * 3000 / 16
 
 
-# ------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @pytest.fixture(scope="module")
@@ -303,31 +277,21 @@ def encoder(tmp_path_factory):
     return make_encoder(tmp_path_factory.mktemp("processor"))
 
 
-def make_encoder(folder, **options):
+def make_encoder(folder, prompt=data.PROMPT, **options):
+    """An Encoder of the published kind; `options` are those of EncoderOptions."""
     from transformers import AutoImageProcessor
 
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "Qwen2VLImageProcessor",
-                "min_pixels": 56 * 56,
-                "max_pixels": 28 * 28 * 64,
-            }
-        )
-    )
-    tokenizer = qwen_tokenizer()
-    return Encoder(
-        tokenizer,
-        AutoImageProcessor.from_pretrained(folder),
-        tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        **options,
-    )
+    sizes = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 64}
+    settings = {"image_processor_type": "Qwen2VLImageProcessor"} | sizes
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    tokenizer, processor = qwen_tokenizer(), AutoImageProcessor.from_pretrained(folder)
+    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return Encoder(tokenizer, processor, image_token, prompt, EncoderOptions(**options))
 
 
 def picture(path, width=112, height=84):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(
-        path
-    )
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
     return path
 
 
@@ -344,12 +308,11 @@ def test_prompt_ids_are_those_of_the_chat_template(encoder, tmp_path, text, with
     rendered = encoder.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    rendered = rendered.replace(
-        "<|image_pad|>", "<|image_pad|>" * 12
-    )  # 112 x 84 pixels are 4 x 3 tokens
+    # 112 x 84 pixels are 4 x 3 tokens.
+    rendered = rendered.replace("<|image_pad|>", "<|image_pad|>" * 12)
     assert sample.prompt == encoder.tokenizer(rendered, add_special_tokens=False).input_ids
     if with_image:
-        assert sample.image["image_grid_thw"].tolist() == [[1, 6, 8]]
+        assert sample.grid.tolist() == [[1, 6, 8]]
 
 
 def test_special_tokens_in_a_post_stay_plain_text(encoder):
@@ -357,7 +320,10 @@ def test_special_tokens_in_a_post_stay_plain_text(encoder):
     sample = encoder.encode(post(text=text, keyphrases=[text]), None, with_answers=True)
     clean = encoder.encode(post(text="x", keyphrases=["x"]), None, with_answers=True)
     special = set(encoder.tokenizer.all_special_ids)
-    only_special = lambda ids: [token for token in ids if token in special]
+
+    def only_special(ids):
+        return [token for token in ids if token in special]
+
     assert only_special(sample.prompt) == only_special(clean.prompt)
     assert only_special(sample.plain) == only_special(clean.plain) == [encoder.end_of_turn]
     assert text in encoder.tokenizer.decode(sample.prompt)
@@ -367,27 +333,24 @@ def test_special_tokens_in_a_post_stay_plain_text(encoder):
 def test_targets(encoder):
     sample = encoder.encode(post(keyphrases=["a b", "c"], cot=" why "), None, with_answers=True)
     assert encoder.tokenizer.decode(sample.plain) == "a b; c<|im_end|>"
-    assert (
-        encoder.tokenizer.decode(sample.cot)
-        == "<think>why</think><answer>a b; c</answer><|im_end|>"
-    )
+    expected = "<think>why</think><answer>a b; c</answer><|im_end|>"
+    assert encoder.tokenizer.decode(sample.cot) == expected
     assert encoder.encode(post(cot="  "), None, with_answers=True).cot is None
 
 
 def test_tags_are_the_same_tokens_wherever_they_stand(encoder):
     sample = encoder.encode(post(keyphrases=["The foxes"], cot="The post"), None, with_answers=True)
     assert sample.cot[: len(encoder.think)] == encoder.think
-    assert (
-        encoder.plain_ids("<think>The post")[: len(encoder.think)] != encoder.think
-    )  # what joining would give
+    joined = encoder.plain_ids("<think>The post")
+    assert joined[: len(encoder.think)] != encoder.think
 
 
-def test_a_long_text_is_shortened_and_the_rest_kept(tmp_path):
+def test_a_long_text_is_truncated_and_the_rest_kept(tmp_path):
     encoder = make_encoder(tmp_path, max_length=250)
     text = "the foxes play " * 7000
     sample = encoder.encode(post(text=text), picture(tmp_path / "a.png"), with_answers=True)
     short = encoder.encode(post(text="the"), tmp_path / "a.png", with_answers=True)
-    assert sample.shortened and not short.shortened
+    assert sample.truncated and not short.truncated
     assert 240 <= len(sample.prompt) <= 250 and sample.plain == short.plain
     assert sample.prompt.count(encoder.image_token_id) == 12
     assert sample.prompt[-5:] == short.prompt[-5:]
@@ -395,9 +358,8 @@ def test_a_long_text_is_shortened_and_the_rest_kept(tmp_path):
 
 
 def test_a_lone_surrogate_is_no_reason_to_stop(encoder):
-    assert encoder.encode(
-        post(text=json.loads('"a \\ud800 b"'), keyphrases=["\ud800"]), None, True
-    ).prompt
+    record = post(text=json.loads('"a \\ud800 b"'), keyphrases=["\ud800"])
+    assert encoder.encode(record, None, with_answers=True).prompt
 
 
 def test_a_prompt_file_must_say_where_the_post_goes(tmp_path):
@@ -411,17 +373,17 @@ def test_odd_sizes_become_tokens(encoder, tmp_path, size):
     image.save(tmp_path / "a.png")
     sample = encoder.encode(post(), tmp_path / "a.png", with_answers=False)
     tokens = sample.prompt.count(encoder.image_token_id)
-    assert 1 <= tokens <= 64 and sample.image["pixel_values"].shape[0] == 4 * tokens
+    assert 1 <= tokens <= 64 and sample.pixel_values.shape[0] == 4 * tokens
 
 
 def test_image_preparation_equals_transformers_own(encoder, tmp_path):
     path = picture(tmp_path / "a.png", 301, 133)
-    ours = encoder.encode(post(), path, with_answers=False).image
+    ours = encoder.encode(post(), path, with_answers=False)
     theirs = encoder.image_processor(images=[Image.open(path)], return_tensors="pt")
-    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(ours.pixel_values, theirs["pixel_values"])
 
 
-# ------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def test_prompts_are_padded_on_the_left_and_answers_on_the_right(encoder, tmp_path):
@@ -431,16 +393,12 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(encoder, tmp_pa
     ]
     samples = [encoder.encode(record, image, with_answers=True) for record, image in records]
     batch = data.collate(samples, encoder)
+    ids, attended = batch.prompt["input_ids"], batch.prompt["attention_mask"].bool()
+    plain, answered = batch.plain.ids, batch.plain.mask.bool()
     for row, sample in enumerate(samples):
-        mask = batch.prompt["attention_mask"][row].bool()
-        assert (
-            batch.prompt["input_ids"][row][mask].tolist() == sample.prompt
-            and mask[-len(sample.prompt) :].all()
-        )
-        assert (
-            batch.plain.ids[row][batch.plain.mask[row].bool()].tolist() == sample.plain
-            and batch.plain.mask[row][0]
-        )
+        assert ids[row][attended[row]].tolist() == sample.prompt
+        assert attended[row][-len(sample.prompt) :].all()
+        assert plain[row][answered[row]].tolist() == sample.plain and answered[row][0]
     assert batch.prompt["mm_token_type_ids"].sum(1).tolist() == [12, 0]
     assert batch.has_cot.tolist() == [True, False]
     assert batch.cot.ids[1][batch.cot.mask[1].bool()].tolist() == samples[1].plain
@@ -450,48 +408,39 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(encoder, tmp_pa
 
 def test_every_post_is_met_once_an_epoch():
     steps = data.epoch_order(103, 10, seed=3, epoch=0)
-    assert sorted(sum(steps, [])) == list(range(103)) and [len(step) for step in steps] == [
-        10
-    ] * 10 + [3]
+    assert sorted(sum(steps, [])) == list(range(103))
+    assert [len(step) for step in steps] == [10] * 10 + [3]
     assert steps == data.epoch_order(103, 10, seed=3, epoch=0)
-    assert (
-        steps
-        != data.epoch_order(103, 10, seed=3, epoch=1)
-        != data.epoch_order(103, 10, seed=4, epoch=1)
-    )
+    next_epoch = data.epoch_order(103, 10, seed=3, epoch=1)
+    assert steps != next_epoch != data.epoch_order(103, 10, seed=4, epoch=1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_processes_share_every_step_in_as_many_micro_batches_each(world, tmp_path, size):
-    """No post lost or doubled, however uneven the last step is; a process without posts has a batch that is empty."""
+def test_ranks_share_every_step_in_as_many_micro_batches_each(world, tmp_path, size):
+    """No post is lost or doubled, however uneven a step; a rank without posts has empty batches."""
     encoder, posts = make_encoder(tmp_path), data.Posts(world / "train.jsonl")
     steps = [list(range(start, min(start + 9, 47))) for start in range(0, 47, 9)] + [[47]]
-    shares = [
-        list(data.Loader(posts, encoder, steps, 2, 0, True, rank, size)) for rank in range(size)
-    ]
+    encoded = data.EncodedPosts(posts, encoder, with_answers=True)
+    shares = [list(data.Loader(encoded, steps, 2, 0, rank, size)) for rank in range(size)]
     for number, step in enumerate(steps):
-        batches = [share[number][0] for share in shares]
-        assert {len(of_rank) for of_rank in batches} == {-(-len(step) // (2 * size))}
-        assert all(
-            len(batch) <= 2 and batch.plain.ids.shape[1] > 1
-            for of_rank in batches
-            for batch in of_rank
-        )
-        assert (
-            sorted(
-                int(i.split("-")[1]) for of_rank in batches for batch in of_rank for i in batch.ids
-            )
-            == step
-        )
+        of_ranks = [share[number][0] for share in shares]
+        assert {len(of_rank) for of_rank in of_ranks} == {-(-len(step) // (2 * size))}
+        batches = sum(of_ranks, [])
+        assert all(len(batch) <= 2 and batch.plain.ids.shape[1] > 1 for batch in batches)
+        ids = sum((batch.ids for batch in batches), [])
+        assert sorted(int(i.split("-")[1]) for i in ids) == step
 
 
 def test_micro_batches_hold_posts_of_about_equal_length():
     draw = random.Random(0)
-    samples = [
-        data.Sample(str(i), [0] * draw.randrange(10, 60), None, plain=[0] * draw.randrange(2, 9))
-        for i in range(30)
-    ]
-    total = lambda sample: len(sample.prompt) + len(sample.plain)
+    samples = []
+    for i in range(30):
+        prompt, plain = [0] * draw.randrange(10, 60), [0] * draw.randrange(2, 9)
+        samples.append(data.Sample(str(i), prompt, plain=plain))
+
+    def total(sample):
+        return len(sample.prompt) + len(sample.plain)
+
     chunks = data.by_length(samples, 8)
     assert [len(chunk) for chunk in chunks] == [3, 4, 4, 4, 3, 4, 4, 4]
     assert sorted(map(total, samples)) == [total(sample) for chunk in chunks for sample in chunk]
@@ -500,54 +449,54 @@ def test_micro_batches_hold_posts_of_about_equal_length():
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("micro_batch", [3, 8, 20])
-def test_images_stay_with_their_posts_and_are_not_copied(world, tmp_path, workers, micro_batch):
-    """Text-only posts among them, and one whose image can't be read; each image is what the post alone gives."""
+def test_images_stay_with_their_posts_and_are_not_copied(
+    world, tmp_path, monkeypatch, workers, micro_batch
+):
+    """Each image is what the post alone gives, and what a worker shares is what the model gets.
+
+    Some of the posts have no image, and one an image that can't be read.
+    """
     records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:12]]
     for number, record in enumerate(records):
-        record["image"] = (
-            None if number % 4 == 1 else f"{world}/{record['image']}" if number != 6 else "none.png"
-        )
-    (tmp_path / "posts.jsonl").write_text("".join(map(data.to_line, records)))
+        record["image"] = None if number % 4 == 1 else f"{world}/{record['image']}"
+    records[6]["image"] = "none.png"
+    (tmp_path / "posts.jsonl").write_text("".join(map(to_line, records)))
     encoder, posts = make_encoder(tmp_path), data.Posts(tmp_path / "posts.jsonl")
-    alone = {
-        record["id"]: data.collate(
-            [encoder.encode(record, posts.image_path(record), True)], encoder
-        ).prompt
-        for record in records
-        if record["image"] != "none.png"
-    }
-    ((micro_batches, skipped),) = data.Loader(
-        posts, encoder, [list(range(12))], micro_batch, workers, True
-    )
+    alone = {}
+    for record in records[:6] + records[7:]:
+        sample = encoder.encode(record, posts.image_path(record), with_answers=True)
+        alone[record["id"]] = data.collate([sample], encoder).prompt
+
+    received, collate = [], data.collate
+
+    def collate_received(samples, encoder, pixel_values):
+        received.append(pixel_values)
+        return collate(samples, encoder, pixel_values)
+
+    monkeypatch.setattr(data, "collate", collate_received)
+    encoded = data.EncodedPosts(posts, encoder, with_answers=True)
+    ((micro_batches, skipped),) = data.Loader(encoded, [list(range(12))], micro_batch, workers)
     assert [post.id for post in skipped] == [records[6]["id"]]
     assert sorted(sum((batch.ids for batch in micro_batches), [])) == sorted(alone)
-    for batch in micro_batches:
+    for batch, pixel_values in zip(micro_batches, received, strict=True):
         for name in ("pixel_values", "image_grid_thw"):
-            assert torch.equal(
-                batch.prompt[name],
-                torch.cat([alone[i][name] for i in batch.ids if name in alone[i]]),
-            )
-    assert (
-        len({batch.prompt["pixel_values"].untyped_storage().data_ptr() for batch in micro_batches})
-        == 1
-    )
+            expected = torch.cat([alone[i][name] for i in batch.ids if name in alone[i]])
+            assert torch.equal(batch.prompt[name], expected)
+        assert batch.prompt["pixel_values"] is pixel_values
+        assert pixel_values.is_shared() == (workers > 0)
 
 
 @pytest.mark.skipif(not CMKP.exists(), reason="CMKP's posts are not here")
 def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
     """Over text and answer tokens, with the default batch and micro-batch: under 10%."""
-    from evaluate import read_posts
-
-    records = [
-        {"id": str(line), "text": post["text"], "keyphrases": post["keyphrases"]}
-        for line, post in read_posts(CMKP)
-    ][:960]
+    records = []
+    for line, post in islice(read_posts(CMKP), 960):
+        records.append({"id": str(line), "text": post["text"], "keyphrases": post["keyphrases"]})
     path = tmp_path / "posts.jsonl"
-    path.write_text("".join(map(data.to_line, records)), encoding="utf-8")
-    encoder = make_encoder(tmp_path)
-    order = data.epoch_order(960, 32, 0, 0)
+    path.write_text("".join(map(to_line, records)), encoding="utf-8")
+    encoded = data.EncodedPosts(data.Posts(path), make_encoder(tmp_path), with_answers=True)
     places = tokens = 0
-    for micro_batches, _ in data.Loader(data.Posts(path), encoder, order, 4, 0, True):
+    for micro_batches, _ in data.Loader(encoded, data.epoch_order(960, 32, 0, 0), micro_batch=4):
         for batch in micro_batches:
             for mask in (batch.prompt["attention_mask"], batch.plain.mask):
                 places, tokens = places + mask.numel(), tokens + int(mask.sum())
@@ -556,8 +505,12 @@ def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    data.write_whole(path, "one")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    write_atomic(path, "one")
+
+    def full(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
-        data.write_whole(path, "two")
+        write_atomic(path, "two")
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]

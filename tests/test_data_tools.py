@@ -11,31 +11,39 @@ import pytest
 from PIL import Image
 
 import data
-from evaluate import normalize, read_posts
+from evaluate import normalize, read_posts, run
+from tools import dataset
 
-HERE = Path(__file__).parent
-CMKP = HERE.parent.parent / "shared" / "data" / "cmkp"
+ROOT = Path(__file__).parent.parent
+CMKP = ROOT.parent / "shared" / "data" / "cmkp"
 with_cmkp = pytest.mark.skipif(not CMKP.exists(), reason="CMKP's posts are not here")
 
 
 def tool(name, *arguments, code=0, cwd=None):
-    """`python data.py …`: what it printed. The exit code must be `code`, and nothing may be a traceback.
+    """`python -m tools.dataset …`: what it printed. The exit code must be `code`.
 
-    stats and split, called often, run in this process unless a folder to run in is given.
+    It must not print a traceback. stats and split, called often, run in this process unless a
+    folder to run in is given.
     """
-    command = [sys.executable, str(HERE.parent / "data.py"), name, *map(str, arguments)]
+    command = [sys.executable, "-m", "tools.dataset", name, *map(str, arguments)]
     if name in ("stats", "split") and cwd is None:
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(sys, "argv", command[1:])
+            patch.setattr(sys, "argv", command[2:])
             with pytest.raises(SystemExit) as left:
-                data.run(data.main)
+                run(dataset.main)
         done = subprocess.CompletedProcess(command, left.value.code, out.getvalue(), err.getvalue())
     else:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=cwd)
+        options = {"cwd": cwd or ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **options)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def flags(**options):
+    """`--name value …`."""
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
 def as_json(*arguments, **options):
@@ -65,7 +73,7 @@ def post(identity, text="a text", keyphrases=("one",), image=None, **others):
     return {"id": identity, "text": text, "image": image, "keyphrases": list(keyphrases), **others}
 
 
-# ------------------------------------------------------------------------------------------------- cmkp
+# --------------------------------------------------------------------------------------------- cmkp
 
 
 def test_cmkp_round_trip(tmp_path):
@@ -83,7 +91,7 @@ def test_cmkp_round_trip(tmp_path):
     for name in ("AbC.jpg", "z.png"):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
-    # The folder of the output is a link to somewhere deeper; the image paths must hold for the real place.
+    # The output's folder is a link to a deeper one; image paths must hold for the real folder.
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
     out = tmp_path / "link" / "new" / "posts.jsonl"
@@ -123,7 +131,7 @@ def test_cmkp_round_trip(tmp_path):
 
 def test_new_ids_are_unique_and_leave_others_alone():
     records = [{"id": name} for name in ("x", "x-2", "x", "y", "x", "x-2")]
-    assert data.number_doubles(records) == 3
+    assert dataset.make_ids_unique(records) == 3
     assert [record["id"] for record in records] == ["x", "x-2", "x-3", "y", "x-4", "x-2-2"]
 
 
@@ -144,7 +152,7 @@ def test_cmkp_says_what_is_wrong(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------- stats
+# -------------------------------------------------------------------------------------------- stats
 
 
 def test_stats_by_hand(tmp_path):
@@ -216,12 +224,12 @@ def test_stats_of_cmkp():
     assert result["files"][1]["distinct_keyphrases"] == 2534
 
 
-# ------------------------------------------------------------------------------------------------- split
+# -------------------------------------------------------------------------------------------- split
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """3,000 posts with keyphrases as common as 1 / rank, some in the text, among them retweets; two folders."""
+    """3,000 posts in two folders, keyphrases as common as 1 / rank, some in the text; retweets."""
     rng, folder = random.Random(5), tmp_path_factory.mktemp("corpus")
     posts = []
     for number in range(3000):
@@ -259,7 +267,7 @@ def phrases(posts):
 
 
 def likeness(posts):
-    """Words a post, keyphrases a post, share of the keyphrases present; written apart from data.py's."""
+    """Words a post, keyphrases a post, share of keyphrases present; not by the tool's own code."""
     found = []
     for record in posts:
         text = list(normalize(record["text"]))
@@ -296,18 +304,8 @@ def assert_as_asked(before, parts, overlap, sizes):
 )
 def test_split_is_as_asked(corpus, tmp_path, overlap, valid, test):
     before = [record for path in corpus for record in read(path)]
-    result = as_json(
-        "split",
-        *corpus,
-        "--overlap",
-        overlap,
-        "--test",
-        test,
-        "--valid",
-        valid,
-        "--out",
-        tmp_path / "x",
-    )
+    options = flags(overlap=overlap, test=test, valid=valid, out=tmp_path / "x")
+    result = as_json("split", *corpus, *options)
     parts = written(tmp_path / "x")
     assert_as_asked(before, parts, overlap, (valid, test))
     assert {r["id"]: r for part in parts for r in part}.keys() == {r["id"] for r in before}
@@ -347,36 +345,21 @@ def test_split_depends_on_seed_and_posts_but_not_on_their_order(corpus, tmp_path
         (as_they_were, 1, None),
     ):
         out = tmp_path / str(len(outputs))
-        tool(
-            "split",
-            *files,
-            "--overlap",
-            0.5,
-            "--test",
-            300,
-            "--valid",
-            200,
-            "--seed",
-            seed,
-            "--out",
-            out,
-            cwd=cwd,
-        )
-        outputs.append(
-            [(out / f"{name}.jsonl").read_bytes() for name in ("train", "valid", "test")]
-        )
+        options = flags(overlap=0.5, test=300, valid=200, seed=seed, out=out)
+        tool("split", *files, *options, cwd=cwd)
+        outputs.append([(out / f"{name}.jsonl").read_bytes() for name in dataset.SIDE_NAMES])
     assert outputs[0] == outputs[1] != outputs[2]
 
 
 def test_unseen_keyphrases_are_not_only_the_rarest(corpus, tmp_path):
-    tool("split", *corpus, "--overlap", 0.5, "--test", 300, "--valid", 300, "--out", tmp_path)
+    tool("split", *corpus, *flags(overlap=0.5, test=300, valid=300, out=tmp_path))
     train, valid, test = written(tmp_path)
     times = [phrase for record in train + valid + test for phrase in record["keyphrases"]]
     assert max(times.count(phrase) for phrase in phrases(test) - phrases(train)) >= 4
 
 
 def test_split_into_train_and_test_only(corpus, tmp_path):
-    tool("split", *corpus, "--overlap", 0.6, "--test", 300, "--valid", 0, "--out", tmp_path)
+    tool("split", *corpus, *flags(overlap=0.6, test=300, valid=0, out=tmp_path))
     train, valid, test = written(tmp_path)
     assert (len(train), len(valid), len(test)) == (2700, 0, 300)
     assert abs(len(phrases(test) & phrases(train)) / len(phrases(test)) - 0.6) <= 0.005
@@ -388,49 +371,29 @@ def test_split_says_what_it_cannot_do(corpus, tmp_path):
         tmp_path / "alike.jsonl",
         [post(str(n), f"text {n}", ["all", f"key {n}"]) for n in range(60)],
     )
-    message = error(
-        "split", alike, "--overlap", 0, "--test", 9, "--valid", 9, "--out", tmp_path / "x"
-    )
-    assert (
-        "0.00% can't be reached" in message
-        and "the closest found is 10.00% in test and 10.00% in valid" in message
-    )
+    message = error("split", alike, *flags(overlap=0, test=9, valid=9, out=tmp_path / "x"))
+    assert "0.00% can't be reached" in message
+    assert "the closest found is 10.00% in test and 10.00% in valid" in message
     assert "not as asked: test overlap, valid overlap" in message
     assert not (tmp_path / "x").exists()
-    assert "nothing to train on" in error(
-        "split", *corpus, "--test", 2000, "--valid", 1000, "--out", tmp_path
-    )
+    many = flags(test=2000, valid=1000, out=tmp_path)
+    assert "nothing to train on" in error("split", *corpus, *many)
     bare = write(tmp_path / "bare.jsonl", [post(str(n), f"text {n}", []) for n in range(20)])
-    assert "has a keyphrase" in error("split", bare, "--test", 3, "--valid", 3, "--out", tmp_path)
+    few = flags(test=3, valid=3, out=tmp_path)
+    assert "has a keyphrase" in error("split", bare, *few)
     own = write(tmp_path / "train.jsonl", read(corpus[0]))
-    assert "choose another --out" in error(
-        "split", own, "--test", 300, "--valid", 0, "--out", tmp_path
-    )
+    options = flags(test=300, valid=0, out=tmp_path)
+    assert "choose another --out" in error("split", own, *options)
     assert read(own) == read(corpus[0])
-    assert (
-        "0 to 1"
-        in tool(
-            "split", bare, "--overlap", 45, "--test", 3, "--valid", 3, "--out", "x", code=2
-        ).stderr
-    )
+    assert "0 to 1" in tool("split", bare, "--overlap", 45, *few, code=2).stderr
 
 
 def test_split_tells_where_groups_do_not_add_up(tmp_path):
     triples = [
         post(f"{n}-{i}", f"text {n}", [f"key {n % 40}"]) for n in range(200) for i in range(3)
     ]
-    done = tool(
-        "split",
-        write(tmp_path / "in.jsonl", triples),
-        "--overlap",
-        0.5,
-        "--test",
-        100,
-        "--valid",
-        0,
-        "--out",
-        tmp_path / "x",
-    )
+    options = flags(overlap=0.5, test=100, valid=0, out=tmp_path / "x")
+    done = tool("split", write(tmp_path / "in.jsonl", triples), *options)
     assert "99 posts where 100 were asked for" in done.stderr
     assert len(read(tmp_path / "x" / "test.jsonl")) == 99
 
@@ -438,19 +401,8 @@ def test_split_tells_where_groups_do_not_add_up(tmp_path):
 def test_ids_used_in_two_files_become_unique(corpus, tmp_path):
     again = [{**record, "text": record["text"] + " again"} for record in read(corpus[0])]
     twice = write(tmp_path / "again.jsonl", again)
-    done = tool(
-        "split",
-        corpus[0],
-        twice,
-        "--overlap",
-        0.5,
-        "--test",
-        300,
-        "--valid",
-        0,
-        "--out",
-        tmp_path / "x",
-    )
+    options = flags(overlap=0.5, test=300, valid=0, out=tmp_path / "x")
+    done = tool("split", corpus[0], twice, *options)
     assert "1700 ids" in done.stderr
     ids = [record["id"] for part in written(tmp_path / "x") for record in part]
     assert len(set(ids)) == len(ids) == 3400
@@ -460,13 +412,12 @@ def test_ids_used_in_two_files_become_unique(corpus, tmp_path):
 @pytest.mark.parametrize("overlap", [0.45, 0.6, 0.8])
 def test_split_of_cmkp(tmp_path, overlap):
     files = CMKP / "test_src.txt", CMKP / "valid_src.txt"
-    tool("split", *files, "--overlap", overlap, "--test", 1000, "--valid", 1000, "--out", tmp_path)
-    assert_as_asked(
-        [p for path in files for _, p in read_posts(path)], written(tmp_path), overlap, (1000, 1000)
-    )
+    tool("split", *files, *flags(overlap=overlap, test=1000, valid=1000, out=tmp_path))
+    before = [p for path in files for _, p in read_posts(path)]
+    assert_as_asked(before, written(tmp_path), overlap, (1000, 1000))
 
 
-# ------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------------------- check
 
 
 def test_check_finds_all_that_is_wrong(tmp_path):
@@ -485,7 +436,7 @@ def test_check_finds_all_that_is_wrong(tmp_path):
         ('{"id": "x", ', "not a line of JSON"),
         ("[]", "JSON object"),
         (post("no", keyphrases=[]), "at least one"),
-        (post("cot", cot="<think>"), "bare reasoning"),
+        (post("cot", cot="<think>"), "the reasoning alone"),
         (post(7), "'id' must be"),
         (post("t", text=3), "'text'"),
         (post("i", image=5), "'image'"),
@@ -510,7 +461,7 @@ def test_check_finds_all_that_is_wrong(tmp_path):
         (line, "both"),
         (line, "both"),
     ]
-    for problem, (_, words) in zip(result["problems"], bad):
+    for problem, (_, words) in zip(result["problems"], bad, strict=False):  # and one more line
         assert words in problem["problem"] and "posts.jsonl" not in problem["problem"]
     text = tool("check", path, "--workers", 1, code=1).stdout
     assert (
@@ -530,11 +481,13 @@ def test_check_is_content_with_good_posts(tmp_path):
     assert [p["line"] for p in as_json("check", text, code=1)["problems"]] == [2]
     assert "no such file" in error("check", tmp_path / "nothing.jsonl")
     assert "no posts" in error("check", write(tmp_path / "empty.jsonl", [""]))
-    assert "at least 1" in tool("check", path, "--workers", 0, code=2).stderr
+    assert "from 1 up" in tool("check", path, "--workers", 0, code=2).stderr
 
 
 def test_help_is_quick_and_shows_defaults():
     assert "split" in tool("--help").stdout
     assert "(default: 0.4492)" in tool("split", "--help").stdout
-    code = "import sys, data; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent).returncode == 0
+    slow = "('torch', 'transformers', 'numpy')"
+    for module in ("data", "tools.dataset"):
+        code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {slow}))"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -20,9 +20,9 @@ from evaluate import (
     align,
     compare,
     intervals,
-    jsonl,
     normalize,
     parse_line,
+    read_jsonl,
     read_predictions,
     read_references,
     resample,
@@ -69,7 +69,7 @@ PREDICTIONS = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 
 def test_stemmer_equals_nltk():
@@ -123,7 +123,7 @@ def test_composed_and_decomposed_letters_match(phrase):
     assert one([decomposed], [composed], text=f"oh {decomposed} !")["present"]["F1@M"] == 1
 
 
-# ------------------------------------------------------------------------------- the arithmetic, by hand
+# -------------------------------------------------------------------------- the arithmetic, by hand
 
 
 def test_precision_and_recall_at_k():
@@ -171,7 +171,7 @@ def test_f1_is_the_harmonic_mean_of_the_macro_means():
 
 
 def test_ndcg_ideal_sorts_all_predictions_made_and_then_cuts():
-    # The one correct guess is the fourth: the ideal order has it first, though NDCG@3 never sees it.
+    # The fourth guess is the only correct one: the ideal order has it first, NDCG@3 never sees it.
     scores = one(["x", "y", "z", "a"], ["a", "b"])["all"]
     assert scores["NDCG@3"] == 0
     assert scores["NDCG@5"] == pytest.approx((1 / math.log2(5)) / 1)
@@ -307,7 +307,7 @@ def test_chinese(train, expected):
     assert scores["present"]["F1@1"] == 1 and scores["seen"]["posts"] == expected
 
 
-# -------------------------------------------------------------------------- an oracle written otherwise
+# ---------------------------------------------------------------------- an oracle written otherwise
 
 
 def oracle(predictions, references, train):
@@ -338,7 +338,7 @@ def oracle(predictions, references, train):
     result = {}
     for name in ("all", "present", "absent", "seen", "unseen", "absent_unseen"):
         rows = []
-        for prediction, reference in zip(predictions, references):
+        for prediction, reference in zip(predictions, references, strict=True):
             words = [stem(word) for word in reference["text"].lower().split()]
             answers = [
                 form
@@ -383,7 +383,9 @@ def oracle(predictions, references, train):
     return result
 
 
-VOCABULARY = "dog dogs Dog cat storms storm hour play playing wildflower sky skies , . <unk> new york".split()
+VOCABULARY = (
+    "dog dogs Dog cat storms storm hour play playing wildflower sky skies , . <unk> new york"
+).split()
 
 
 def random_data(seed, posts=40):
@@ -424,7 +426,7 @@ def test_the_classes_of_the_random_data_are_not_empty():
     assert all(entry["posts"] > 3 and 0 < entry["F1@M"] < 1 for entry in entries.values())
 
 
-# ------------------------------------------------------------------------------------------- properties
+# --------------------------------------------------------------------------------------- properties
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -477,7 +479,7 @@ def test_a_wrong_phrase_appended_never_raises_precision(seed):
         )
 
 
-# ----------------------------------------------------------------------------------------- significance
+# ------------------------------------------------------------------------------------- significance
 
 
 def two_systems(posts=300, better=0.0):
@@ -540,7 +542,7 @@ def test_randomisation_test_tells_a_difference_from_none():
 
 
 def test_randomisation_test_by_hand():
-    # One post of two differs: swapping it or not gives the difference with either sign, never a smaller one.
+    # One post of two differs: swapping it changes the sign of the difference, not its size.
     references = [{"text": "", "keyphrases": ["a"]}] * 2
     good, bad = ([{"keyphrases": ["a"]}, {"keyphrases": [second]}] for second in "ax")
     p = compare(statistics(good, references), statistics(bad, references), 2, 50, seed=0)["all"]
@@ -554,13 +556,13 @@ def test_randomisation_test_by_hand():
     assert p[MEASURES.index("F1@1")] == pytest.approx(2 / 1024, abs=0.001)
 
 
-# ------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_jsonl_yields_lines_offsets_and_records(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}\r\n\r\n  \n{"b": 1}\n{"c": "\xe2\x80\xa8"}')
-    rows = list(jsonl(path))
+    rows = list(read_jsonl(path))
     assert [(number, record) for number, _, record in rows] == [
         (1, {"a": "é"}),
         (4, {"b": 1}),
@@ -592,7 +594,7 @@ def test_jsonl_names_the_line_that_is_wrong(tmp_path, content, part):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        list(jsonl(path))
+        list(read_jsonl(path))
     assert (
         str(path) in str(error.value) and part in str(error.value) and len(str(error.value)) < 400
     )
@@ -600,14 +602,14 @@ def test_jsonl_names_the_line_that_is_wrong(tmp_path, content, part):
 
 def test_jsonl_of_no_file_and_of_a_folder(tmp_path):
     with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
-        list(jsonl(tmp_path / "nowhere.jsonl"))
+        list(read_jsonl(tmp_path / "nowhere.jsonl"))
     with pytest.raises(UserError, match="a folder"):
-        list(jsonl(tmp_path))
+        list(read_jsonl(tmp_path))
 
 
 def test_jsonl_streams(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, "not json"])
-    rows = jsonl(path)
+    rows = read_jsonl(path)
     assert next(rows)[2] == {"a": 1}
     with pytest.raises(UserError):
         next(rows)
@@ -701,7 +703,7 @@ def test_align_by_id_and_by_line():
     assert align(others, cmkp) == others
 
 
-# ---------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture
@@ -817,10 +819,9 @@ def test_missing_duplicate_and_unknown_ids(files, tmp_path):
 
 def test_unequal_line_counts(files, tmp_path):
     short, long = (write_lines(tmp_path / f"{n}.txt", ["a"] * n) for n in (2, 5))
-    assert_error(run_script(short, files["test.txt"]), "2.txt", "2 lines for the 3 posts", "post 3")
-    assert_error(
-        run_script(long, files["test.jsonl"]), "5.txt", "5 lines for the 3 posts", "line 4"
-    )
+    assert_error(run_script(short, files["test.txt"]), "2.txt", "1 of 3 posts", "line 3")
+    done = run_script(long, files["test.jsonl"])
+    assert_error(done, "5.txt", "2 of 5 lines are not in", "(3 posts)", "line 4")
     assert_error(run_script(long, files["test.jsonl"], "--allow-missing"), "line 4")
 
 
@@ -926,7 +927,7 @@ def test_other_scripts_and_emoji_from_files(tmp_path):
     assert scores["present"]["F1@M"] == 1 and scores["present"]["keyphrases"] == 4
 
 
-# ----------------------------------------------------------------------------------------------- run(main)
+# ---------------------------------------------------------------------------------------- run(main)
 
 
 @pytest.mark.parametrize(
@@ -986,7 +987,7 @@ def test_interrupt_is_quiet(tmp_path):
     assert process.wait() == 130 and process.stderr.read() == b""
 
 
-# ------------------------------------------------------------------------------------------ real posts
+# --------------------------------------------------------------------------------------- real posts
 
 
 @pytest.mark.skipif(not CMKP.exists(), reason="the posts of CMKP are not here")

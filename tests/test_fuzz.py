@@ -1,7 +1,8 @@
 """Seeded fuzz: records, images, model outputs and predictions broken at random.
 
-Nothing may end otherwise than in a result or in an error of one line that names the file; nothing may hang; no score may
-differ from one worked out here, slowly and plainly. By hand: python tests/test_fuzz.py --rounds 10000 --seed 1
+Each round must end in a result or in an error of one line that names the file, and in time; each
+score must equal one that is computed here, slowly and plainly.
+By hand: python tests/test_fuzz.py --rounds 10000 --seed 1
 """
 
 import argparse
@@ -20,12 +21,15 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-import numpy as np
-from PIL import Image
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
 
-import data
-import evaluate
-from evaluate import UserError
+import data  # noqa: E402
+import evaluate  # noqa: E402
+from evaluate import UserError, non_negative_int  # noqa: E402
+from support.console import HelpFormatter, positive_int  # noqa: E402
+from support.jsonl import to_line  # noqa: E402
+from tools import dataset  # noqa: E402
 
 STEMS = dict(
     line.split()
@@ -117,7 +121,7 @@ def limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-# ------------------------------------------------------------------------------------------- broken at random
+# --------------------------------------------------------------------------------- broken at random
 
 
 def phrase(draw, most=4):
@@ -211,34 +215,29 @@ def write_rows(draw, path, rows, breaks):
     path.write_bytes(content)
 
 
-# --------------------------------------------------------------------------------------------- the targets
+# -------------------------------------------------------------------------------------- the targets
 
 
 class Fuzz:
     def __init__(self, folder):
         from transformers import AutoImageProcessor
 
-        import clubworld
         from tiny import qwen_tokenizer
+        from tools.clubworld import make_tokenizer
 
         self.folder, self.found, self.errors = Path(folder), Counter(), Counter()
-        (self.folder / "preprocessor_config.json").write_text(
-            json.dumps(
-                {
-                    "image_processor_type": "Qwen2VLImageProcessor",
-                    "min_pixels": 56 * 56,
-                    "max_pixels": 28 * 28 * 16,
-                }
-            )
-        )
+        config = {"image_processor_type": "Qwen2VLImageProcessor"}
+        config |= {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16}
+        (self.folder / "preprocessor_config.json").write_text(json.dumps(config))
         processor = AutoImageProcessor.from_pretrained(self.folder)
         self.encoders = []
         for tokenizer, prompt, length in (
             (qwen_tokenizer(), data.PROMPT, 300),
-            (clubworld.make_tokenizer(), "{text}", 60),
+            (make_tokenizer(), "{text}", 60),
         ):
             pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-            self.encoders.append(data.Encoder(tokenizer, processor, pad, prompt, max_length=length))
+            options = data.EncoderOptions(max_length=length)
+            self.encoders.append(data.Encoder(tokenizer, processor, pad, prompt, options))
         self.pictures = self.make_pictures()
 
     def make_pictures(self):
@@ -299,7 +298,7 @@ class Fuzz:
         training, posts = draw.random() < 0.5, None
         for read in (
             lambda: evaluate.read_references(path),
-            lambda: data.figures_of(data.read_entries(path), {"x"}),
+            lambda: dataset.figures_of(dataset.read_entries(path), {"x"}),
             lambda: data.Posts(path, training),
         ):
             try:
@@ -308,11 +307,11 @@ class Fuzz:
                 posts = None
                 self.one_line(error, "posts.jsonl")
         for line, offset, _ in evaluate.read_lines(path) if posts else ():
-            _, problems = data.check_line(str(path), False, line, offset)
+            _, problems = dataset.check_line(str(path), False, line, offset)
             assert all(isinstance(problem, str) for problem in problems)
         if draw.random() < 0.03:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
-                code = data.check(argparse.Namespace(file=str(path), workers=1, json=False))
+                code = dataset.check(argparse.Namespace(file=str(path), workers=1, json=False))
                 assert code == 1 or posts is not None
         if posts is None:
             return
@@ -323,44 +322,33 @@ class Fuzz:
             if raw.removeprefix(b"\xef\xbb\xbf").strip() and not raw.startswith(b"\xef\xbb\xbf")
         ]
         records = [posts[index] for index in range(len(posts))]
-        if len(plain) == len(
-            records
-        ):  # where a byte order mark stands within the file, json has another opinion
+        if len(plain) == len(records):  # a byte order mark within the file is an error to json
             assert repr(records) == repr(plain)
-        assert repr([json.loads(data.to_line(record)) for record in records]) == repr(records)
+        assert repr([json.loads(to_line(record)) for record in records]) == repr(records)
         for encoder in self.encoders:
             items = [
                 data.EncodedPosts(posts, encoder, training)[index] for index in range(len(posts))
             ]
             samples = [item for item in items if isinstance(item, data.Sample)]
-            assert len(samples) + sum(isinstance(item, data.Skipped) for item in items) == len(
-                items
-            )
+            skipped = sum(isinstance(item, data.Skipped) for item in items)
+            assert len(samples) + skipped == len(items)
             for sample in samples:
                 self.check_sample(encoder, sample, training)
             if samples:
                 batch = data.collate(samples, encoder)
-                pads = sum(
-                    int(s.image["image_grid_thw"].prod()) // 4
-                    for s in samples
-                    if s.image is not None
-                )
+                pads = sum(int(s.grid.prod()) // 4 for s in samples if s.grid is not None)
                 assert int(batch.prompt["mm_token_type_ids"].sum()) == pads
-                assert int(batch.prompt["attention_mask"].sum()) == sum(
-                    len(sample.prompt) for sample in samples
-                )
+                tokens = sum(len(sample.prompt) for sample in samples)
+                assert int(batch.prompt["attention_mask"].sum()) == tokens
 
     def check_sample(self, encoder, sample, training):
         special = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
-        head, _, _, tail = encoder.frames[sample.image is not None]
-        framed = [
-            token for token in head + tail if token in special and token != encoder.image_token_id
-        ]
-        assert [
-            token for token in sample.prompt if token in special and token != encoder.image_token_id
-        ] == framed
+        head, _, _, tail = encoder.frames[sample.grid is not None]
+        special_but_images = special - {encoder.image_token_id}
+        framed = [token for token in head + tail if token in special_but_images]
+        assert [token for token in sample.prompt if token in special_but_images] == framed
         assert len(sample.prompt) <= encoder.max_length
-        self.found["prompts shortened"] += sample.shortened
+        self.found["prompts shortened"] += sample.truncated
         for answer in (sample.plain, sample.cot) if training else ():
             assert (
                 answer is None
@@ -387,7 +375,7 @@ class Fuzz:
         assert (
             picture.mode == "RGB"
             and min(picture.size) > 0
-            and max(picture.size) <= data.THINNEST * min(picture.size)
+            and max(picture.size) <= data.LONGEST_SIDE * min(picture.size)
         )
         self.found["broken images read"] += 1
 
@@ -404,7 +392,7 @@ class Fuzz:
             assert found == " ".join(found.split())
 
     def scores(self, draw):
-        """A file of predictions, broken or not: refused in one line, or scored as worked out below."""
+        """A file of predictions, broken or not: refused in one line, or scored as below."""
         paths = preds, refs, train = [
             self.folder / name for name in ("preds.jsonl", "refs.jsonl", "train.jsonl")
         ]
@@ -434,7 +422,7 @@ class Fuzz:
         draw.shuffle(predictions)
         broken = draw.randrange(4)  # the predictions, the posts, the training file or nothing
         for number, (path, rows) in enumerate(
-            zip(paths, (predictions, posts, [post(draw, n) for n in range(3)]))
+            zip(paths, (predictions, posts, [post(draw, n) for n in range(3)]), strict=True)
         ):
             write_rows(draw, path, rows, broken == number)
         try:
@@ -467,7 +455,7 @@ class Fuzz:
         self.found["of these above zero"] += expected["all"]["F1@M"] > 0
 
 
-# ------------------------------------------------------------------------ the scores, slowly, as they are defined
+# ---------------------------------------------------------- the scores, slowly, as they are defined
 
 
 def is_cjk(character):
@@ -496,8 +484,24 @@ def stands_in(words, text):
     )
 
 
+def belongs(name, words, text, known):
+    """Whether a keyphrase is of the class `name`."""
+    present, seen = stands_in(words, text), bool(words) and words in known
+    return {
+        "all": True,
+        "present": present,
+        "absent": not present,
+        "seen": seen,
+        "unseen": not seen,
+        "absent_unseen": not present and not seen,
+    }[name]
+
+
 def recompute(predictions, posts, train):
-    """{class: {measure: score}} from three lists of JSON objects; nothing is shared with evaluate.py but odd words' stems."""
+    """{class: {measure: score}} from three lists of JSON objects.
+
+    Only the stems of words that are not in STEMS are evaluate.py's.
+    """
     by_id = {row["id"]: [] if row.get("error") else row["keyphrases"] for row in predictions}
     known = [words_of(text) for row in train for text in row["keyphrases"]]
     result = {}
@@ -505,27 +509,15 @@ def recompute(predictions, posts, train):
         rows = []
         for record in posts:
             text = words_of(record["text"])
-
-            def belongs(words):
-                present, seen = stands_in(words, text), bool(words) and words in known
-                return {
-                    "all": True,
-                    "present": present,
-                    "absent": not present,
-                    "seen": seen,
-                    "unseen": not seen,
-                    "absent_unseen": not present and not seen,
-                }[name]
-
             wanted = [
                 words
                 for words in unique(map(words_of, record["keyphrases"]))
-                if words and belongs(words)
+                if words and belongs(name, words, text, known)
             ]
             made = [
                 words
                 for words in unique(map(words_of, by_id[record["id"]]))
-                if not {",", ".", "<unk>"} & set(words) and belongs(words)
+                if not {",", ".", "<unk>"} & set(words) and belongs(name, words, text, known)
             ]
             if wanted:
                 rows.append(measures([words in wanted for words in made], len(wanted)))
@@ -540,6 +532,10 @@ def recompute(predictions, posts, train):
     return result
 
 
+def gain(order, k):
+    return sum(hit / math.log2(rank + 1) for rank, hit in enumerate(order[:k], start=1))
+
+
 def measures(right, wanted):
     row = {}
     for k in (1, 3, 5, "M"):
@@ -547,27 +543,21 @@ def measures(right, wanted):
         row[f"P@{k}"] = sum(right[:cut]) / min(cut, len(right)) if right else 0.0
         row[f"R@{k}"] = sum(right[:cut]) / wanted
     for k in (1, 3, 5):
-        row[f"MAP@{k}"] = (
-            sum(
-                sum(right[:rank]) / rank
-                for rank in range(1, min(k, len(right)) + 1)
-                if right[rank - 1]
-            )
-            / wanted
-        )
-        gain = lambda order: sum(
-            hit / math.log2(rank + 1) for rank, hit in enumerate(order[:k], start=1)
-        )
-        best = gain(sorted(right, reverse=True))
-        row[f"NDCG@{k}"] = gain(right) / best if best else 0.0
+        ranks = [rank for rank in range(1, min(k, len(right)) + 1) if right[rank - 1]]
+        row[f"MAP@{k}"] = sum(sum(right[:rank]) / rank for rank in ranks) / wanted
+        best = gain(sorted(right, reverse=True), k)
+        row[f"NDCG@{k}"] = gain(right, k) / best if best else 0.0
     return row
 
 
-# ------------------------------------------------------------------------------------------------ running it
+# --------------------------------------------------------------------------------------- running it
 
 
 def fuzz(folder, rounds, seed, progress=lambda items: items):
-    """Run `rounds` rounds; returns the Fuzz, or raises what a round raised, with the round's number in a note."""
+    """Run `rounds` rounds and return the Fuzz.
+
+    What a round raises is raised again, with a note of the round's number.
+    """
     target = Fuzz(folder)
     for number in progress(range(rounds)):
         draw = random.Random(f"{seed} {number}")
@@ -584,24 +574,14 @@ def fuzz(folder, rounds, seed, progress=lambda items: items):
 
 def test_fuzz(tmp_path):
     found = fuzz(tmp_path, 400, 0).found
-    assert (
-        min(
-            found[name]
-            for name in (
-                "files of posts read",
-                "broken images read",
-                "prompts shortened",
-                "of these above zero",
-            )
-        )
-        > 5
-    )
+    wanted = "files of posts read", "broken images read", "prompts shortened", "of these above zero"
+    assert min(found[name] for name in wanted) > 5
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
-    parser.add_argument("--rounds", type=data.count, default=10_000)
-    parser.add_argument("--seed", type=data.natural, default=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--rounds", type=positive_int, default=10_000)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     args = parser.parse_args()
     from tqdm import tqdm
 

@@ -21,32 +21,32 @@ from PIL import Image
 import data
 import gen_cot
 from evaluate import UserError
+from kill_gen_cot import kill_run
 from server import (
+    ANSWERS,
+    FAILING,
     HANG,
-    HTML,
+    PASSING,
     REASONING,
+    THOUGHTS,
     Raw,
     Server,
     completion,
-    cut,
     error,
     right,
     text_of,
     write_posts,
 )
+from support import chat, client, connection
+from support.jsonl import to_line
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    yield
-    import huggingface_hub
-
-    from huggingface_hub.utils import _http
-
-    huggingface_hub.set_client_factory(_http.default_client_factory)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def gen(posts, server, *options, out="cot.jsonl", wait=0.01):
@@ -61,7 +61,7 @@ def gen(posts, server, *options, out="cot.jsonl", wait=0.01):
         server.url,
     ]
     return gen_cot.write_reasoning(
-        gen_cot.settings([*arguments, *map(str, options)]), first_wait=wait
+        gen_cot.parse_args([*arguments, *map(str, options)]), first_wait=wait
     )
 
 
@@ -82,7 +82,7 @@ def number(request):
     return int(re.search(r"post-(\d+)", text_of(request))[1])
 
 
-# ------------------------------------------------------------------------------------------------ what is sent
+# ------------------------------------------------------------------------------------- what is sent
 
 
 def test_a_record_and_a_request(tmp_path):
@@ -108,22 +108,25 @@ def test_a_record_and_a_request(tmp_path):
     picture = Image.open(io.BytesIO(base64.b64decode(content)))
     assert kind == "data:image/jpeg;base64" and picture.format == "JPEG"
     assert picture.size == (12 * 28, 8 * 28)  # 96 tokens; 12.25 x 8.16 would be 100
-    assert [part["type"] for part in by_post[0]["messages"][0]["content"]] == ["text"]
+    content = by_post[0]["messages"][0]["content"]  # of a text-only post: a plain string
+    assert content == prompt.replace(before[1]["text"], before[0]["text"]).replace(
+        "{keyphrases}", "wildflower hour 0; flowers"
+    )
 
 
 def test_images_are_upright_small_ones_keep_their_size_and_metadata_is_not_sent(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "secret camera"
     Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg", exif=exif, comment="secret place")
-    url = gen_cot.image_part(tmp_path / "a.jpg", 512 * 28 * 28)["image_url"]["url"]
+    url = data.image_url(tmp_path / "a.jpg", 512 * 28 * 28)
     sent = base64.b64decode(url.partition(",")[2])
     assert Image.open(io.BytesIO(sent)).size == (20, 40) and b"secret" not in sent
     with pytest.raises(data.Unreadable, match="no such file"):
-        gen_cot.image_part(tmp_path / "b.jpg", 512 * 28 * 28)
+        data.image_url(tmp_path / "b.jpg", 512 * 28 * 28)
 
 
 def test_what_posts_hold_is_data(tmp_path):
-    """Braces, tags and halves of characters in a post reach the server as they stand, or not at all."""
+    """Braces, tags and halves of characters in a post reach the server unchanged, or not at all."""
     (tmp_path / "posts.jsonl").write_text(
         json.dumps(
             {
@@ -151,7 +154,7 @@ def test_another_prompt(tmp_path):
         assert gen(posts, server, "--prompt-file", tmp_path / "prompt.txt") == 0
         with pytest.raises(UserError, match="wrong.txt: the prompt has no {keyphrases}"):
             gen(posts, server, "--prompt-file", tmp_path / "wrong.txt", out="b.jsonl")
-        with pytest.raises(UserError, match="nowhere.txt: the prompt can't be read"):
+        with pytest.raises(UserError, match="nowhere.txt: can't be read"):
             gen(posts, server, "--prompt-file", tmp_path / "nowhere.txt", out="b.jsonl")
     assert text_of(server.log[0][0]).startswith("Why wildflower hour 0; flowers? post-0 some")
 
@@ -212,10 +215,12 @@ def test_a_dry_run_leaves_the_image_out(tmp_path, capsys):
         ("https://a.example/api/v3", "https://a.example/api/v3/chat/completions"),
         ("https://a.example/v1beta/openai/", "https://a.example/v1beta/openai/chat/completions"),
         ("https://a.example/x/chat/completions?v=2", "https://a.example/x/chat/completions?v=2"),
+        ("https://a.example/x?api-version=2", "https://a.example/x/chat/completions?api-version=2"),
+        ("http://[::1]:8000/v1#top", "http://[::1]:8000/v1/chat/completions"),
     ],
 )
 def test_addresses(base_url, address):
-    assert gen_cot.endpoint(base_url) == address
+    assert connection.endpoint(base_url) == address
 
 
 @pytest.mark.parametrize(
@@ -233,7 +238,7 @@ def test_addresses(base_url, address):
 )
 def test_addresses_that_are_none(base_url):
     with pytest.raises(UserError, match="--base-url") as told:
-        gen_cot.endpoint(base_url)
+        connection.endpoint(base_url)
     assert "me:word" not in str(told.value)
 
 
@@ -248,7 +253,9 @@ def test_requests_and_replies_hold_against_openais_types(tmp_path):
         assert gen(posts, server, "--temperature", 1) == 0
         ours = [request for request, _, _ in server.log]
         ours.append(
-            gen_cot.make_request("served", "as infer.py asks", tmp_path / "1.jpg", 784, 512, 0)
+            chat.chat_request(
+                "served", "as infer.py asks", data.image_url(tmp_path / "1.jpg", 784), 512, 0
+            )
         )
         path = server.log[0][1][":path"]
         client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
@@ -259,7 +266,8 @@ def test_requests_and_replies_hold_against_openais_types(tmp_path):
                 checked["messages"]
             )  # what is iterable is checked only when it is read
             for message in checked["messages"]:
-                message["content"] = list(message["content"])
+                if not isinstance(message["content"], str):
+                    message["content"] = list(message["content"])
             assert (
                 checked == request
                 and request.keys() <= CompletionCreateParamsNonStreaming.__annotations__.keys()
@@ -274,11 +282,11 @@ def test_requests_and_replies_hold_against_openais_types(tmp_path):
         assert server.log[-1][1][":path"] == path
 
 
-# ------------------------------------------------------------------------------------------------------- keys
+# --------------------------------------------------------------------------------------------- keys
 
 
 def python(*arguments, cwd, **environment):
-    """Start gen_cot.py as a process. It is to know Ctrl-C even where this one was told to ignore it."""
+    """Start gen_cot.py as a process, which minds Ctrl-C even where this one ignores it."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -351,9 +359,11 @@ def test_a_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, capsys):
     with Server(lambda request, tries: replies[number(request)] or right(request)) as server:
         assert gen(posts, server, "--api-key-env", "OTHER_KEY", "--max-retries", 1) == 1
     assert {headers["authorization"] for _, headers, _ in server.log} == {f"Bearer {key}"}
-    with Server(lambda *_: error(401, f"Incorrect API key provided: {key}")) as server:
-        with pytest.raises(UserError) as told:
-            gen(posts, server, "--api-key-env", "OTHER_KEY", "--retry-failed")
+    with (
+        Server(lambda *_: error(401, f"Incorrect API key provided: {key}")) as server,
+        pytest.raises(UserError) as told,
+    ):
+        gen(posts, server, "--api-key-env", "OTHER_KEY", "--retry-failed")
     assert "401 Incorrect API key provided: ***; check the key in OTHER_KEY" in str(told.value)
     shown = capsys.readouterr()
     files = [path.read_text(encoding="utf-8") for path in tmp_path.glob("cot*")]
@@ -377,7 +387,7 @@ def test_keys_that_are_none(tmp_path, monkeypatch, name, value, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message) as told:
         gen_cot.write_reasoning(
-            gen_cot.settings(
+            gen_cot.parse_args(
                 [
                     str(write_posts(tmp_path, 1)),
                     "--out",
@@ -392,7 +402,7 @@ def test_keys_that_are_none(tmp_path, monkeypatch, name, value, message):
     assert "sk-" not in str(told.value) and not (tmp_path / "a.jsonl").exists()
 
 
-# ------------------------------------------------------------------------------------------- what is accepted
+# --------------------------------------------------------------------------------- what is accepted
 
 
 def written(cot, answer="wildflower hour; flowers"):
@@ -404,7 +414,8 @@ def written(cot, answer="wildflower hour; flowers"):
     [
         (written(REASONING), None),
         (
-            f"Sure!\n```\n<think>\n {REASONING}\n</think>\n\n<answer>\n- Flower\n- Wildflower Hours\n</answer>\n```",
+            f"Sure!\n```\n<think>\n {REASONING}\n</think>\n\n"
+            "<answer>\n- Flower\n- Wildflower Hours\n</answer>\n```",
             None,
         ),
         (written(REASONING, "flowers; wildflower  hour"), None),
@@ -428,6 +439,19 @@ def written(cot, answer="wildflower hour; flowers"):
             "tag misplaced: <answer></answer><think></think>",
         ),
         (written("It is a flower."), "too short: 4 words"),
+        ("<think></think><answer>wildflower hour; flowers</answer>", "too short: 0 words"),
+        # A thinking teacher: its own thoughts come first, in tags or not.
+        (f"{THOUGHTS} </think>\n\n{written(REASONING)}", None),
+        (f"<think>{THOUGHTS}</think>\n\n{written(REASONING)}", None),
+        (f"<think>\n\n</think>\n\n{written(REASONING)}", None),
+        (f"<think>So {written('why', 'x')}, then.</think>{written(REASONING)}", None),
+        (f"{written('why', 'x')} or rather: {written(REASONING)}", None),
+        (f"{written(REASONING)} </think> <answer>", None),
+        (f"<think>{THOUGHTS}</think> wildflower hour", "tag missing: <answer>"),
+        (
+            f"<think>{THOUGHTS}</think><think>{REASONING}<answer>flowers</answer>",
+            "tag misplaced: <think></think><think><answer></answer>",
+        ),
         (written("花" * 9), "too short: 9 words"),
         (written("花" * 10), None),
         (written("word " * 250), None),
@@ -443,13 +467,15 @@ def written(cot, answer="wildflower hour; flowers"):
         (written(REASONING * 2 + "因此符合给定的关键词。"), "gives away: 给定的关键词"),
         (
             written(
-                "I was given a flower and a hashtag is seen on the ground, in truth a well known one."
+                "I was given a flower and a hashtag is seen on the ground, in truth a well known "
+                "one."
             ),
             None,
         ),
         (
             written(
-                "The author chose a blue flower and the hashtag given in the text is the expected one."
+                "The author chose a blue flower and the hashtag given in the text is the expected "
+                "one."
             ),
             None,
         ),
@@ -458,14 +484,14 @@ def written(cot, answer="wildflower hour; flowers"):
 def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
     def judge():
         return gen_cot.accepted(
-            gen_cot.Reply(text, "stop", 9), ["wildflower hour", "flowers"], 10, 250
+            chat.Reply(text, "stop", 9), ["wildflower hour", "flowers"], 10, 250
         )
 
     if reason is None:
         cot = judge()
         assert cot == cot.strip() and not any(tag in cot for tag in data.TAGS)
     else:
-        with pytest.raises(gen_cot.Failed) as failed:
+        with pytest.raises(chat.Failed) as failed:
             judge()
         assert str(failed.value) == reason and failed.value.reply == text
 
@@ -487,7 +513,7 @@ def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
 )
 def test_keyphrases_are_compared_as_the_parser_of_answers_reads_them(keyphrases, answer):
     assert (
-        gen_cot.accepted(gen_cot.Reply(written(REASONING, answer), "stop", 9), keyphrases, 1, 99)
+        gen_cot.accepted(chat.Reply(written(REASONING, answer), "stop", 9), keyphrases, 1, 99)
         == REASONING
     )
 
@@ -538,18 +564,11 @@ def test_replies_of_servers_that_split_off_the_reasoning(tmp_path):
     assert {record["cot"] for record in lines(tmp_path / "cot.jsonl")} == {REASONING}
 
 
-# ----------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
-FAULTS = {  # a name, what the server does, and the reason that a post which always meets it ends with
-    "429": (lambda request: error(429, "slow down"), "rate limit: 429 slow down"),
-    "429 with Retry-After": (
-        lambda request: error(429, "slow", {"Retry-After": "1"}),
-        "rate limit: 429 slow",
-    ),
-    "500": (lambda request: error(500, "oh no"), "server error: 500 oh no"),
-    "cut": (cut, "connection lost: "),
+# Beside what a server does wrong: what hangs, and replies that are not accepted.
+FAULTS = {name: fault for name, fault in (PASSING | FAILING).items() if "429" not in name} | {
     "hang": (lambda request: HANG, "time-out: no reply in 3 s"),
-    "HTML": (lambda request: HTML, "malformed reply: not the JSON of a chat completion"),
     "wrong": (
         lambda request: written(REASONING, "something else"),
         "other keyphrases: something else",
@@ -558,27 +577,26 @@ FAULTS = {  # a name, what the server does, and the reason that a post which alw
         lambda request: written("word " * 300, right(request).split("answer>")[1][:-2]),
         "too long: 300 words",
     ),
-    "filter": (lambda request: error(400, "content_filter"), "content filter: 400 content_filter"),
-    "bad": (lambda request: error(400, "image too odd"), "refused: 400 image too odd"),
 }
-PASSING = [name for name in FAULTS if name not in ("filter", "bad")]
+REJECTED = ("wrong", "long")
+RATE_LIMITS = {name: fault for name, fault in PASSING.items() if "429" in name}
+TEMPORARY = [name for name in FAULTS | RATE_LIMITS if name not in FAILING]
 
 
 def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
+    """Right replies come in every dress; each fault lasts for one post, and passes for others."""
     posts, draw = write_posts(tmp_path, 500), random.Random(7)
     records = lines(posts)
     for index in (50, 150, 250):
         records[index + 1]["image"] = "lost.jpg"
-    posts.write_text("".join(data.to_line(record) for record in records), encoding="utf-8")
-    lasting = dict(
-        zip(
-            draw.sample([i for i in range(500) if records[i]["image"] != "lost.jpg"], len(FAULTS)),
-            FAULTS,
-        )
-    )
+    posts.write_text("".join(to_line(record) for record in records), encoding="utf-8")
+    found = [index for index in range(500) if records[index]["image"] != "lost.jpg"]
+    lasting = dict(zip(draw.sample(found, len(FAULTS)), FAULTS, strict=True))
     passing = [
-        [draw.choice(PASSING) if draw.random() < 0.25 else None for _ in range(16)] for _ in records
+        [draw.choice(TEMPORARY) if draw.random() < 0.25 else None for _ in range(32)]
+        for _ in records
     ]
+    dresses = [draw.choice(list(ANSWERS)) for _ in records]
     faulty = []
 
     def fault(index, tries):
@@ -587,24 +605,26 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     def reply(request, tries):
         name = fault(number(request), tries)
         faulty.append(name is not None)
-        return FAULTS[name][0](request) if name else right(request)
+        if name is None:
+            return ANSWERS[dresses[number(request)]](request)
+        return (FAULTS | RATE_LIMITS)[name][0](request)
 
     def fate(index):
-        """(how many requests a post takes, the fault that it ends with or None), counted out by the rules."""
+        """(how many requests a post takes, the fault that it ends with or None), by the rules."""
         used = rejected = in_a_row = 0
         while True:
             name = fault(index, used)
             used += 1
-            if name in ("wrong", "long"):
+            if name in REJECTED:
                 rejected, in_a_row = rejected + 1, 0
-            elif name is not None:
+            elif name in FAULTS:
                 in_a_row += 1
-            if name in (None, "filter", "bad") or rejected == 3 or in_a_row == 3:
+            if name is None or name in FAILING or rejected == 3 or in_a_row == 3:
                 return used, name
 
     with Server(reply) as server:
         assert gen(posts, server, "--timeout", 3, "--max-retries", 2) == 1
-    assert 0.22 < sum(faulty) / len(faulty) < 0.33 and len(faulty) == len(server.log)
+    assert 0.22 < sum(faulty) / len(faulty) < 0.36 and len(faulty) == len(server.log)
     good, failed = lines(tmp_path / "cot.jsonl"), lines(tmp_path / "cot.failed.jsonl")
     fates = [
         (0, "lost") if record["image"] == "lost.jpg" else fate(index)
@@ -615,7 +635,7 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
         for index, record in enumerate(records)
         if fates[index][1] is None
     ]
-    assert len(good) > 470 and ids(failed) == [
+    assert len(good) > 450 and ids(failed) == [
         record["id"] for i, record in enumerate(records) if fates[i][1]
     ]
     for record in failed:
@@ -623,9 +643,11 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
         name = fates[index][1]
         expected = FAULTS[name][1] if name in FAULTS else "unreadable image: no such file"
         assert record["reason"].startswith(expected), record
-        assert ("(3 tries)" in record["reason"]) == (name in PASSING[:6])
-        if name in ("wrong", "long", "filter", "bad", "lost"):
-            assert (record["reply"] is not None) == (name in ("wrong", "long"))
+        tried_in_vain = name in FAULTS and name not in FAILING and name not in REJECTED
+        assert ("(3 tries)" in record["reason"]) == tried_in_vain
+        if index in lasting or name == "lost":
+            written_something = name in REJECTED or name == "finish content_filter"
+            assert (record["reply"] is not None) == written_something
         assert {field: record[field] for field in records[index]} == records[index]
     tries = Counter(server.asked())
     assert [used for used, _ in fates] == [tries[identity] for identity in ids(records)]
@@ -641,14 +663,12 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
 
 def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
     posts, now = write_posts(tmp_path, 2), time.time()
-    assert gen_cot.retry_after({}) is None and gen_cot.retry_after({"retry-after": "soon"}) is None
-    assert gen_cot.retry_after({"retry-after": "2.5"}) == 2.5
+    assert chat.retry_after({}) is None and chat.retry_after({"retry-after": "soon"}) is None
+    assert chat.retry_after({"retry-after": "2.5"}) == 2.5
     assert (
-        28
-        < gen_cot.retry_after({"retry-after": email.utils.formatdate(now + 30, usegmt=True)})
-        <= 30
+        28 < chat.retry_after({"retry-after": email.utils.formatdate(now + 30, usegmt=True)}) <= 30
     )
-    assert gen_cot.retry_after({"retry-after": email.utils.formatdate(now - 30, usegmt=True)}) == 0
+    assert chat.retry_after({"retry-after": email.utils.formatdate(now - 30, usegmt=True)}) == 0
 
     def reply(request, tries):
         wait = ["1", email.utils.formatdate(time.time() + 2.5, usegmt=True)][number(request)]
@@ -666,7 +686,7 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
     [
         (
             error(401, "Incorrect API key"),
-            r"/v1/chat/completions: 401 Incorrect API key; it wants a key: put it in",
+            "/v1/chat/completions: 401 Incorrect API key; it wants a key: put it in OPENAI_API_KEY",
         ),
         (error(403, "no access"), "403 no access; this key may not use the model teacher"),
         (
@@ -675,24 +695,60 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path):
         ),
         (
             error(429, "Quota exceeded", code="insufficient_quota"),
-            "429 Quota exceeded; its account needs credit",
+            "429 Quota exceeded; the account needs credit",
         ),
-        (Raw(404, "<html>nothing here</html>", kind="text/html"), "404 ?; check --base-url"),
+        (
+            Raw(404, "<html>nothing here</html>", kind="text/html"),
+            "404 a web page.*; check --base-url",
+        ),
         (
             Raw(307, "", {"Location": "https://elsewhere.example/v1"}),
-            "307 ?; it has moved to https://elsewhere.example/v1",
+            "307 nothing; the server has moved to https://elsewhere.example/v1",
         ),
         (Raw(403, ["a list"]), r'403 \["a list"\]; this key'),
+        (
+            Raw(400, [{"error": {"code": 400, "message": "API key not valid."}}]),
+            "400 API key not valid.; it wants a key: put it in OPENAI_API_KEY",
+        ),
+        (
+            error(400, "Invalid model name passed in model=teacher", code="400"),
+            "400 Invalid model name .*; check --base-url, and whether it has a model teacher",
+        ),
+        (error(400, "Model Not Exist"), "whether it has a model teacher"),
+        (error(400, "No connected db.", type="no_db_connection"), "it wants a key"),
+        (Raw(200, {"error": {"code": 401, "message": "User not found."}}), "401 User.*wants a key"),
+        (Raw(200, {"error": {"code": 404, "message": "No such"}}), "404 No such.*model teacher"),
+        (
+            Raw(200, {"base_resp": {"status_code": 1004, "status_msg": "login fail"}}),
+            "401 login fail; it wants a key",
+        ),
+        (
+            Raw(200, {"base_resp": {"status_code": 2049, "status_msg": "invalid api key"}}),
+            "401 invalid api key; it wants a key",
+        ),
+        (error(400, "Your credit balance is too low"), "the account needs credit"),
+        (error(402, "Insufficient Balance"), "402 Insufficient Balance; the account needs credit"),
+        (Raw(405, {"detail": "Method Not Allowed"}), "405 Method Not Allowed; check --base-url"),
+        (
+            Raw(
+                400, "<html>The plain HTTP request was sent to HTTPS port</html>", kind="text/html"
+            ),
+            "write https:// in --base-url",
+        ),
     ],
-    ids=["401", "403", "404", "quota", "page", "moved", "list"],
+    ids=(
+        "401 403 404 quota page moved list gemini litellm deepseek litellm-key 401-in-200 "
+        "404-in-200 minimax-1004 minimax-2049 credit 402 405 plain"
+    ).split(),
 )
 def test_what_no_post_can_pass_stops_the_run_at_once_in_one_line(tmp_path, answer, told):
-    posts = write_posts(tmp_path, 300)
-    with Server(
-        lambda request, tries: answer if len(server.log) > 20 else right(request)
-    ) as server:
-        with pytest.raises(UserError, match=told) as stopped:
-            gen(posts, server, "--workers", 4)
+    posts, started = write_posts(tmp_path, 300), time.monotonic()
+    with (
+        Server(lambda request, tries: answer if len(server.log) > 20 else right(request)) as server,
+        pytest.raises(UserError, match=told) as stopped,
+    ):
+        gen(posts, server, "--workers", 4)
+    assert time.monotonic() - started < client.GRACE  # nothing is under way to wait for
     assert len(server.log) < 30 and "\n" not in str(stopped.value)
     assert 16 <= len(lines(tmp_path / "cot.jsonl")) <= 20 and not lines(
         tmp_path / "cot.failed.jsonl"
@@ -703,25 +759,26 @@ def test_what_no_post_can_pass_stops_the_run_at_once_in_one_line(tmp_path, answe
     "answer",
     [
         error(500, "broken"),
-        error(422, "no such field: max_tokens"),
         Raw(200, "null"),
         Raw(200, "[]"),
         Raw(200, '{"choices": [{"message": 5}]}'),
-        Raw(200, b"\xff\xfe".decode("latin-1")),
+        Raw(200, b"\xff\xfe"),
         Raw(200, {"choices": [], "usage": 7}),
         Raw(500, "[1]"),
         Raw(200, "[" * 100_000),
     ],
 )
 def test_a_server_that_answers_no_post_stops_the_run(tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(gen_cot, "GIVE_UP_AFTER", 10)
+    monkeypatch.setattr(client, "GIVE_UP_AFTER", 10)
     posts = write_posts(tmp_path, 100)
-    with Server(lambda *_: answer) as server:
-        with pytest.raises(
+    with (
+        Server(lambda *_: answer) as server,
+        pytest.raises(
             UserError,
-            match="no reply for 1[0-3] posts in a row, the last: (server|refused|malformed)",
-        ):
-            gen(posts, server, "--workers", 4, "--max-retries", 1)
+            match="no reply for 1[0-3] posts in a row, the last: (server|malformed)",
+        ),
+    ):
+        gen(posts, server, "--workers", 4, "--max-retries", 1)
     assert 9 <= len(lines(tmp_path / "cot.failed.jsonl")) < 20
     with Server() as server:
         assert gen(posts, server, "--retry-failed") == 0
@@ -740,7 +797,7 @@ def test_no_server(tmp_path):
     assert not lines(tmp_path / "cot.jsonl") and not lines(tmp_path / "cot.failed.jsonl")
 
 
-# ------------------------------------------------------------------------------- stopping, killing, going on
+# ---------------------------------------------------------------------- stopping, killing, going on
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
@@ -775,6 +832,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
     assert sorted(server.asked() + kept) == sorted(ids(lines(posts)))
 
 
+def test_killed_while_the_server_misbehaves_in_every_way(tmp_path):
+    """Each post is in one of the two files, none is asked for again, the key is nowhere."""
+    requests, faults = kill_run(tmp_path, posts=120, kills=2)
+    assert 120 < requests < 500 and len(faults) > 15
+
+
 def test_a_torn_line_is_gone_before_anything_is_added(tmp_path):
     posts = write_posts(tmp_path, 12)
     with Server() as server:
@@ -782,11 +845,13 @@ def test_a_torn_line_is_gone_before_anything_is_added(tmp_path):
         for file in ("cot.jsonl", "cot.failed.jsonl"):
             with open(tmp_path / file, "ab") as out:
                 out.write(b'{"id": "post-1')
-    with Server(
-        lambda request, tries: right(request) if len(server.log) < 4 else error(401, "no")
-    ) as server:
-        with pytest.raises(UserError, match="401"):
-            gen(posts, server, "--workers", 1)
+    with (
+        Server(
+            lambda request, tries: right(request) if len(server.log) < 4 else error(401, "no")
+        ) as server,
+        pytest.raises(UserError, match="401"),
+    ):
+        gen(posts, server, "--workers", 1)
     with Server() as server:
         assert gen(posts, server) == 0 and len(server.log) == 5
     assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
@@ -810,11 +875,20 @@ def wait_for(condition):
 def test_ctrl_c_ends_the_process(tmp_path, answer, times):
     posts = write_posts(tmp_path, 50)
     arguments = [posts, "--out", "cot.jsonl", "--model", "m", "--workers", 8]
-    with Server(
-        lambda request, tries: right(request) if number(request) < 5 else answer(request)
-    ) as server:
+
+    def all_under_way():
+        return len(server.log) >= 5 + 8 and len(lines(tmp_path / "cot.jsonl")) == 5
+
+    def reply(request, tries):
+        if number(request) < 5:
+            return right(request)
+        wait_for(all_under_way)
+        return answer(request)
+
+    with Server(reply) as server:
         process = python(*arguments, "--base-url", server.url, cwd=tmp_path)
-        wait_for(lambda: len(server.log) >= 5 + 8 and len(lines(tmp_path / "cot.jsonl")) == 5)
+        wait_for(all_under_way)
+        time.sleep(0.2)
         for _ in range(times):
             process.send_signal(signal.SIGINT)
             time.sleep(0.5)
@@ -831,10 +905,8 @@ def test_ctrl_c_ends_the_process(tmp_path, answer, times):
 def test_what_hangs_is_waited_for_seconds_and_not_after_a_second_ctrl_c(
     tmp_path, monkeypatch, grace, times
 ):
-    monkeypatch.setattr(gen_cot, "GRACE", grace)
-    monkeypatch.setattr(
-        signal, "getsignal", lambda _: signal.default_int_handler
-    )  # even where Ctrl-C is ignored
+    monkeypatch.setattr(client, "GRACE", grace)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
     posts = write_posts(tmp_path, 20)
 
     def interrupt():
@@ -849,19 +921,27 @@ def test_what_hangs_is_waited_for_seconds_and_not_after_a_second_ctrl_c(
         with pytest.raises(KeyboardInterrupt):
             gen(posts, server, "--workers", 8)
         assert time.monotonic() - started < 100 and len(server.log) == 8
+    signal.signal(signal.SIGINT, before)
 
 
 def test_few_items_are_begun_ahead_and_errors_of_the_work_come_out():
     begun = []
-    client = gen_cot.Client("http://127.0.0.1:1", "m", workers=4)
-    done = client.each(lambda item: begun.append(item) or item, range(1000))
+
+    async def work(item):
+        begun.append(item)
+        return item
+
+    async def divide(item):
+        return 1 / (item - 50)
+
+    options = gen_cot.parse_args(["posts.jsonl", "--out", "a", "--model", "m"])
+    done = client.Client("http://127.0.0.1:1", options, workers=4).each(work, range(1000))
     first = [next(done) for _ in range(10)]
     time.sleep(0.2)
     assert len(begun) <= 10 + 2 * 4 and set(first) <= set(begun)
     assert sorted([*first, *done]) == list(range(1000))
-    client = gen_cot.Client("http://127.0.0.1:1", "m", workers=4)
     with pytest.raises(ZeroDivisionError):
-        list(client.each(lambda item: 1 / (item - 50), range(1000)))
+        list(client.Client("http://127.0.0.1:1", options, workers=4).each(divide, range(1000)))
 
 
 def test_replies_under_way_at_ctrl_c_are_kept(tmp_path):
@@ -946,7 +1026,7 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
         before = (tmp_path / "cot.jsonl").read_bytes()
         changed = lines(posts)
         changed[2]["keyphrases"] = ["else"]
-        posts.write_text("".join(map(data.to_line, changed)), encoding="utf-8")
+        posts.write_text("".join(map(to_line, changed)), encoding="utf-8")
         with pytest.raises(
             UserError, match=r"cot.jsonl line 3 \(id post-2\): .*posts.jsonl has no such post"
         ):
@@ -975,7 +1055,7 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
 def test_posts_with_reasoning_of_their_own_get_the_teachers(tmp_path, capsys):
     posts = write_posts(tmp_path, 2)
     posts.write_text(
-        "".join(data.to_line(record | {"cot": "mine"}) for record in lines(posts)), encoding="utf-8"
+        "".join(to_line(record | {"cot": "mine"}) for record in lines(posts)), encoding="utf-8"
     )
     with Server() as server:
         assert gen(posts, server) == 0

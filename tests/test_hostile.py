@@ -1,4 +1,7 @@
-"""What users will bring: hostile texts, images, data files, model folders and disks. Each ends in one line or is handled."""
+"""What users will bring: hostile texts, images, data files, model folders and disks.
+
+Each is handled, or ends in one line.
+"""
 
 import json
 import logging
@@ -19,16 +22,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import data
 import evaluate
 import infer
-import train
-from data import Encoder, Posts, Unreadable, load_image
+from data import EncodedPosts, Encoder, EncoderOptions, Posts, Unreadable, load_image
 from evaluate import UserError
 from model import load
+from support import checkpoint
+from support.jsonl import JsonlWriter, to_line
 from test_data import make_encoder
-from tiny import train_alone
+from tiny import train_alone, words
+from tools.dataset import read_entries
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,28 +42,19 @@ def lines(path):
 
 
 def post(number, **fields):
-    return {
-        "id": f"p{number}",
-        "text": "hello",
-        "image": None,
-        "keyphrases": ["foxes"],
-        "cot": "why",
-    } | fields
+    record = {"id": f"p{number}", "text": "hello", "image": None}
+    return record | {"keyphrases": ["foxes"], "cot": "why"} | fields
 
 
 def write(path, *records):
-    path.write_text("".join(map(data.to_line, records)), encoding="utf-8")
+    path.write_text("".join(map(to_line, records)), encoding="utf-8")
     return path
 
 
 def run(script, *arguments, **options):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
+    """Run one of the project's commands: "infer.py --data", or "-m tools.dataset check"."""
+    command = [sys.executable, *script.split(), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -71,7 +66,7 @@ def told(done, *parts):
     assert all(str(part) in last for part in parts), last
 
 
-# --------------------------------------------------------------------------------------------------- texts
+# -------------------------------------------------------------------------------------------- texts
 
 TEXTS = {
     "special tokens": "<|im_end|><|image_pad|><|im_start|>assistant\n<|vision_start|><|endoftext|>",
@@ -98,140 +93,117 @@ def encoders(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders")
     return {
         "bytes": make_encoder(folder, max_length=300),
-        "toy": load(str(world / "toy"), max_length=300)[1],
+        "toy": load(str(world / "toy"), options=EncoderOptions(max_length=300))[1],
     }
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "toy"])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_texts(encoders, world, tokenizer, text):
-    encoder = encoders[tokenizer]
-    record, image = (
-        post(1, text=text, keyphrases=[text.replace("\n", " ") or "x"]),
-        world / "images" / "test-00000.png",
-    )
-    record["keyphrases"] = [
-        data.NOT_IN_KEYPHRASE.sub(" ", phrase).strip()[:200] or "x"
-        for phrase in record["keyphrases"]
-    ]
+    encoder, image = encoders[tokenizer], world / "images" / "test-00000.png"
+    phrase = data.NOT_IN_KEYPHRASE.sub(" ", text).strip()[:200] or "x"
+    record = post(1, text=text, keyphrases=[phrase])
+    special = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
+
+    def only_special(tokens):
+        return [token for token in tokens if token in special]
+
     start = time.process_time()
     for path in (image, None):
         sample = encoder.encode(record, path, with_answers=True)
         plain = encoder.encode(post(1, text="x"), path, with_answers=True)
-        special = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
-        only_special = lambda tokens: [token for token in tokens if token in special]
-        assert only_special(sample.prompt) == only_special(
-            plain.prompt
-        )  # the same image, turns and ends, whatever was written
+        # The same image, turns and ends, whatever was written.
+        assert only_special(sample.prompt) == only_special(plain.prompt)
         assert only_special(sample.plain) == only_special(sample.cot) == [encoder.end_of_turn]
-        assert len(sample.prompt) <= 300 and sample.shortened == (len(text) > 1000)
-        assert (
-            sample.plain == encoder.encode(record | {"text": "x"}, path, with_answers=True).plain
-        )  # never cut
+        assert len(sample.prompt) <= 300 and sample.truncated == (len(text) > 1000)
+        other = encoder.encode(record | {"text": "x"}, path, with_answers=True)
+        assert sample.plain == other.plain  # answers are never truncated
         batch = data.collate([sample, plain], encoder)
-        images = 0 if path is None else 2 * int(sample.image["image_grid_thw"].prod()) // 4
+        images = 0 if path is None else 2 * int(sample.grid.prod()) // 4
         assert int(batch.prompt["mm_token_type_ids"].sum()) == images
-    assert (
-        time.process_time() - start < 20
-    )  # a word of 100,000 letters once took the toy's tokenizer hours
+    # A word of 100,000 letters once took the toy's tokenizer hours.
+    assert time.process_time() - start < 20
 
 
 def test_a_prompt_that_leaves_no_room_for_the_text(tmp_path, world):
     with pytest.raises(UserError, match="--max-length 120 leaves no room.*--max-pixels"):
         make_encoder(tmp_path, max_length=120)
-    encoder = load(str(world / "toy"), max_length=42)[
-        1
-    ]  # 36 of the largest image, 5 around it: one word fits
+    # 36 tokens of the largest image, and 5 around it: one word fits.
+    encoder = load(str(world / "toy"), options=EncoderOptions(max_length=42))[1]
     saved(tmp_path, "large.png")
     Image.open(tmp_path / "large.png").resize((168, 168)).save(tmp_path / "large.png")
     sample = encoder.encode(post(1, text="size size size"), tmp_path / "large.png", False)
-    assert (
-        len(sample.prompt) == 42
-        and sample.shortened
-        and sample.prompt.count(encoder.image_token_id) == 36
-    )
+    assert len(sample.prompt) == 42 and sample.truncated
+    assert sample.prompt.count(encoder.image_token_id) == 36
 
 
 HOSTILE_IDS = ["\ud800", "日本", "a\u2028b\x85", "\x1b[31m\n\0", "\ud801", " "]
 
 
 def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
-    """Lone surrogates and line separators: in predictions, skipped.jsonl, the log that is gone on with, and the scores."""
-    posts = [
-        post(0, id=name, text=f"{name} hello", image=f"gone{name}.png" if number % 2 else None)
-        for number, name in enumerate(HOSTILE_IDS)
-    ]
-    path = write(tmp_path / "posts.jsonl", *posts)
+    """Lone surrogates and line separators: in predictions, scores, and a log that is resumed."""
+    posts = []
+    for number, name in enumerate(HOSTILE_IDS):
+        image = f"gone{name}.png" if number % 2 else None
+        posts.append(post(0, id=name, text=f"{name} hello", image=image))
+    path, out = write(tmp_path / "posts.jsonl", *posts), tmp_path / "preds.jsonl"
     assert [record["id"] for record in lines(path)] == HOSTILE_IDS
-    arguments = [
-        "--data",
-        str(path),
-        "--out",
-        str(tmp_path / "preds.jsonl"),
-        "--model",
-        str(world / "toy"),
-        "--workers",
-        "0",
-        "--max-new-tokens",
-        "3",
-    ]
-    assert infer.infer_file(infer.settings(arguments)) == 1
-    predictions = lines(tmp_path / "preds.jsonl")
-    assert [prediction["id"] for prediction in predictions] == HOSTILE_IDS and sum(
-        "error" in p for p in predictions
-    ) == 3
-    for script, out in (
-        ("evaluate.py", [tmp_path / "preds.jsonl", path]),
-        ("data.py", ["check", path]),
-        ("data.py", ["stats", path]),
+    files = ["--data", path, "--out", out, "--model", world / "toy"]
+    arguments = words(*files, "--workers 0 --max-new-tokens 3")
+    assert infer.infer_file(infer.parse_args(arguments)) == 1
+    predictions = lines(out)
+    assert [prediction["id"] for prediction in predictions] == HOSTILE_IDS
+    assert sum("error" in prediction for prediction in predictions) == 3
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    for code, script, files in (
+        (0, "evaluate.py", [out, path]),
+        (1, "-m tools.dataset check", [path]),
+        (0, "-m tools.dataset stats", [path]),
     ):
-        done = run(script, *out, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
-        assert done.returncode == (out[0] == "check"), done.stderr
+        done = run(script, *files, env=ascii_only)
+        assert done.returncode == code, done.stderr
+
     asked = []  # those without an error are not predicted again
-    monkeypatch.setattr(
-        data.EncodedPosts,
-        "__getitem__",
-        lambda self, i: asked.append(self.posts[i]["id"]) or data.Skipped("", "", ""),
-    )
+
+    def ask(encoded, index):
+        asked.append(encoded.posts[index]["id"])
+        return data.Skipped("", "", "")
+
+    monkeypatch.setattr(EncodedPosts, "__getitem__", ask)
     with pytest.raises(KeyError):
-        infer.infer_file(infer.settings(arguments))
+        infer.infer_file(infer.parse_args(arguments))
     assert asked == HOSTILE_IDS[1::2]
 
     log = tmp_path / "skipped.jsonl"
-    log.write_bytes(
-        "".join(data.to_line({"step": 1, "id": name}) for name in HOSTILE_IDS).encode()
-        + b'{"step": 1, "id": "\xe6\x97'
-    )
-    file, kept = train.open_appended(log, 1, True)
-    file.close()
-    assert [line["id"] for line in kept] == [line["id"] for line in lines(log)] == HOSTILE_IDS
+    skipped = "".join(to_line({"step": 1, "id": name}) for name in HOSTILE_IDS)
+    log.write_bytes(skipped.encode() + b'{"step": 1, "id": "\xe6\x97')
+    writer = JsonlWriter(log)
+    kept = [line["id"] for _, _, line in writer.read(lambda line: line["step"] <= 1)]
+    writer.open()
+    writer.close()
+    assert kept == [line["id"] for line in lines(log)] == HOSTILE_IDS
 
 
 def test_an_error_is_one_printable_line(tmp_path):
     path = tmp_path / "posts.jsonl"
     path.write_text('{"id": "\\u001b[31m\\n\\ud800' + "i" * 5000 + '", "text": 5}\n')
-    done = run("data.py", "stats", path)
+    done = run("-m tools.dataset stats", path)
     told(done, "posts.jsonl line 1 (id '\\x1b[31m\\n\\ud800iii", "'text'")
-    assert (
-        len(done.stderr.strip().splitlines()[-1]) < 1100
-        and done.stderr.strip().splitlines()[-1].isprintable()
-    )
+    line = done.stderr.strip().splitlines()[-1]
+    assert len(line) < 1100 and line.isprintable()
 
 
-# -------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def png(width, height, bits, color, rows, *extra):
-    chunk = lambda kind, body: (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    )
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
-        + b"".join(chunk(*part) for part in extra)
-        + chunk(b"IDAT", rows)
-        + chunk(b"IEND", b"")
-    )
+    def chunk(kind, body):
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    chunks = [(b"IHDR", header), *extra, (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks)
 
 
 def packed(row, times):
@@ -254,15 +226,11 @@ def not_to_be_read(folder):
     }
     bomb = b"k\0\0" + packed(bytes(10**6), 300)
     saved(folder, "a.eps")
-    canvas = (
-        b"WEBPVP8X"
-        + struct.pack("<I", 10)
-        + b"\2\0\0\0"
-        + b"\xfe\x3f\0" * 2
-        + b"ANIM"
-        + struct.pack("<I", 6)
-        + bytes(6)
-    )
+    animation = b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    canvas = b"WEBPVP8X" + struct.pack("<I", 10) + b"\2\0\0\0" + b"\xfe\x3f\0" * 2 + animation
+    riff = b"RIFF" + struct.pack("<I", len(canvas)) + canvas
+    sizes = (54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    bitmap = b"BM" + struct.pack("<IHHIIiiHHIIiiII", *sizes)
     files |= {
         "empty.jpg": (b"", "JPEG, PNG"),
         "text.jpg": (b"hello", "JPEG, PNG"),
@@ -273,15 +241,9 @@ def not_to_be_read(folder):
         "9k.png": (png(9000, 9000, 1, 0, packed(bytes(1126), 9000)), "9000 x 9000 pixels"),
         "ztxt.png": (png(1, 1, 8, 0, packed(bytes(2), 1), (b"zTXt", bomb)), "too large"),
         "iccp.png": (png(1, 1, 8, 0, packed(bytes(2), 1), (b"iCCP", bomb)), "too large"),
-        "canvas.webp": (b"RIFF" + struct.pack("<I", len(canvas)) + canvas, "pixels"),
+        "canvas.webp": (riff, "pixels"),
         "canvas.gif": (whole["gif"][:6] + b"\xff\xff\xff\xff" + whole["gif"][10:], "pixels"),
-        "huge.bmp": (
-            b"BM"
-            + struct.pack(
-                "<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0
-            ),
-            "pixels",
-        ),
+        "huge.bmp": (bitmap, "pixels"),
     }
     for name, (content, _) in files.items():
         (folder / name).write_bytes(content)
@@ -302,7 +264,7 @@ def not_to_be_read(folder):
 
 
 def test_pictures_that_cannot_be_read(tmp_path, world):
-    """Every one by hand, then all of them by the command; memory and time say that none was decoded first."""
+    """Each by hand, then all by the commands; memory and time show that none was decoded first."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     reasons, start = not_to_be_read(tmp_path), time.process_time()
     for name, reason in reasons.items():
@@ -310,37 +272,22 @@ def test_pictures_that_cannot_be_read(tmp_path, world):
             load_image(tmp_path / name, 10**6)
         assert reason in str(error.value), (name, str(error.value))
     assert time.process_time() - start < 10
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
-    )  # KB; 50,000 x 50,000 pixels would be 2.5 GB
-    path = write(
-        tmp_path / "posts.jsonl",
-        *(post(number, image=name) for number, name in enumerate(reasons)),
-        post("good"),
-    )
-    done = run("data.py", "check", path, "--json")
+    # In KB; 50,000 x 50,000 pixels would be 2.5 GB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
+    posts = [post(number, image=name) for number, name in enumerate(reasons)]
+    path = write(tmp_path / "posts.jsonl", *posts, post("good"))
+    done = run("-m tools.dataset check", path, "--json")
     problems = json.loads(done.stdout)["problems"]
-    assert [problem["id"] for problem in problems] == [
-        f"p{number}" for number in range(len(reasons))
-    ]
-    assert all(reason in problem["problem"] for problem, reason in zip(problems, reasons.values()))
-    done = run(
-        "infer.py",
-        "--data",
-        path,
-        "--out",
-        tmp_path / "preds.jsonl",
-        "--model",
-        world / "toy",
-        "--max-new-tokens",
-        2,
-    )
+    assert [problem["id"] for problem in problems] == [f"p{n}" for n in range(len(reasons))]
+    for problem, reason in zip(problems, reasons.values(), strict=True):
+        assert reason in problem["problem"]
+    files = ["--data", path, "--out", tmp_path / "preds.jsonl", "--model", world / "toy"]
+    done = run("infer.py", *files, "--max-new-tokens", 2)
     assert done.returncode == 1 and f"{len(reasons)} failed" in done.stderr
-    predictions = lines(tmp_path / "preds.jsonl")
-    assert [
-        reason in prediction["error"] for prediction, reason in zip(predictions, reasons.values())
-    ] == [True] * len(reasons)
-    assert "error" not in predictions[-1]
+    *predictions, good = lines(tmp_path / "preds.jsonl")
+    for prediction, reason in zip(predictions, reasons.values(), strict=True):
+        assert reason in prediction["error"]
+    assert "error" not in good
 
 
 def test_no_other_program_is_started_for_a_picture(tmp_path, monkeypatch):
@@ -353,48 +300,32 @@ def test_no_other_program_is_started_for_a_picture(tmp_path, monkeypatch):
 
 
 def test_odd_pictures_that_are_read(tmp_path):
-    red = lambda *size: Image.new("RGB", size, (200, 30, 10))
-    (
-        red(1, 1).save(tmp_path / "dot.png"),
-        red(1, 20_000).save(tmp_path / "tall.png"),
-        red(20_000, 1).save(tmp_path / "wide.png"),
-    )
+    def red(*size):
+        return Image.new("RGB", size, (200, 30, 10))
+
+    for name, size in (("dot", (1, 1)), ("tall", (1, 20_000)), ("wide", (20_000, 1))):
+        red(*size).save(tmp_path / f"{name}.png")
     red(9, 9).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    (tmp_path / "rgb16.png").write_bytes(
-        png(9, 9, 16, 2, packed(b"\0" + b"\xc8\xc8\x1e\x1e\x0a\x0a" * 9, 9))
-    )
+    rows = packed(b"\0" + b"\xc8\xc8\x1e\x1e\x0a\x0a" * 9, 9)
+    (tmp_path / "rgb16.png").write_bytes(png(9, 9, 16, 2, rows))
     palette = Image.new("P", (9, 9), 1)
     palette.putpalette([0, 0, 0, 200, 30, 10])
     palette.save(tmp_path / "palette.png", transparency=bytes([0, 255]))
     palette.save(tmp_path / "palette.gif", transparency=0)
-    for name in ("moving.png", "moving.gif", "moving.webp", "pages.tiff"):
-        red(9, 9).save(
-            tmp_path / name,
-            save_all=True,
-            append_images=[Image.new("RGB", (9, 9), "blue")] * 2,
-            **(
-                {}
-                if name == "pages.tiff"
-                else {"lossless": True}
-                if "webp" in name
-                else {"duration": 9}
-            ),
-        )
+    frames = dict(save_all=True, append_images=[Image.new("RGB", (9, 9), "blue")] * 2)
+    red(9, 9).save(tmp_path / "moving.png", duration=9, **frames)
+    red(9, 9).save(tmp_path / "moving.gif", duration=9, **frames)
+    red(9, 9).save(tmp_path / "moving.webp", lossless=True, **frames)
+    red(9, 9).save(tmp_path / "pages.tiff", **frames)
     jpeg = saved(tmp_path, "noise.jpg")
+    # Metadata without tags; then a width that is text, and an orientation.
+    tags = struct.pack("<HHI4sHHI4sI", 0x100, 2, 3, b"ab", 0x112, 3, 1, b"\6", 0)
     for torn, size in (
-        (
-            b"Exif\0\0II*\0\xff\xff\xff\xffgarbage",
-            (80, 60),
-        ),  # no tags; then a width that is text, and turned
-        (
-            b"Exif\0\0II*\0\x08\0\0\0\2\0"
-            + struct.pack("<HHI4sHHI4sI", 0x100, 2, 3, b"ab", 0x112, 3, 1, b"\6", 0),
-            (60, 80),
-        ),
+        (b"Exif\0\0II*\0\xff\xff\xff\xffgarbage", (80, 60)),
+        (b"Exif\0\0II*\0\x08\0\0\0\2\0" + tags, (60, 80)),
     ):
-        (tmp_path / "exif.jpg").write_bytes(
-            jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(torn)) + torn + jpeg[2:]
-        )
+        exif = b"\xff\xe1" + struct.pack(">H", 2 + len(torn)) + torn
+        (tmp_path / "exif.jpg").write_bytes(jpeg[:2] + exif + jpeg[2:])
         assert load_image(tmp_path / "exif.jpg", 10**6).size == size
     for path in set(tmp_path.iterdir()) - {tmp_path / "exif.jpg", tmp_path / "noise.jpg"}:
         picture = load_image(path, 10**6)
@@ -406,7 +337,7 @@ def test_odd_pictures_that_are_read(tmp_path):
     "orientation, corner", [*enumerate([(0, 0), (1, 0), (1, 1), (0, 1)] * 2, start=1)]
 )
 def test_a_large_photo_is_turned_after_it_was_decoded_small(tmp_path, orientation, corner):
-    """One red corner, stored at the top left, and where the EXIF orientation says that it belongs."""
+    """One red corner, stored at the top left, and shown where the EXIF orientation puts it."""
     pixels = np.zeros((1500, 2000, 3), np.uint8)
     pixels[:750, :1000, 0] = 255
     exif = Image.Exif()
@@ -415,40 +346,43 @@ def test_a_large_photo_is_turned_after_it_was_decoded_small(tmp_path, orientatio
     picture = load_image(tmp_path / "a.jpg", 40_000)
     width, height = (500, 375) if orientation < 5 else (375, 500)
     assert picture.size == (width, height)
-    red = {
-        (x, y)
-        for x in (0, 1)
-        for y in (0, 1)
-        if picture.getpixel((x * width // 2 + width // 4, y * height // 2 + height // 4))[0] > 200
-    }
+    red = set()
+    for x, y in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        middle = (x * width // 2 + width // 4, y * height // 2 + height // 4)
+        if picture.getpixel(middle)[0] > 200:
+            red.add((x, y))
     assert red == {corner}
 
 
-# ---------------------------------------------------------------------------------------------- data files
+# --------------------------------------------------------------------------------------- data files
 
 GOOD = "".join(json.dumps(post(number)) + "\n" for number in range(3)).encode()
-SECOND = lambda line: GOOD.splitlines(keepends=True)[0] + line + b"\n"
+
+
+def second(line):
+    """A file whose second line is `line`."""
+    return GOOD.splitlines(keepends=True)[0] + line + b"\n"
+
+
+NO_KEYPHRASES = "line 2 (id 'b'): a training post needs"
 FILES = {
-    "malformed": (SECOND(b'{"id": "x", '), "line 2: not a line of JSON"),
-    "no text": (SECOND(b'{"id": "b", "keyphrases": ["x"]}'), "line 2"),
-    "wrong type": (SECOND(b'{"id": "b", "text": ["x"], "keyphrases": ["x"]}'), "'text'"),
+    "malformed": (second(b'{"id": "x", '), "line 2: not a line of JSON"),
+    "no text": (second(b'{"id": "b", "keyphrases": ["x"]}'), "line 2"),
+    "wrong type": (second(b'{"id": "b", "text": ["x"], "keyphrases": ["x"]}'), "'text'"),
     "same id": (GOOD + GOOD, "'p0'"),
-    "no keyphrases": (
-        SECOND(b'{"id": "b", "text": "x", "keyphrases": []}'),
-        "line 2 (id 'b'): a post to train on needs",
-    ),
+    "no keyphrases": (second(b'{"id": "b", "text": "x", "keyphrases": []}'), NO_KEYPHRASES),
     "gzip": (b"\x1f\x8b\x08" + GOOD, "gunzip"),
     "empty": (b"", "no posts"),
     "blank": (b"\n\r\n \n", "no posts"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "line 1: not UTF-8"),
     "UTF-16, no mark": (GOOD.decode().encode("utf-16-le"), "line 1"),
-    "Latin-1": (SECOND(b'{"id": "b", "text": "\xe9"}'), "line 2: not UTF-8"),
-    "NUL": (SECOND(bytes(99)), "line 2"),
+    "Latin-1": (second(b'{"id": "b", "text": "\xe9"}'), "line 2: not UTF-8"),
+    "NUL": (second(bytes(99)), "line 2"),
     "CR only": (GOOD.replace(b"\n", b"\r"), "one whole JSON object a line"),
     "a list": (b"[" + GOOD.replace(b"\n", b", ") + b"{}]", "object"),
-    "many digits": (SECOND(b'{"id": "b", "n": ' + b"9" * 5000 + b"}"), "line 2: a whole number"),
-    "deep": (SECOND(b"[" * 100_000), "line 2: JSON nested too deeply"),
-    "deep text": (SECOND(b'{"id": "b", "text": ' + b"[" * 900 + b"]" * 900 + b"}"), "'text'"),
+    "many digits": (second(b'{"id": "b", "n": ' + b"9" * 5000 + b"}"), "line 2: a whole number"),
+    "deep": (second(b"[" * 100_000), "line 2: JSON nested too deeply"),
+    "deep text": (second(b'{"id": "b", "text": ' + b"[" * 900 + b"]" * 900 + b"}"), "'text'"),
     "a string": (b'"x"\n', "line 1: a JSON object"),
     "Parquet": (b"PAR1\xff\xd8", "line 1: not UTF-8"),
 }
@@ -461,7 +395,7 @@ def test_data_files_that_cannot_be_used(tmp_path, content, part):
     with pytest.raises(UserError) as error:
         Posts(path, for_training=True)
     assert "posts.jsonl" in str(error.value) and part in str(error.value)
-    if part != "line 2 (id 'b'): a post to train on needs":
+    if part != NO_KEYPHRASES:
         with pytest.raises(UserError, match="posts.jsonl"):
             evaluate.read_references(path)
 
@@ -483,27 +417,32 @@ def test_data_files_that_can_be_used(tmp_path, content):
     path.write_bytes(content)
     posts = Posts(path, for_training=True)
     assert [posts[index]["id"] for index in range(len(posts))] == ["p0", "p1", "p2"]
-    assert len(evaluate.read_references(path)) == 3 and len(data.read_entries(path)) == 3
+    assert len(evaluate.read_references(path)) == 3 and len(read_entries(path)) == 3
 
 
 def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
     os.mkfifo(tmp_path / "posts.jsonl")
-    told(run("data.py", "check", tmp_path / "posts.jsonl"), "posts.jsonl: not a file on a disk")
-    with pytest.raises(UserError, match="not a file on a disk"):
+    told(run("-m tools.dataset check", tmp_path / "posts.jsonl"), "posts.jsonl: not a regular file")
+    with pytest.raises(UserError, match="not a regular file"):
         Posts(tmp_path / "posts.jsonl")
     with pytest.raises(UserError, match="folder"):
         Posts(tmp_path)
 
 
+def cut_short(path):
+    os.truncate(path, 200)
+
+
+def changed(path):
+    path.write_bytes(GOOD.replace(b"hello", b"jello"))
+
+
+def read_all(posts, encoder, steps, micro_batch, workers):
+    return list(data.Loader(EncodedPosts(posts, encoder, True), steps, micro_batch, workers))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda path: os.truncate(path, 200),
-        lambda path: path.write_bytes(GOOD.replace(b"hello", b"jello")),
-    ],
-    ids=["cut", "changed"],
-)
+@pytest.mark.parametrize("change", [cut_short, changed])
 def test_a_file_that_changes_while_it_is_read(encoders, tmp_path, change, workers):
     path = tmp_path / "posts.jsonl"
     path.write_bytes(GOOD)
@@ -512,8 +451,8 @@ def test_a_file_that_changes_while_it_is_read(encoders, tmp_path, change, worker
         file.write(b'{"id": "late"')
     assert posts[2]["id"] == "p2"
     change(path)
-    with pytest.raises(UserError, match=r"posts.jsonl line \d: was changed") as error:
-        list(data.Loader(posts, encoders["toy"], [[2, 1]], 2, workers, True))
+    with pytest.raises(UserError, match=r"posts.jsonl line \d: the file was changed") as error:
+        read_all(posts, encoders["toy"], [[2, 1]], 2, workers)
     assert "Traceback" not in str(error.value)
 
 
@@ -522,7 +461,7 @@ def test_a_worker_that_is_killed_is_told(encoders, tmp_path, monkeypatch):
     path.write_bytes(GOOD)
     monkeypatch.setattr(Encoder, "encode", lambda *args: os.kill(os.getpid(), 9))
     with pytest.raises(UserError, match="killed.*--workers"):
-        list(data.Loader(Posts(path), encoders["toy"], [[0]], 1, 1, True))
+        read_all(Posts(path), encoders["toy"], [[0]], 1, workers=1)
 
 
 def test_full_shared_memory_is_told(encoders, world, tmp_path, monkeypatch):
@@ -533,19 +472,16 @@ def test_full_shared_memory_is_told(encoders, world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(UserError, match="shared memory.*--workers"):
-        list(data.Loader(Posts(path), encoders["toy"], [[0]], 1, 1, True))
+        read_all(Posts(path), encoders["toy"], [[0]], 1, workers=1)
 
 
 def test_posts_that_stay_together_cannot_be_split(tmp_path):
     path = write(tmp_path / "posts.jsonl", *(post(number) for number in range(4)))
-    told(
-        run("data.py", "split", path, "--test", 1, "--valid", 1, "--out", tmp_path / "x"),
-        "not as asked",
-        "test posts",
-    )
+    sizes = ["--test", 1, "--valid", 1, "--out", tmp_path / "x"]
+    told(run("-m tools.dataset split", path, *sizes), "not as asked", "test posts")
 
 
-# ------------------------------------------------------------------------------------------- model folders
+# ------------------------------------------------------------------------------------ model folders
 
 
 class Evil:
@@ -564,11 +500,9 @@ def in_shards(folder, last="model-2.safetensors"):
     parts = {"model-1.safetensors": names[:half], last: names[half:]}
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(
-            {"metadata": {}, "weight_map": {n: file for file, part in parts.items() for n in part}}
-        )
-    )
+    places = {name: file for file, part in parts.items() for name in part}
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(index)
 
 
 def pickled_shard(folder):
@@ -584,9 +518,8 @@ def pickled(folder):
 def with_code(name, **fields):
     def change(folder):
         change_json(folder, name, **fields)
-        (folder / "evil.py").write_text(
-            "import os\nopen(os.environ['EVIL_MARK'], 'w').close()\nclass T: pass\n"
-        )
+        code = "import os\nopen(os.environ['EVIL_MARK'], 'w').close()\nclass T: pass\n"
+        (folder / "evil.py").write_text(code)
 
     return change
 
@@ -608,97 +541,85 @@ def replaced(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def edited(name, **fields):
+    return lambda folder: change_json(folder, name, **fields)
+
+
 def lost_shard(folder):
     in_shards(folder)
     (folder / "model-2.safetensors").unlink()
 
 
+def no_index(folder):
+    in_shards(folder)
+    (folder / "model.safetensors.index.json").write_bytes(b"[]")
+
+
+def smaller_weight(tensors, name):
+    tensors[name] = tensors[name][:2].clone()
+
+
+def larger_vocabulary(folder):
+    content = (folder / "tokenizer.json").read_text()
+    first = '"<|endoftext|>": 0'
+    (folder / "tokenizer.json").write_text(content.replace(first, first + ', "zz": 876', 1))
+
+
+WITH_CODE = {
+    "tokenizer": with_code(
+        "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.T", "evil.T"]},
+        tokenizer_class="T",
+    ),
+    "processor": with_code(
+        "preprocessor_config.json",
+        auto_map={"AutoImageProcessor": "evil.T"},
+        image_processor_type="T",
+    ),
+    "model": with_code(
+        "config.json", auto_map={"AutoConfig": "evil.T", "AutoModelForImageTextToText": "evil.T"}
+    ),
+}
+# transformers' defaults are those of a 7B model, which would fill the memory.
+BARE = b'{"model_type": "qwen2_5_vl"}'
+LONG_LOOP = b"{% for i in range(999999999) %}x{% endfor %}"
+PROCESSOR = "preprocessor_config.json"
+TEMPLATE = "chat template can't be used"
 FOLDERS = {
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+    "no weights": (removed("model.safetensors"), "no model.safetensors"),
     "a pickle": (pickled, "not read"),
     "a pickled shard": (pickled_shard, "index.json: names model-2.bin"),
     "a lost shard": (lost_shard, "names model-2.safetensors"),
-    "no index": (
-        lambda folder: (in_shards(folder), replaced("model.safetensors.index.json", b"[]")(folder)),
-        "not an index",
-    ),
-    "torn header": (cut("model.safetensors", 500), "model.safetensors: its weights"),
-    "torn data": (cut("model.safetensors", -9), "model.safetensors: its weights"),
-    "other shape": (
-        other_weights(lambda tensors, name: tensors.update({name: tensors[name][:2].clone()})),
-        "1 weights.*embed_tokens",
-    ),
-    "a weight less": (
-        other_weights(lambda tensors, name: tensors.pop(name)),
-        "weights are missing",
-    ),
+    "no index": (no_index, "index.json: can't be read"),
+    "torn header": (cut("model.safetensors", 500), "model.safetensors: can't be read"),
+    "torn data": (cut("model.safetensors", -9), "model.safetensors: can't be read"),
+    "other shape": (other_weights(smaller_weight), "1 weights.*embed_tokens"),
+    "a weight less": (other_weights(dict.pop), "weights are missing"),
     "config a list": (replaced("config.json", b"[]"), "a JSON object"),
-    "config not UTF-8": (replaced("config.json", b"\xff{}"), "config.json: not JSON"),
-    # transformers' defaults are those of a 7B model, which would fill the memory before the weights are missed
-    "bare config": (
-        replaced("config.json", b'{"model_type": "qwen2_5_vl"}'),
-        "describes .* weights",
-    ),
+    "config not UTF-8": (replaced("config.json", b"\xff{}"), "config.json: can't be read"),
+    "bare config": (replaced("config.json", BARE), "describes .* weights"),
     "bad sizes": (
-        lambda folder: change_json(folder, "config.json", text_config={"hidden_size": -5}),
-        "config.json: describes no model",
+        edited("config.json", text_config={"hidden_size": -5}),
+        "config.json: can't be read",
     ),
-    "another image token": (
-        lambda folder: change_json(folder, "config.json", image_token_id=2),
-        "0 image placeholders",
-    ),
+    "another image token": (edited("config.json", image_token_id=2), "0 image placeholders"),
     "torn tokenizer": (cut("tokenizer.json", 9000), "its tokenizer"),
-    "tokenizer of another model": (
-        lambda folder: (folder / "tokenizer.json").write_text(
-            (folder / "tokenizer.json")
-            .read_text()
-            .replace('"<|endoftext|>": 0', '"<|endoftext|>": 0, "zz": 876', 1)
-        ),
-        "its tokenizer has 877 tokens",
-    ),
-    "tokenizer with code": (
-        with_code(
-            "tokenizer_config.json",
-            auto_map={"AutoTokenizer": ["evil.T", "evil.T"]},
-            tokenizer_class="T",
-        ),
-        None,
-    ),
-    "processor with code": (
-        with_code(
-            "preprocessor_config.json",
-            auto_map={"AutoImageProcessor": "evil.T"},
-            image_processor_type="T",
-        ),
-        "custom code",
-    ),
-    "model with code": (
-        with_code(
-            "config.json",
-            auto_map={"AutoConfig": "evil.T", "AutoModelForImageTextToText": "evil.T"},
-        ),
-        None,
-    ),
-    "no processor": (
-        lambda folder: (folder / "preprocessor_config.json").unlink(),
-        "preprocessor_config",
-    ),
-    "processor torn": (cut("preprocessor_config.json", 40), "preprocessor_config"),
-    "other patches": (
-        lambda folder: change_json(folder, "preprocessor_config.json", patch_size=16),
-        "patches of 1536 values",
-    ),
-    "patches of text": (
-        lambda folder: change_json(folder, "preprocessor_config.json", patch_size="x"),
-        "preprocessor_config.json can't be used",
-    ),
+    "tokenizer of another model": (larger_vocabulary, "its tokenizer has 877 tokens"),
+    "tokenizer with code": (WITH_CODE["tokenizer"], None),
+    "processor with code": (WITH_CODE["processor"], "custom code"),
+    "model with code": (WITH_CODE["model"], None),
+    "no processor": (removed(PROCESSOR), PROCESSOR),
+    "processor torn": (cut(PROCESSOR, 40), PROCESSOR),
+    "other patches": (edited(PROCESSOR, patch_size=16), "patches of 1536 values"),
+    "patches of text": (edited(PROCESSOR, patch_size="x"), f"{PROCESSOR}: can't be read"),
     "prompt not UTF-8": (replaced("prompt.txt", b"\xff{text}"), "prompt.txt"),
     "two places": (replaced("prompt.txt", b"{text} {text}"), "not 2 times"),
-    "bad template": (replaced("chat_template.jinja", b"{% for %}"), "chat template can't be used"),
-    "endless template": (
-        replaced("chat_template.jinja", b"{% for i in range(999999999) %}x{% endfor %}"),
-        "chat template can't be used",
-    ),
+    "bad template": (replaced("chat_template.jinja", b"{% for %}"), TEMPLATE),
+    "endless template": (replaced("chat_template.jinja", LONG_LOOP), TEMPLATE),
 }
 
 
@@ -707,9 +628,12 @@ def test_model_folders(world, tmp_path, monkeypatch, change, message):
     monkeypatch.setenv("EVIL_MARK", str(tmp_path / "mark"))
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("a question was asked"))
     shown, logger = [], logging.getLogger("transformers.modeling_utils")
-    monkeypatch.setattr(
-        logger, "handle", lambda record: logger.filter(record) and shown.append(record.getMessage())
-    )
+
+    def handle(record):
+        if logger.filter(record):
+            shown.append(record.getMessage())
+
+    monkeypatch.setattr(logger, "handle", handle)
     folder = tmp_path / "model"
     shutil.copytree(world / "toy", folder)
     change(folder)
@@ -732,7 +656,7 @@ def test_weights_in_parts_load(world, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ------------------------------------------------------------------------------------------------- outputs
+# ------------------------------------------------------------------------------------------ outputs
 
 
 def limit_files(size):
@@ -740,147 +664,92 @@ def limit_files(size):
 
 
 def test_the_file_size_limit_while_predicting(world, tmp_path):
-    """What was predicted is kept, and a second run goes on from there to the same file as one that met no limit."""
-    arguments = [
-        "--data",
-        world / "test.jsonl",
-        "--model",
-        world / "toy",
-        "--batch-size",
-        1,
-        "--workers",
-        0,
-        "--max-new-tokens",
-        20,
-    ]
-    told(
-        run("infer.py", *arguments, "--out", tmp_path / "a.jsonl", preexec_fn=limit_files(1000)),
-        "a.jsonl",
-        "File too large",
-        "kept",
-    )
-    kept = (tmp_path / "a.jsonl").read_bytes().splitlines()[:-1]
+    """What was predicted is kept; a second run ends with the file of one that met no limit."""
+    files = ["--data", world / "test.jsonl", "--model", world / "toy"]
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    arguments = words(*files, "--batch-size 1 --workers 0 --max-new-tokens 20")
+    done = run("infer.py", *arguments, "--out", one, preexec_fn=limit_files(1000))
+    told(done, "a.jsonl", "File too large", "kept")
+    kept = one.read_bytes().splitlines()[:-1]
     assert kept
-    quick = [*map(str, arguments), "--batch-size", "12"]
-    assert infer.infer_file(infer.settings([*quick, "--out", str(tmp_path / "a.jsonl")])) == 0
-    assert infer.infer_file(infer.settings([*quick, "--out", str(tmp_path / "b.jsonl")])) == 0
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    assert (tmp_path / "b.jsonl").read_bytes().splitlines()[: len(kept)] == kept
+    for out in (one, other):
+        quick = words(*arguments, "--batch-size 12 --out", out)
+        assert infer.infer_file(infer.parse_args(quick)) == 0
+    assert one.read_bytes() == other.read_bytes()
+    assert other.read_bytes().splitlines()[: len(kept)] == kept
 
 
 def test_the_file_size_limit_while_saving(world, tmp_path, monkeypatch):
-    """The real limit, met by the second checkpoint: the first survives, `last` names it, and the run can go on."""
-    arguments = [
-        "--train",
-        str(world / "train.jsonl"),
-        "--model",
-        str(world / "toy"),
-        "--out",
-        str(tmp_path / "run"),
-        "--epochs",
-        "2",
-        "--batch-size",
-        "32",
-        "--workers",
-        "0",
-    ]
-    save, limits = checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    """The real limit, met by the second checkpoint: the first survives, and the run can resume."""
+    run = tmp_path / "run"
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", run]
+    arguments = words(*files, "--epochs 2 --batch-size 32 --workers 0")
+    save, limits = checkpoint.Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limited(run, *rest):
-        if (run / "last").is_file():
+    def limited(self, step):
+        if (self.run / "last").is_file():
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
-            return save(run, *rest)
+            save(self, step)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(checkpoint, "save", limited)
-    with pytest.raises(
-        UserError, match="step-4: the checkpoint could not be saved.*File too large.*--resume"
-    ):
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", limited)
+    message = "step-4: the checkpoint could not be saved.*File too large.*--resume"
+    with pytest.raises(UserError, match=message):
         train_alone(*arguments)
     monkeypatch.undo()
-    run = tmp_path / "run"
     assert (run / "last").read_text() == "step-2\n" and not list(run.glob(".*"))
-    load(checkpoint.model_folder(str(run)))
+    load(str(run))
     train_alone(*arguments, "--resume")
     assert (run / "last").read_text() == "step-4\n"
 
 
 def test_a_full_disk_under_the_log(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        train, "open_appended", lambda path, *_: (open("/dev/full", "a", encoding="utf-8"), [])
-    )
-    with pytest.raises(UserError, match="No space left.*--resume"):
-        train_alone(
-            "--train",
-            world / "train.jsonl",
-            "--model",
-            world / "toy",
-            "--out",
-            tmp_path / "run",
-            "--epochs",
-            1,
-            "--workers",
-            0,
-        )
+    def open_full(self):
+        self.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+
+    monkeypatch.setattr(JsonlWriter, "open", open_full)
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
+    with pytest.raises(UserError, match="log.jsonl: .*No space left.*--resume"):
+        train_alone(*files, "--epochs 1 --workers 0")
 
 
 def test_results_that_cannot_be_printed(world, tmp_path):
     path = tmp_path / "posts.jsonl"
     path.write_bytes(GOOD)
-    for script, *arguments in (
-        ("evaluate.py", path, path),
-        ("data.py", "stats", path),
-        ("data.py", "check", path, "--json"),
+    for command in (
+        f"evaluate.py {path} {path}",
+        f"-m tools.dataset stats {path}",
+        f"-m tools.dataset check {path} --json",
     ):
+        streams = dict(stderr=subprocess.PIPE, text=True, cwd=ROOT)
         with open("/dev/full", "w") as full:
-            done = subprocess.run(
-                [sys.executable, ROOT / script, *arguments],
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            done = subprocess.run([sys.executable, *command.split()], stdout=full, **streams)
         told(done, "the output: No space left")
 
 
 @pytest.mark.parametrize("out", ["file/below", "/proc/nowhere/x", "fifo", "a" * 5000])
 def test_places_that_cannot_be_written(world, tmp_path, out):
     (tmp_path / "file").write_text("x")
-    os.mkfifo(
-        tmp_path / "fifo"
-    )  # a device would do as well, but a test that fails should not cost the machine its device
+    # A device would do, too, but a test that fails should not cost the machine its device.
+    os.mkfifo(tmp_path / "fifo")
     source, out = tmp_path / "src.txt", str(tmp_path / out)
     source.write_text("a<sep>b<sep>c.jpg\n")
-    told(run("data.py", "cmkp", source, "--out", out), out[:400])
+    told(run("-m tools.dataset cmkp", source, "--out", out), out[:400])
+    arguments = words("--data", world / "test.jsonl", "--model", world / "toy", "--workers 0")
     with pytest.raises((UserError, OSError), match="not a file|can't be written|too long"):
-        infer.infer_file(
-            infer.settings(
-                [
-                    "--data",
-                    str(world / "test.jsonl"),
-                    "--model",
-                    str(world / "toy"),
-                    "--out",
-                    out,
-                    "--workers",
-                    "0",
-                ]
-            )
-        )
-    with pytest.raises((UserError, OSError), match="can't write a run|too long"):
+        infer.infer_file(infer.parse_args([*arguments, "--out", out]))
+    with pytest.raises((UserError, OSError), match="can't be written|too long"):
         checkpoint.open_run(out, {}, False)
-    assert (tmp_path / "fifo").is_fifo() and sorted(os.listdir(tmp_path)) == [
-        "fifo",
-        "file",
-        "src.txt",
-    ]
+    assert (tmp_path / "fifo").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "src.txt"]
 
 
 def test_a_file_is_not_written_over_itself(tmp_path):
     source = tmp_path / "src.txt"
     source.write_text("a<sep>b<sep>c.jpg\n")
-    told(run("data.py", "cmkp", source, "--out", source), "choose another --out")
+    told(run("-m tools.dataset cmkp", source, "--out", source), "choose another --out")
     assert source.read_text() == "a<sep>b<sep>c.jpg\n"
     source.write_text("")
-    told(run("data.py", "cmkp", source, "--out", tmp_path / "out.jsonl"), "no posts")
+    told(run("-m tools.dataset cmkp", source, "--out", tmp_path / "out.jsonl"), "no posts")

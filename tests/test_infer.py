@@ -1,4 +1,4 @@
-"""Prediction: greedy generation against transformers' own, one post, files of posts, stopping and going on."""
+"""Prediction: greedy generation against transformers' own, one post, files, stopping, going on."""
 
 import json
 import subprocess
@@ -13,6 +13,7 @@ import infer
 import model as model_file
 from evaluate import UserError
 from model import generate, load
+from support.checkpoint import checkpoint_of
 from tiny import train_alone
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +88,7 @@ def test_penalties_of_the_models_folder_are_not_inherited(toy):
 
 def test_generation_after_a_training_step_and_the_reverse(thinker, world):
     """The model remembers position offsets between calls; a stale one must not reach the next."""
-    vlm, encoder, _ = load(infer.checkpoint.model_folder(str(thinker)))
+    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
     posts = data.Posts(world / "test.jsonl")
     batch = batch_of(encoder, posts, range(4))
     before = generate(vlm, encoder, batch, max_new_tokens=6)
@@ -100,7 +101,7 @@ def test_generation_after_a_training_step_and_the_reverse(thinker, world):
 
 
 def test_think_always_and_never(thinker, world):
-    vlm, encoder, _ = load(infer.checkpoint.model_folder(str(thinker)))
+    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
     posts = data.Posts(world / "test.jsonl")
     batch = batch_of(encoder, posts, range(8))
     auto = generate(vlm, encoder, batch)
@@ -146,7 +147,7 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
 
 def infer_file(*arguments):
     return infer.infer_file(
-        infer.settings(list(map(str, arguments)) + ["--workers", "0", "--max-new-tokens", "8"])
+        infer.parse_args(list(map(str, arguments)) + ["--workers", "0", "--max-new-tokens", "8"])
     )
 
 
@@ -209,7 +210,7 @@ def test_a_failed_start_and_a_changed_model_or_file(world, tmp_path):
 def test_a_run_without_a_checkpoint_says_so(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint yet"):
-        infer.checkpoint.model_folder(str(tmp_path))
+        checkpoint_of(str(tmp_path))
 
 
 def broken(world, folder, change):
@@ -228,10 +229,10 @@ def broken(world, folder, change):
             lambda f: (f / "model.safetensors").write_bytes(
                 (f / "model.safetensors").read_bytes()[:5000]
             ),
-            "weights can't be loaded",
+            "model.safetensors: can't be read",
         ),
         (lambda f: (f / "config.json").unlink(), "no model here"),
-        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: can't be read"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "qwen2_5_vl"),
         (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
         (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config"),

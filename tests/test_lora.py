@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import infer
-import train
+import tools.merge
 from evaluate import UserError
-from model import FAMILIES, DynamicCoT, adapter_of, add_adapter, load, merge
+from model import FAMILIES, DynamicCoT, load
+from support import checkpoint
+from support.adapters import adapter_config, add_adapter, merge_adapter
 from test_processes import finished, launch
-from tiny import batch_of, random_posts, tiny_model
+from tiny import batch_of, random_posts, tiny_model, train_alone, words
 
 ROOT = Path(__file__).parent.parent
 GRIDS = [(4, 4), (2, 6), None, (6, 4)]
@@ -32,14 +33,13 @@ def lines(path):
 
 
 def timeless(run):
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "waited")}
-        for line in lines(run / "log.jsonl")
-    ]
+    times = ("seconds", "waited")
+    log = lines(run / "log.jsonl")
+    return [{k: v for k, v in line.items() if k not in times} for line in log]
 
 
 def adapter_weights(run):
-    return load_file(checkpoint.pointed_at(run / "last") / "adapter_model.safetensors")
+    return load_file(checkpoint.read_pointer(run / "last") / "adapter_model.safetensors")
 
 
 def same(one, other):
@@ -71,13 +71,11 @@ def test_a_new_adapter_predicts_as_the_base_and_trains_alone(peft, family):
             assert (parameter.grad is not None) == ("lora_" in name), name
             assert not ("lora_B" in name and not parameter.grad.any()), name
     layers = base.config.text_config.num_hidden_layers
-    assert len(trained(adapted)) == layers * 7 * 2 and not any(
-        "visual" in name for name in trained(adapted)
-    )
+    assert len(trained(adapted)) == layers * 7 * 2
+    assert not any("visual" in name for name in trained(adapted))
     extra = trained(with_vision) - trained(adapted)
-    assert len({name.split(".lora_")[0] for name in extra}) == sum(
-        isinstance(module, torch.nn.Linear) for module in base.model.visual.blocks.modules()
-    )
+    linear = [m for m in base.model.visual.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    assert len({name.split(".lora_")[0] for name in extra}) == len(linear)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,50 +98,31 @@ def test_shared_and_literal_steps_agree_and_checkpointing_changes_nothing(peft, 
         step.zero_grad()
         loss = step(batch_of(posts))[0]
         loss.mean().backward()
-        results.append(
-            (loss, {name: p.grad.clone() for name, p in step.named_parameters() if p.requires_grad})
-        )
+        of_trained = [(name, p) for name, p in step.named_parameters() if p.requires_grad]
+        results.append((loss, {name: p.grad.clone() for name, p in of_trained}))
     for loss, gradients in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=0, atol=1e-5)
         for name, gradient in gradients.items():
             assert (gradient - results[0][1][name]).norm() <= 2e-5 * gradient.norm(), name
 
 
-OPTIONS = ["--lora", "8", "--lr", "2e-2", "--gamma", "5", "--save-every", "5"]
+SIZES = "--epochs 2 --batch-size 8 --workers 0 --max-new-tokens 16"
+OPTIONS = "--lora 8 --lr 2e-2 --gamma 5 --save-every 5"
 
 
 @pytest.fixture(scope="module")
 def adapter_run(world, tmp_path_factory):
     pytest.importorskip("peft", reason="adapters need the optional package peft")
     out = tmp_path_factory.mktemp("runs") / "lora"
-    args = train.settings(
-        [
-            "--train",
-            str(world / "train.jsonl"),
-            "--model",
-            str(world / "toy"),
-            "--out",
-            str(out),
-            "--epochs",
-            "2",
-            "--batch-size",
-            "8",
-            "--workers",
-            "0",
-            "--max-new-tokens",
-            "16",
-            *OPTIONS,
-        ]
-    )
-    with checkpoint.Processes("cpu") as processes:
-        train.train(args, processes)
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", out]
+    train_alone(*files, SIZES, OPTIONS, "--device cpu")
     return out
 
 
 def test_an_adapter_learns_and_its_folder_is_peft_s(peft, adapter_run, world):
     log = lines(adapter_run / "log.jsonl")
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["cot_share"] > 0
-    folder = checkpoint.pointed_at(adapter_run / "last")
+    folder = checkpoint.read_pointer(adapter_run / "last")
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str((world / "toy").resolve())
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (8, 16, "LORA")
@@ -157,48 +136,31 @@ def test_an_adapter_learns_and_its_folder_is_peft_s(peft, adapter_run, world):
 
 
 def test_a_merged_model_predicts_as_its_adapter(peft, adapter_run, tmp_path, world, monkeypatch):
-    arguments = ["--model", str(adapter_run), "--merge", str(tmp_path / "merged")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    train.main()
+    monkeypatch.setattr(sys, "argv", ["merge", *words(adapter_run, tmp_path / "merged")])
+    tools.merge.main()
     with pytest.raises(UserError, match="merged: is there already"):
-        train.main()
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", "--model", str(world / "toy"), "--merge", str(tmp_path / "other")]
-    )
+        tools.merge.main()
+    monkeypatch.setattr(sys, "argv", ["merge", *words(world / "toy", tmp_path / "other")])
     with pytest.raises(UserError, match="no adapter"):
-        train.main()
+        tools.merge.main()
     merged, encoder, _ = load(str(tmp_path / "merged"))
-    ours, _, _ = load(str(checkpoint.pointed_at(adapter_run / "last")))
-    source = load_file(world / "toy" / "model.safetensors")
-    assert {
-        name: t.shape for name, t in load_file(tmp_path / "merged" / "model.safetensors").items()
-    } == {name: t.shape for name, t in source.items()}
+    ours, _, _ = load(str(checkpoint.read_pointer(adapter_run / "last")))
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(folder / "model.safetensors").items()}
+        for folder in (world / "toy", tmp_path / "merged")
+    ]
+    assert shapes[0] == shapes[1]
     assert (logits(merged, encoder) - logits(ours, encoder)).abs().max() < 1e-4
-    merge(ours)
-    assert adapter_of(ours) is None and torch.equal(logits(merged, encoder), logits(ours, encoder))
+    merge_adapter(ours)
+    assert adapter_config(ours) is None
+    assert torch.equal(logits(merged, encoder), logits(ours, encoder))
 
     outputs = []
     for model in (adapter_run, tmp_path / "merged"):
         out = tmp_path / f"{model.name}.jsonl"
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "infer.py",
-                "--data",
-                str(world / "test.jsonl"),
-                "--out",
-                str(out),
-                "--model",
-                str(model),
-                "--workers",
-                "0",
-                "--max-new-tokens",
-                "16",
-                "--device",
-                "cpu",
-            ],
-        )
+        files = ["--data", world / "test.jsonl", "--out", out, "--model", model]
+        arguments = words(*files, "--workers 0 --max-new-tokens 16 --device cpu")
+        monkeypatch.setattr(sys, "argv", ["infer.py", *arguments])
         assert infer.main() == 0
         outputs.append(out.read_text())
     assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 12
@@ -207,83 +169,52 @@ def test_a_merged_model_predicts_as_its_adapter(peft, adapter_run, tmp_path, wor
 def test_a_stopped_adapter_run_resumes_to_the_same_weights(
     peft, train_on, adapter_run, monkeypatch
 ):
-    monkeypatch.setattr(
-        train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "prune", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_on("stopped", *OPTIONS)
+        train_on("stopped", OPTIONS)
     monkeypatch.undo()
     with pytest.raises(UserError, match="lora was 8, is 4"):
-        train_on("stopped", *OPTIONS, "--lora", "4", "--resume")
-    stopped = train_on("stopped", *OPTIONS, "--resume")
-    assert same(adapter_weights(stopped), adapter_weights(adapter_run)) and timeless(
-        stopped
-    ) == timeless(adapter_run)
+        train_on("stopped", OPTIONS, "--lora 4 --resume")
+    stopped = train_on("stopped", OPTIONS, "--resume")
+    assert same(adapter_weights(stopped), adapter_weights(adapter_run))
+    assert timeless(stopped) == timeless(adapter_run)
 
 
 def test_an_adapter_is_trained_on_only_as_one(peft, train_on, adapter_run, world, tmp_path):
-    with pytest.raises(UserError, match="--lora 8.*--merge"):
+    with pytest.raises(UserError, match="--lora 8.*tools.merge"):
         train_on("full", "--model", adapter_run)
-    more = train_on("more", "--model", adapter_run, "--lora", "8", "--lr", "1e-3", "--epochs", "1")
+    more = train_on("more", "--lora 8 --lr 1e-3 --epochs 1 --model", adapter_run)
     assert lines(more / "log.jsonl")[0]["loss"] < 0.8 * lines(adapter_run / "log.jsonl")[0]["loss"]
-    settings = json.loads(
-        (checkpoint.pointed_at(more / "last") / "adapter_config.json").read_text()
-    )
+    folder = checkpoint.read_pointer(more / "last")
+    settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str((world / "toy").resolve())
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_an_adapter_as_one_does(peft, train_on, world, tmp_path, engine):
-    options = [
-        "--lora",
-        "8",
-        "--lr",
-        "2e-3",
-        "--gamma",
-        "5",
-        "--valid",
-        world / "valid.jsonl",
-        "--no-freeze-vision",
-    ]
+    options = ["--lora 8 --lr 2e-3 --gamma 5 --no-freeze-vision --valid", world / "valid.jsonl"]
     alone = train_on("alone", *options)
-    arguments = [
-        "--train",
-        world / "train.jsonl",
-        "--model",
-        world / "toy",
-        "--out",
-        tmp_path / "two",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "8",
-        "--workers",
-        "0",
-        "--max-new-tokens",
-        "16",
-        "--parallel",
-        engine,
-        *options,
-    ]
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "two"]
+    arguments = [*files, SIZES, "--parallel", engine, *options]
     finished(launch(2, *arguments, script=ROOT / "train.py"))
     ours, theirs = lines(tmp_path / "two" / "log.jsonl"), lines(alone / "log.jsonl")
     for one, other in zip(ours, theirs, strict=True):
         if "loss" in one:
-            assert (
-                one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-                and one["cot_share"] == other["cot_share"]
-            )
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+            assert one["cot_share"] == other["cot_share"]
         else:
             assert one["valid"]["posts"] == other["valid"]["posts"] == 8
     saved, right = adapter_weights(tmp_path / "two"), adapter_weights(alone)
-    assert {name: t.shape for name, t in saved.items()} == {
-        name: t.shape for name, t in right.items()
-    }
+    shapes = [{name: t.shape for name, t in found.items()} for found in (saved, right)]
+    assert shapes[0] == shapes[1]
     assert all((saved[name] - right[name]).norm() <= 0.05 * right[name].norm() for name in right)
 
 
 def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path, world):
-    good = checkpoint.pointed_at(adapter_run / "last")
+    good = checkpoint.read_pointer(adapter_run / "last")
 
     def broken(name, change):
         folder = tmp_path / name
@@ -296,56 +227,39 @@ def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path, world):
     def set_base(base):
         def change(folder):
             file = folder / "adapter_config.json"
-            file.write_text(
-                json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base})
-            )
+            settings = json.loads(file.read_text()) | {"base_model_name_or_path": base}
+            file.write_text(json.dumps(settings))
 
         return change
 
-    assert "base_model_name_or_path is not to be had" in broken("lost", set_base("/nowhere/at/all"))
+    def remove(folder):
+        (folder / "adapter_model.safetensors").unlink()
+
+    def cut(folder):
+        whole = (good / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(whole[:5000])
+
+    assert "base_model_name_or_path was not found" in broken("lost", set_base("/nowhere/at/all"))
     assert "an adapter itself" in broken("twice", lambda folder: set_base(str(folder))(folder))
-    assert "no adapter_model.safetensors" in broken(
-        "empty", lambda folder: (folder / "adapter_model.safetensors").unlink()
-    )
-    assert "can't be loaded" in broken(
-        "torn",
-        lambda folder: (folder / "adapter_model.safetensors").write_bytes(
-            (good / "adapter_model.safetensors").read_bytes()[:5000]
-        ),
-    )
+    assert "no adapter_model.safetensors" in broken("empty", remove)
+    assert "can't be loaded" in broken("torn", cut)
 
 
 def test_without_peft_one_line_says_what_to_install(world, tmp_path):
     """Always run: the import is blocked, whether the package is there or not."""
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        '{"peft_type": "LORA", "base_model_name_or_path": "x"}'
-    )
-    for script, arguments in (
-        (
-            "train",
-            [
-                "--train",
-                world / "train.jsonl",
-                "--model",
-                world / "toy",
-                "--lora",
-                8,
-                "--out",
-                tmp_path / "run",
-            ],
-        ),
-        ("infer", ["none", "text", "--model", tmp_path / "adapter"]),
-    ):
-        code = f"import sys; sys.modules['peft'] = None; import {script}; from evaluate import run; run({script}.main)"
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].endswith(
-            "pip install peft"
-        ), done.stderr
+    settings = '{"peft_type": "LORA", "base_model_name_or_path": "x"}'
+    (tmp_path / "adapter" / "adapter_config.json").write_text(settings)
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
+    commands = {
+        "train": words(*files, "--lora 8"),
+        "infer": words("none text --model", tmp_path / "adapter"),
+    }
+    for script, arguments in commands.items():
+        code = f"import sys; sys.modules['peft'] = None; import {script}; from evaluate import run"
+        command = [sys.executable, "-c", f"{code}; run({script}.main)", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.strip().splitlines()[-1].endswith("pip install peft"), done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

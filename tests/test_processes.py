@@ -19,52 +19,30 @@ from safetensors.torch import load_file
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-import checkpoint
 import train
-from model import FAMILIES, DynamicCoT
-from tiny import batch_of, random_posts, tiny_model, train_alone
+from model import FAMILIES, DistributedStep, DynamicCoT
+from support import checkpoint
+from support.distributed import Ranks
+from support.log import TrainingLog
+from tiny import batch_of, random_posts, tiny_model, train_alone, words
 
 ROOT = Path(__file__).parent.parent
-SHORT = (
-    "sft",
-    "cot",
-    "multitask",
-    "dynamic",
-)  # two steps of each mode; and twenty of dynamic, with validation
+# Two steps of each mode; and twenty of dynamic, with validation.
+SHORT = ("sft", "cot", "multitask", "dynamic")
 
 
 def arguments(posts, out, mode="dynamic", *options):
-    """Settings of a run over 59 posts for two epochs, six a step, or 14 for one, nine a step; an epoch's last step has 5."""
-    world, long = Path(posts).parent, Path(posts).name == "long.jsonl"
-    length = (
-        ["--epochs", "2", "--batch-size", "6", "--valid", str(world / "valid.jsonl")]
-        if long
-        else ["--epochs", "1", "--batch-size", "9"]
-    )
-    return [
-        "--train",
-        str(posts),
-        "--model",
-        str(world / "small"),
-        "--out",
-        str(out),
-        "--mode",
-        mode,
-        *length,
-        "--micro-batch",
-        "1000",
-        "--lr",
-        "2e-3",
-        "--gamma",
-        "5",
-        "--seed",
-        "3",
-        "--workers",
-        "0",
-        "--max-new-tokens",
-        "4",
-        *options,
-    ]
+    """Settings of a run over 59 posts for two epochs, six a step, or over 14 for one, nine a step.
+
+    An epoch's last step has 5 posts.
+    """
+    world = Path(posts).parent
+    length = ["--epochs 1 --batch-size 9"]
+    if Path(posts).name == "long.jsonl":
+        length = ["--epochs 2 --batch-size 6 --valid", world / "valid.jsonl"]
+    files = ["--train", posts, "--model", world / "small", "--out", Path(out), "--mode", mode]
+    sizes = "--micro-batch 1000 --lr 2e-3 --gamma 5 --seed 3 --workers 0 --max-new-tokens 4"
+    return words(*files, *length, sizes, *options)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +54,12 @@ def posts(world):
     for record in records[::3]:
         record["image"] = None
     for name, count in (("long", 59), ("short", 14)):
-        (world / f"{name}.jsonl").write_text(
-            "".join(json.dumps(record) + "\n" for record in records[:count])
-        )
+        text = "".join(json.dumps(record) + "\n" for record in records[:count])
+        (world / f"{name}.jsonl").write_text(text)
     config = AutoConfig.from_pretrained(world / "toy")
     config.text_config.num_hidden_layers, config.vision_config.depth = 2, 1
-    config.text_config.layer_types, config.vision_config.fullatt_block_indexes = (
-        config.text_config.layer_types[:2],
-        [0],
-    )
+    config.text_config.layer_types = config.text_config.layer_types[:2]
+    config.vision_config.fullatt_block_indexes = [0]
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(world / "small")
     checkpoint.copy_side_files(world / "toy", world / "small")
@@ -101,28 +76,15 @@ def steps(run):
 
 
 def weights(run):
-    return load_file(checkpoint.pointed_at(run / "last") / "model.safetensors")
+    return load_file(checkpoint.read_pointer(run / "last") / "model.safetensors")
 
 
 def launch(count, *arguments, script=__file__, **options):
-    """A command line for torchrun, and what the process it starts needs around it."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(count),
-        "--master-port",
-        "0",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        str(script),
-        *map(str, arguments),
-    ]
+    """Start torchrun with `count` processes of a script."""
+    launcher = f"-m torch.distributed.run --nproc-per-node {count} --master-port 0"
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"
     return subprocess.Popen(
-        command,
+        [sys.executable, *words(launcher, rendezvous, Path(script), *arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -154,52 +116,50 @@ def test_processes_give_a_single_ones_losses_and_choices(posts, alone, tmp_path,
         single = alone / run.name.partition("-")[0]
         expected = steps(single)
         assert len(expected) == len(steps(run)) == (20 if single.name == "long" else 2)
-        for ours, theirs in zip(steps(run), expected):
+        for ours, theirs in zip(steps(run), expected, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-            assert [ours[key] for key in ("cot_share", "samples", "tokens")] == [
-                theirs[key] for key in ("cot_share", "samples", "tokens")
-            ]
+            for key in ("cot_share", "samples", "tokens"):
+                assert ours[key] == theirs[key]
         saved, right = weights(run), weights(single)
-        assert {name: tensor.shape for name, tensor in saved.items()} == {
-            n: t.shape for n, t in right.items()
-        }
+        shapes = [{name: t.shape for name, t in found.items()} for found in (saved, right)]
+        assert shapes[0] == shapes[1]
         start = load_file(posts.parent / "small" / "model.safetensors")
         for name, weight in right.items():
             assert (saved[name] - weight).norm() <= 0.02 * (weight - start[name]).norm(), name
     assert len(list(tmp_path.iterdir())) == 1 + 2 * len(SHORT)
-    evaluations = [
-        line["valid"] for line in lines(tmp_path / "long-3" / "log.jsonl") if "valid" in line
-    ]
-    assert [scores["posts"] for scores in evaluations] == [8] * 2
+    evaluations = [line for line in lines(tmp_path / "long-3" / "log.jsonl") if "valid" in line]
+    assert [line["valid"]["posts"] for line in evaluations] == [8] * 2
     assert any(0 < line["cot_share"] < 1 for line in steps(alone / "long"))
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp_path):
     """Two sharded processes, then one, then four: together the run that was never stopped."""
     out, script = tmp_path / "run", ROOT / "train.py"
-    first = arguments(posts, out, "dynamic", "--save-every", "3")
-    output = finished(
-        launch(2, "until", 7, "fsdp", *first), 1
-    )  # torchrun's code for a process that left with 143
+    first = arguments(posts, out, "dynamic", "--save-every 3")
+    # 1 is torchrun's code where a process has left with 143.
+    output = finished(launch(2, "until", 7, "fsdp", *first), 1)
     assert output.count("stopped after step 7 of 20") == 1 and 'train.py", line' not in output
     assert (out / "last").read_text() == "step-7\n"
-    # A signal during the first step that this process takes: it ends, is saved, and the next goes on from there.
-    code = (
-        "import train, checkpoint; checkpoint.Stop.__enter__ = lambda self: (setattr(self, 'asked', 15), self)[1]\n"
-        "checkpoint.Stop.__exit__ = lambda *_: None\nfrom evaluate import run; run(train.main)"
-    )
-    alone_again = subprocess.run(
-        [sys.executable, "-c", code, *first, "--resume"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert alone_again.returncode == 143 and "stopped after step 8 of 20" in alone_again.stderr, (
-        alone_again.stderr
-    )
-    finished(launch(4, *first, "--parallel", "fsdp", "--resume", script=script))
+    # A signal in the first step of this process: the step is ended and saved, and the next process
+    # goes on from there.
+    code = """
+import train
+from support.checkpoint import Stop
+
+def enter(self):
+    self.asked = 15
+    return self
+
+Stop.__enter__, Stop.__exit__ = enter, lambda *_: None
+train.run(train.main)
+"""
+    command = [sys.executable, "-c", code, *first, "--resume"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 143 and "stopped after step 8 of 20" in again.stderr, again.stderr
+    finished(launch(4, *first, "--parallel fsdp --resume", script=script))
     for ours, theirs in zip(steps(out), steps(alone / "long"), strict=True):
-        assert (
-            ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
-            and ours["cot_share"] == theirs["cot_share"]
-        )
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert ours["cot_share"] == theirs["cot_share"]
 
 
 def test_a_process_that_is_killed_ends_the_others(posts, tmp_path):
@@ -211,25 +171,20 @@ def test_a_process_that_is_killed_ends_the_others(posts, tmp_path):
 
 
 def test_a_mistake_is_told_once(posts, tmp_path):
-    process = launch(
-        2, *arguments(posts.with_name("none.jsonl"), tmp_path / "run"), script=ROOT / "train.py"
-    )
-    output = finished(process, 1)
+    wrong = arguments(posts.with_name("none.jsonl"), tmp_path / "run")
+    output = finished(launch(2, *wrong, script=ROOT / "train.py"), 1)
     assert output.count("error:") == 1 and "none.jsonl: no such file" in output
     assert 'train.py", line' not in output
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_looking_at_nothing_changes_nothing(family):
+def test_the_dummy_image_changes_nothing(family):
     """What a batch without images, or of no posts, does to a model that must run all its layers."""
     model, posts = tiny_model(family), random_posts(family, [None, None, None])
     for share_prompt in (True, False):
-        plain, looking = (
-            DynamicCoT(model, "dynamic", 4.0, share_prompt, always_look=look)
-            for look in (False, True)
-        )
         gradients = []
-        for step in (plain, looking):
+        for Step in (DynamicCoT, DistributedStep):
+            step = Step(model, "dynamic", 4.0, share_prompt)
             step.zero_grad()
             loss = step(batch_of(posts))[0]
             loss.mean().backward()
@@ -237,62 +192,59 @@ def test_looking_at_nothing_changes_nothing(family):
         assert torch.equal(gradients[0][0], gradients[1][0])
         for name, gradient in gradients[1][1].items():
             assert gradient is not None, name
-            assert (
-                not gradient.any()
-                if "visual" in name
-                else torch.equal(gradient, gradients[0][1][name])
-            ), name
+            if "visual" in name:
+                assert not gradient.any(), name
+            else:
+                assert torch.equal(gradient, gradients[0][1][name]), name
+        assert not step.dummy_vision_loss().any()
     empty = batch_of(posts[:1])
     empty.ids = []
-    loss, plain_loss, reasons = looking(empty)
+    loss, plain_loss, reasons = step(empty)
     assert loss.shape == plain_loss.shape == reasons.shape == (0,)
-    looking.zero_grad()
+    step.zero_grad()
     loss.sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in looking.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in step.parameters())
 
 
-# ------------------------------------------------------------------------------------- what torchrun starts
+# ----------------------------------------------------------------------------- what torchrun starts
 
 
-def runs(processes, posts, out):
-    """All runs in one launch: a process's share of a step at once, and in three micro-batches."""
+def runs(ranks, posts, out):
+    """All runs in one launch: a rank's share of a step at once, and in three micro-batches."""
+    posts, out = Path(posts), Path(out)
     train.train(
-        train.settings(arguments(posts, Path(out) / "long-3", "dynamic", "--micro-batch", "1")),
-        processes,
+        train.parse_args(arguments(posts, out / "long-3", "dynamic", "--micro-batch 1")), ranks
     )
+    thirds = math.ceil(9 / ranks.world_size / 3)
     for mode in SHORT:
-        for name, size in (
-            (f"{mode}-1", "1000"),
-            (f"{mode}-3", str(math.ceil(9 / processes.size / 3))),
-        ):
-            short = arguments(
-                Path(posts).with_name("short.jsonl"), Path(out) / name, mode, "--micro-batch", size
-            )
-            train.train(train.settings(short), processes)
+        for name, size in ((f"{mode}-1", 1000), (f"{mode}-3", thirds)):
+            short = posts.with_name("short.jsonl")
+            options = arguments(short, out / name, mode, "--micro-batch", size)
+            train.train(train.parse_args(options), ranks)
 
 
-def send(number, step, rank, processes):
-    """Let a signal reach a process after a step."""
-    log_step = train.Log.step
+def send(number, step, rank, ranks):
+    """Let a signal reach a rank after a step."""
+    end_step = TrainingLog.end_step
 
     def logged(self, now, *args):
-        log_step(self, now, *args)
-        if now == int(step) and processes.rank == rank:
+        end_step(self, now, *args)
+        if now == int(step) and ranks.rank == rank:
             os.kill(os.getpid(), number)
 
-    train.Log.step = logged
+    TrainingLog.end_step = logged
 
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "runs":
-        engine, posts, out = rest
-        with checkpoint.Processes("cpu", engine) as processes:
-            runs(processes, posts, out)
+        engine, *rest = rest
+        with Ranks("cpu", engine) as ranks:
+            runs(ranks, *rest)
     else:
         step, engine, *options = rest
-        args = train.settings(options)
-        with checkpoint.Processes("cpu", engine) as processes:
+        args = train.parse_args(options)
+        with Ranks("cpu", engine) as ranks:
             number, rank = (signal.SIGTERM, 0) if what == "until" else (signal.SIGKILL, 1)
-            send(number, step, rank, processes)
-            train.train(args, processes)
+            send(number, step, rank, ranks)
+            train.train(args, ranks)

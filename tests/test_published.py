@@ -1,4 +1,4 @@
-"""Folders laid out like the published Qwen-VL checkpoints: loaded, trained, saved, and used to predict."""
+"""Folders like the published Qwen-VL checkpoints: loaded, trained, saved, used to predict."""
 
 import json
 import re
@@ -16,21 +16,19 @@ from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-import checkpoint
 import data
 import infer
 import published
 from evaluate import UserError
 from model import FAMILIES, generate, load
-from tiny import train_alone
+from support import checkpoint
+from support.distributed import Ranks
+from support.jsonl import to_line
+from tiny import train_alone, words
 
 ROOT = Path(__file__).parent.parent
-TEXTS = [
-    "hello there",
-    "the foxes play, and the post names them <tool_call>",
-    "日本 😀 <|im_end|>",
-    "a",
-]
+FOXES = "the foxes play, and the post names them <tool_call>"
+TEXTS = ["hello there", FOXES, "日本 😀 <|im_end|>", "a"]
 SIZES = [(112, 84), None, (150, 301), (448, 64)]
 
 
@@ -61,28 +59,21 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def posts(pictures):
     path = pictures[0].parent / "posts.jsonl"
-    records = [
-        {
-            "id": str(number),
-            "text": text,
-            "image": picture and picture.name,
-            "keyphrases": ["the foxes", f"post {number}"],
-            "cot": "hello there the post names the foxes",
-        }
-        for number, (text, picture) in enumerate(zip(TEXTS, pictures))
-    ]
-    path.write_text("".join(map(data.to_line, records)), encoding="utf-8")
+    records = []
+    for number, (text, picture) in enumerate(zip(TEXTS, pictures, strict=True)):
+        record = {"id": str(number), "text": text, "image": picture and picture.name}
+        record["keyphrases"] = ["the foxes", f"post {number}"]
+        records.append(record | {"cot": "hello there the post names the foxes"})
+    path.write_text("".join(map(to_line, records)), encoding="utf-8")
     return path
 
 
 def batch_of(encoder, pictures, numbers):
-    return data.collate(
-        [
-            encoder.encode({"id": str(n), "text": TEXTS[n]}, pictures[n], with_answers=False)
-            for n in numbers
-        ],
-        encoder,
-    )
+    samples = [
+        encoder.encode({"id": str(n), "text": TEXTS[n]}, pictures[n], with_answers=False)
+        for n in numbers
+    ]
+    return data.collate(samples, encoder)
 
 
 def logits(model, batch):
@@ -91,20 +82,18 @@ def logits(model, batch):
 
 
 def in_transformers(folder):
-    return transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32
-    ).eval()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def headers(folder):
-    """Name -> (shape, dtype) of every weight in a folder's safetensors, read from the files themselves."""
+    """Name -> (shape, dtype) of every weight in a folder, read from the safetensors themselves."""
     found = {}
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            found |= {
-                name: (weight.get_shape(), weight.get_dtype()) for name, weight in slices.items()
-            }
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                weight = file.get_slice(name)
+                found[name] = weight.get_shape(), weight.get_dtype()
     return found
 
 
@@ -124,39 +113,35 @@ def test_image_preparation_is_transformers_own_with_the_folders_numbers(
     folder, _ = source
     _, encoder = loaded
     own = transformers.AutoImageProcessor.from_pretrained(folder)
-    for picture, size in zip(pictures, SIZES):
-        if picture is None:
-            continue
-        ours = encoder.encode({"id": "a", "text": "x"}, picture, with_answers=False).image
+    for picture in filter(None, pictures):
+        ours = encoder.encode({"id": "a", "text": "x"}, picture, with_answers=False)
         theirs = own(images=[Image.open(picture)], return_tensors="pt")
-        assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
-        assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+        assert torch.equal(ours.pixel_values, theirs["pixel_values"])
+        assert torch.equal(ours.grid, theirs["image_grid_thw"])
 
-    # A picture that needs no scaling, by hand: the first patch is its corner, once for each of two frames.
+    # A picture that needs no scaling, by hand: the first patch is its corner, in both frames.
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     patch = settings["patch_size"]
     pixels = np.random.default_rng(9).integers(0, 256, (patch * 18, patch * 20, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     ours = encoder.encode({"id": "a", "text": "x"}, tmp_path / "a.png", with_answers=False)
-    assert ours.image["image_grid_thw"].tolist() == [[1, 18, 20]]
+    assert ours.grid.tolist() == [[1, 18, 20]]
     assert ours.prompt.count(encoder.image_token_id) == 18 * 20 // 4
     corner = (pixels[:patch, :patch] / 255 - settings["image_mean"]) / settings["image_std"]
     by_hand = np.repeat(corner.transpose(2, 0, 1)[:, None], 2, axis=1).reshape(-1)
-    np.testing.assert_allclose(ours.image["pixel_values"][0], by_hand, atol=1e-5)
+    np.testing.assert_allclose(ours.pixel_values[0], by_hand, atol=1e-5)
 
 
 def test_max_pixels_bounds_as_transformers_does(source, pictures):
-    _, encoder, _ = load(str(source[0]), max_pixels=100 * 100)
+    options = data.EncoderOptions(max_pixels=100 * 100)
+    _, encoder, _ = load(str(source[0]), options=options)
     own = transformers.AutoImageProcessor.from_pretrained(source[0])
-    ours = encoder.encode({"id": "a", "text": "x"}, pictures[2], with_answers=False).image
+    ours = encoder.encode({"id": "a", "text": "x"}, pictures[2], with_answers=False).pixel_values
     smallest = min(own.size["shortest_edge"], 100 * 100)
-    theirs = own(
-        images=[Image.open(pictures[2])],
-        size={"shortest_edge": smallest, "longest_edge": 100 * 100},
-        return_tensors="pt",
-    )
-    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
-    assert 25 < len(ours["pixel_values"]) <= 100 * 100 // own.patch_size**2
+    size = {"shortest_edge": smallest, "longest_edge": 100 * 100}
+    theirs = own(images=[Image.open(pictures[2])], size=size, return_tensors="pt")
+    assert torch.equal(ours, theirs["pixel_values"])
+    assert 25 < len(ours) <= 100 * 100 // own.patch_size**2
 
 
 def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, loaded, pictures):
@@ -164,9 +149,8 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, lo
     _, encoder = loaded
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     from_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for text, picture in zip(
-        ["hello there", "the <tool_call> foxes", " 日本 😀\n\n1984 ", "a"], pictures
-    ):
+    texts = ["hello there", "the <tool_call> foxes", " 日本 😀\n\n1984 ", "a"]
+    for text, picture in zip(texts, pictures, strict=True):
         sample = encoder.encode({"id": "a", "text": text}, picture, with_answers=False)
         content = [{"type": "image"}] if picture else []
         content.append({"type": "text", "text": data.PROMPT.replace("{text}", text.strip())})
@@ -177,26 +161,24 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, lo
         assert ("You are a helpful assistant." in rendered) == ("Qwen3" not in folder.name)
         if picture:
             place = ids.index(encoder.image_token_id)
-            count = int(sample.image["image_grid_thw"].prod()) // 4
+            count = int(sample.grid.prod()) // 4
             ids = ids[:place] + [encoder.image_token_id] * count + ids[place + 1 :]
         assert sample.prompt == ids
 
 
 @pytest.mark.parametrize("think", ["auto", "always"])
 def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pictures, think):
-    """theirs: the published generation settings but for sampling and penalties, which predictions must not have."""
+    """theirs: the published settings, but without sampling and penalties, as predictions are."""
     folder, _ = source
     model, encoder = loaded
     theirs = in_transformers(folder)
     plain = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=40)
-    together = generate(
-        model, encoder, batch_of(encoder, pictures, range(4)), think, max_new_tokens=40
-    )
+
+    def generated(*numbers):
+        return generate(model, encoder, batch_of(encoder, pictures, numbers), think, 40)
+
     penalised = 0
-    for number, (text, count, ended) in enumerate(together):
-        alone = generate(
-            model, encoder, batch_of(encoder, pictures, [number]), think, max_new_tokens=40
-        )
+    for number, answer in enumerate(generated(0, 1, 2, 3)):
         prompt = batch_of(encoder, pictures, [number]).prompt
         if think == "always":
             added = torch.tensor([encoder.plain_ids("<think>")])
@@ -205,35 +187,32 @@ def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pict
             prompt["mm_token_type_ids"] = (prompt["input_ids"] == encoder.image_token_id).int()
         start = prompt["input_ids"].shape[1] - (len(encoder.think) if think == "always" else 0)
         own = theirs.generate(**prompt, **plain, repetition_penalty=1.0)[0, start:]
-        penalised += not torch.equal(
-            own, theirs.generate(**prompt, **plain, repetition_penalty=1.5)[0, start:]
-        )
+        with_penalty = theirs.generate(**prompt, **plain, repetition_penalty=1.5)[0, start:]
+        penalised += not torch.equal(own, with_penalty)
         stop = own[-1].item() in theirs.generation_config.eos_token_id
-        answer = encoder.tokenizer.decode(own[:-1] if stop else own, skip_special_tokens=True)
-        assert (text, count, ended) == (answer, len(own), stop) == alone[0]
+        text = encoder.tokenizer.decode(own[:-1] if stop else own, skip_special_tokens=True)
+        (alone,) = generated(number)
+        assert answer == (text, len(own), stop) == alone
     assert penalised  # else the answers would not tell a penalty from none
 
 
 def test_an_answer_ends_at_each_token_that_the_folder_says_it_may_end_with(loaded, pictures):
-    """The published models end an answer with <|im_end|>, and a text without turns with <|endoftext|>."""
+    """Published models end an answer with <|im_end|>, a text without turns with <|endoftext|>."""
     model, encoder = loaded
     batch = batch_of(encoder, pictures, [0])
     inherited = model.generation_config.eos_token_id
     assert inherited == encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    row = model.generate(
-        **batch.prompt, do_sample=False, max_new_tokens=12, repetition_penalty=1.0
-    )[0, batch.prompt["input_ids"].shape[1] :].tolist()
+    options = dict(do_sample=False, max_new_tokens=12, repetition_penalty=1.0)
+    row = model.generate(**batch.prompt, **options)[0].tolist()
+    row = row[batch.prompt["input_ids"].shape[1] :]
     place = next(place for place in range(1, 12) if row[place] not in row[:place])
     try:
         model.generation_config.eos_token_id = [row[place], inherited[0]]
         ((text, count, ended),) = generate(model, encoder, batch, max_new_tokens=12)
     finally:
         model.generation_config.eos_token_id = inherited
-    assert (
-        ended
-        and count == place + 1
-        and text == encoder.tokenizer.decode(row[:place], skip_special_tokens=True)
-    )
+    assert ended and count == place + 1
+    assert text == encoder.tokenizer.decode(row[:place], skip_special_tokens=True)
 
 
 def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_path, capsys):
@@ -241,51 +220,26 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     side_files = {
         file.name: file.read_bytes() for file in folder.iterdir() if "safetensors" not in file.name
     }
-    model, encoder, run = train_alone(
-        "--model",
-        folder,
-        "--train",
-        posts,
-        "--out",
-        tmp_path / "run",
-        "--epochs",
-        1,
-        "--batch-size",
-        2,
-        "--lr",
-        1e-3,
-        "--warmup",
-        0,
-        "--gamma",
-        99,
-        "--workers",
-        0,
-    )
+    options = "--epochs 1 --batch-size 2 --lr 1e-3 --warmup 0 --gamma 99 --workers 0"
+    files = ["--model", folder, "--train", posts, "--out", tmp_path / "run"]
+    model, encoder, run = train_alone(*files, options)
     saved = run / "step-2"
-    assert [
-        json.loads(line)["cot_share"] for line in (run / "log.jsonl").read_text().splitlines()
-    ] == [1, 1]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["cot_share"] for line in log] == [1, 1]
     before = written.state_dict()
-    still = [
-        name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])
-    ]
-    assert still == []
+    for name, weight in model.state_dict().items():
+        assert not torch.equal(weight, before[name]), name
 
-    # The names and shapes are the published ones; the values are the float32 that training goes on from.
+    # The names and shapes are the published ones; the values are float32, to continue training.
     source_weights, saved_weights = headers(folder), headers(saved)
     assert {dtype for _, dtype in source_weights.values()} == {"BF16"}
     assert saved_weights == {name: (shape, "F32") for name, (shape, _) in source_weights.items()}
     for name, content in side_files.items():
         assert (saved / name).read_bytes() == content, name
-    assert {
-        "config.json",
-        "chat_template.json",
-        "merges.txt",
-        "generation_config.json",
-    } <= side_files.keys()
-    assert not list(
-        saved.glob("*.index.json")
-    )  # one file: an index left over from the source would name shards
+    expected = {"config.json", "chat_template.json", "merges.txt", "generation_config.json"}
+    assert expected <= side_files.keys()
+    # There is one file: an index left over from the source would name shards.
+    assert not list(saved.glob("*.index.json"))
 
     batch = batch_of(encoder, pictures, range(4))
     trained = logits(model.eval(), batch)
@@ -296,56 +250,43 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     assert again_encoder.prompt == encoder.prompt
 
     out = tmp_path / "preds.jsonl"
-    assert (
-        infer.infer_file(
-            infer.settings(
-                [
-                    "--data",
-                    str(posts),
-                    "--out",
-                    str(out),
-                    "--model",
-                    str(run),
-                    "--workers",
-                    "0",
-                    "--max-new-tokens",
-                    "5",
-                ]
-            )
-        )
-        == 0
-    )
+    arguments = words("--data", posts, "--out", out, "--model", run)
+    options = words("--workers 0 --max-new-tokens 5")
+    assert infer.infer_file(infer.parse_args([*arguments, *options])) == 0
     predictions = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     answers = generate(again, again_encoder, batch, max_new_tokens=5)
     assert [prediction["output"] for prediction in predictions] == [text for text, _, _ in answers]
 
 
 def test_nothing_but_our_own_lines_is_on_the_screen(posts, pictures, tmp_path):
-    """A real process that trains and predicts with every kind, since a library warns once a process only."""
+    """In a new process that trains and predicts with every kind: a library warns only once."""
     kinds = {kind: tmp_path / kind for kind in published.KINDS}
     for kind, folder in kinds.items():
         published.write(folder, kind)
-    script = """import sys, infer
+    script = """
+import sys
+
 sys.path.append("tests")
-from tiny import train_alone
-posts, picture, *folders = sys.argv[1:]
+import infer
+from pathlib import Path
+from tiny import train_alone, words
+
+posts, picture, *folders = map(Path, sys.argv[1:])
 for folder in folders:
-    train_alone("--model", folder, "--train", posts, "--out", folder + "-run", "--epochs", 1, "--workers", 0)
-    for image in picture, "none":
-        infer.infer_one(infer.settings([image, "hello", "--model", folder + "-run", "--max-new-tokens", "3", "--json"]))
-    infer.infer_file(infer.settings(["--data", posts, "--out", folder + ".jsonl", "--model", folder, "--workers", "0",
-                                      "--max-new-tokens", "3"]))
+    run = folder.with_name(folder.name + "-run")
+    files = ["--model", folder, "--train", posts, "--out", run]
+    train_alone(*files, "--epochs 1 --workers 0")
+    few = "--workers 0 --max-new-tokens 3 --model"
+    for image in (picture, "none"):
+        infer.infer_one(infer.parse_args(words(image, "hello --json", few, run)))
+    files = ["--data", posts, "--out", folder.with_name(folder.name + ".jsonl")]
+    infer.infer_file(infer.parse_args(words(*files, few, folder)))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, posts, pictures[0], *kinds.values()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", script, posts, pictures[0], *kinds.values()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["hello"] * 2 * len(
-        kinds
-    )
+    texts = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+    assert texts == ["hello"] * 2 * len(kinds)
     shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     ours = re.compile(
         r"(training|posts): +\d+%\||the answer was cut off after 3 tokens; |.*\.jsonl: 4 posts, "
@@ -361,19 +302,11 @@ def test_weights_too_large_for_one_file_are_saved_in_shards_with_an_index_of_the
     model, encoder, _ = load(str(folder))
     save_in_shards = partialmethod(type(model).save_pretrained, max_shard_size="50KB")
     monkeypatch.setattr(type(model), "save_pretrained", save_in_shards)
-    checkpoint.save(
-        tmp_path,
-        1,
-        model,
-        folder,
-        encoder.prompt,
-        torch.optim.AdamW(model.parameters()),
-        checkpoint.Processes("cpu"),
-    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.Checkpoints(tmp_path, model, optimizer, encoder, folder, Ranks("cpu")).save(1)
     saved, index = tmp_path / "step-1", "model.safetensors.index.json"
-    places, before = (
-        json.loads((place / index).read_text())["weight_map"] for place in (saved, folder)
-    )
+    indexes = [json.loads((place / index).read_text()) for place in (saved, folder)]
+    places, before = (content["weight_map"] for content in indexes)
     assert places.keys() == before.keys() and len(set(places.values())) > 1 and places != before
     assert {file.name for file in saved.glob("model-*.safetensors")} == set(places.values())
     batch = batch_of(encoder, pictures, [0, 2])
@@ -388,9 +321,8 @@ def test_a_folder_whose_template_is_in_chat_template_json_only(source, loaded, t
     published.write_json(folder / "tokenizer_config.json", settings)
     _, encoder, _ = load(str(folder))
     record = {"id": "a", "text": "hello there"}
-    assert (
-        encoder.encode(record, None, False).prompt == loaded[1].encode(record, None, False).prompt
-    )
+    prompts = [each.encode(record, None, False).prompt for each in (encoder, loaded[1])]
+    assert prompts[0] == prompts[1]
     (folder / "chat_template.json").unlink()
     with pytest.raises(UserError, match="chat_template.jinja"):
         load(str(folder))

@@ -1,4 +1,4 @@
-"""Served inference: the same prompt and predictions as with the model here, the same rules for what fails."""
+"""Served inference: prompt, predictions and the rules for what fails are those without a server."""
 
 import base64
 import io
@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,63 +21,50 @@ import infer
 import model as model_file
 from evaluate import UserError, read_predictions
 from server import HANG, Server, completion, error, text_of, write_posts
-from test_gen_cot import ids, lines, no_keys, wait_for  # noqa: F401
+from support.jsonl import to_line
+from test_gen_cot import ids, lines, no_keys, number, wait_for  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
 
 def served(posts, server, *options, out="preds.jsonl", model="toy"):
     """infer.py --data … --base-url … in this process: its exit code."""
-    arguments = [
-        "--data",
-        posts,
-        "--out",
-        posts.parent / out,
-        "--model",
-        model,
-        "--base-url",
-        server.url,
-        *options,
-    ]
-    return infer.infer_file(infer.settings(list(map(str, arguments))))
+    arguments = ["--data", posts, "--out", posts.parent / out, "--model", model]
+    arguments += ["--base-url", server.url, *options]
+    return infer.infer_file(infer.parse_args(list(map(str, arguments))))
 
 
 @pytest.fixture(scope="module")
 def toy(world):
-    """(toy model, encoder), and a reply that lets it answer what a request holds, through transformers' template."""
+    """(toy model, encoder), a reply that lets it answer a request by transformers' own template."""
     vlm, encoder, _ = model_file.load(str(world / "toy"))
     prompts = []
 
     def reply(request, tries):
+        content = request["messages"][0]["content"]
+        parts = [] if isinstance(content, str) else content
         pictures = [
             Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
-            for part in request["messages"][0]["content"]
+            for part in parts
             if part["type"] == "image_url"
         ]
-        turns = [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image"} if part["type"] == "image_url" else part
-                    for part in request["messages"][0]["content"]
-                ],
-            }
-        ]
+        parts = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
+        turns = [{"role": "user", "content": parts or content}]
         text = encoder.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True
         )
-        image = encoder.image_processor(images=pictures, return_tensors="pt") if pictures else None
-        count = (
-            int(image["image_grid_thw"].prod()) // encoder.image_processor.merge_size**2
-            if image
-            else 0
-        )
+        pixel_values = grid = None
+        count = 0
+        if pictures:
+            image = encoder.image_processor(images=pictures, return_tensors="pt")
+            pixel_values, grid = image["pixel_values"], image["image_grid_thw"]
+            count = int(grid.prod()) // encoder.image_processor.merge_size**2
         placeholder = encoder.tokenizer.decode([encoder.image_token_id])
         prompt = encoder.tokenizer(
             text.replace(placeholder, placeholder * count), add_special_tokens=False
         ).input_ids
         prompts.append(prompt)
-        batch = data.collate([data.Sample("post", prompt, image)], encoder)
+        batch = data.collate([data.Sample("post", prompt, pixel_values, grid)], encoder)
         ((output, tokens, ended),) = model_file.generate(
             vlm, encoder, batch, max_new_tokens=request["max_tokens"]
         )
@@ -88,7 +76,7 @@ def toy(world):
 
 
 def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
-    """With the text alone to the last token; images, which JPEG changes, up to the ids of the prompt."""
+    """For text alone to the last token; for images, which JPEG changes, the prompt's token ids."""
     _, encoder, reply, prompts = toy
     records = lines(world / "test.jsonl")
     for record in records:
@@ -98,22 +86,11 @@ def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
         ("images", records),
     ):
         file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(map(data.to_line, posts)), encoding="utf-8")
+        file.write_text("".join(map(to_line, posts)), encoding="utf-8")
         prompts.clear()
         with Server(reply) as server:
-            assert (
-                served(
-                    file,
-                    server,
-                    "--batch-size",
-                    1,
-                    "--max-new-tokens",
-                    8,
-                    out=f"{name}.served.jsonl",
-                    model=world / "toy",
-                )
-                == 0
-            )
+            options = {"out": f"{name}.served.jsonl", "model": world / "toy"}
+            assert served(file, server, "--batch-size", 1, "--max-new-tokens", 8, **options) == 0
         assert [request["temperature"] for request, _, _ in server.log] == [0] * len(posts)
         dataset = data.EncodedPosts(data.Posts(file), encoder, with_answers=False)
         assert prompts == [dataset[index].prompt for index in range(len(posts))]
@@ -129,7 +106,7 @@ def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
         "--workers",
         0,
     ]
-    assert infer.infer_file(infer.settings(list(map(str, arguments)))) == 0
+    assert infer.infer_file(infer.parse_args(list(map(str, arguments)))) == 0
     assert lines(tmp_path / "text.served.jsonl") == lines(tmp_path / "here.jsonl")
     assert len(read_predictions(tmp_path / "images.served.jsonl")) == len(records)
 
@@ -138,13 +115,12 @@ def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
     "size", [(1500, 1150), (900, 640), (640, 480), (3000, 200), (57, 4000), (20, 5000)]
 )
 def test_a_scaled_image_has_the_tokens_that_it_has_here(tmp_path, size):
-    """A server that knows no --max-pixels of ours cuts what is sent into as many tokens as the encoder here."""
-    import gen_cot
+    """A server without our --max-pixels makes as many tokens of an image as the encoder here."""
     from transformers import Qwen2VLImageProcessor
 
     Image.new("RGB", size, "navy").save(tmp_path / "a.png")
     processor = Qwen2VLImageProcessor()
-    url = gen_cot.image_part(tmp_path / "a.png", 300 * 28 * 28)["image_url"]["url"]
+    url = data.image_url(tmp_path / "a.png", 300 * 28 * 28)
     sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     there = processor(images=[sent], return_tensors="pt")["image_grid_thw"]
     here = processor(
@@ -164,7 +140,7 @@ def test_outputs_of_every_kind(tmp_path):
     tagged = "<think>It is blue.</think><answer>flower; blue</answer>"
 
     def reply(request, tries):
-        number = int(re.search(r"post-(\d)", text_of(request))[1])
+        index = number(request)
         answer = completion(
             request,
             *[
@@ -172,16 +148,16 @@ def test_outputs_of_every_kind(tmp_path):
                 (tagged,),
                 ("<think>It is bl", "length"),
                 ("<answer>flower; blue</answer>",),
-                (None,),
+                ("",),
                 (None,),
                 (None, "length"),
-            ][number],
+            ][index],
         )
-        if number == 3:
+        if index == 3:
             answer["choices"][0]["message"]["reasoning_content"] = "It is blue."
-        if number in (5, 6):  # parsers that take all up to </think> for reasoning
+        if index in (5, 6):  # parsers that take all up to </think> for reasoning
             answer["choices"][0]["message"]["reasoning_content"] = "flower; blue"
-        if number == 4:
+        if index == 4:
             del answer["usage"]
         return answer
 
@@ -257,7 +233,7 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
     assert ids(first) == ids(lines(posts)) and failed.pop("post-1") == "image 1.jpg: no such file"
     assert (
         failed["post-2"] == "refused: 400 image too odd"
-        and failed["post-6"] == "server error: 500 oh no (1 tries)"
+        and failed["post-6"] == "server error: 500 oh no (1 try)"
     )
     assert failed["post-8"] == "content filter: 400 content_filter"
     assert all(row["keyphrases"] == [] and row["tokens"] == 0 for row in first if "error" in row)
@@ -278,14 +254,73 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
         )
 
 
+def test_a_refusal_and_a_reply_that_was_broken_off_are_no_predictions(tmp_path, capsys):
+    """They fail, end with exit code 1, and are tried again, after the posts never asked for."""
+    posts = write_posts(tmp_path, 12)
+    odd = {
+        0: lambda request: completion(request, None),
+        1: lambda request: completion(request, None, refusal="I can't help with that."),
+        2: lambda request: completion(request, "flo", "abort"),
+        3: lambda request: completion(request, "<think>The", "error"),
+        4: lambda request: completion(request, "flo", "content_filter"),
+        5: lambda request: error(403, "Your input was flagged"),
+    }
+
+    def reply(request, tries):
+        return odd.get(number(request), lambda _: "flower")(request)
+
+    with Server(reply) as server:
+        assert served(posts, server, "--max-retries", 0) == 1
+    first = lines(tmp_path / "preds.jsonl")
+    assert [row.get("error") for row in first] == [
+        "refusal: the reply has no content",
+        "refusal: I can't help with that.",
+        "server error: the reply ended with abort (1 try)",
+        "server error: the reply ended with error (1 try)",
+        "content filter: the reply was cut off",
+        "content filter: 403 Your input was flagged",
+        *[None] * 6,
+    ]
+    assert all(row["keyphrases"] == [] and row["tokens"] == 0 for row in first[:6])
+    assert "12 posts" in (told := capsys.readouterr().err) and "6 failed" in told
+    kept = (tmp_path / "preds.jsonl").read_text().splitlines(keepends=True)[:8]
+    (tmp_path / "preds.jsonl").write_text("".join(kept))
+    odd.clear()
+    with Server(reply) as server:
+        assert served(posts, server, "--batch-size", 1) == 0
+    assert server.asked() == [f"post-{index}" for index in (8, 9, 10, 11, 0, 1, 2, 3, 4, 5)]
+    assert ids(lines(tmp_path / "preds.jsonl")) == ids(lines(posts))
+
+
+def test_two_runs_do_not_share_an_out(tmp_path):
+    posts, inside, over = write_posts(tmp_path, 3), threading.Event(), threading.Event()
+
+    def reply(request, tries):
+        inside.set()
+        over.wait(60)
+        return "flower"
+
+    with Server(reply) as server:
+        command = ["--data", posts, "--out", "a.jsonl", "--model", "m", "--base-url", server.url]
+        first = python(*command, cwd=tmp_path)
+        inside.wait(60)
+        second = python(*command, cwd=tmp_path)
+        told = second.communicate(timeout=60)[1]
+        over.set()
+        first.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 1) and len(server.log) == 3
+    assert told.startswith("error: a.jsonl: another run is writing to it")
+    assert len(told.splitlines()) == 1
+
+
 def test_a_wrong_key_or_name_stops_at_once_and_leaves_nothing(tmp_path):
     posts = write_posts(tmp_path, 40)
-    with Server(lambda *_: error(404, "The model `toy` does not exist.")) as server:
-        with pytest.raises(
-            UserError,
-            match="404 The model `toy` does not exist.; check --base-url, and whether .* toy",
-        ):
-            served(posts, server)
+    told = "404 The model `toy` does not exist.; check --base-url, and whether .* toy"
+    with (
+        Server(lambda *_: error(404, "The model `toy` does not exist.")) as server,
+        pytest.raises(UserError, match=told),
+    ):
+        served(posts, server)
     assert not lines(tmp_path / "preds.jsonl") and len(server.log) <= 8
     with pytest.raises(UserError, match="NO_SUCH_KEY is not set"):
         served(posts, server, "--api-key-env", "NO_SUCH_KEY", out="b.jsonl")
@@ -295,7 +330,7 @@ def test_a_wrong_key_or_name_stops_at_once_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("think", ["always", "never"])
 def test_thinking_cant_be_forced_on_a_server(think, capsys):
     with pytest.raises(SystemExit):
-        infer.settings(["none", "text", "--base-url", "http://127.0.0.1:1", "--think", think])
+        infer.parse_args(["none", "text", "--base-url", "http://127.0.0.1:1", "--think", think])
     assert f"--think {think} needs the model here" in capsys.readouterr().err
 
 
@@ -338,7 +373,6 @@ def test_one_post_as_a_process(tmp_path):
 
 def test_stopped_and_continued(tmp_path):
     posts = write_posts(tmp_path, 30)
-    number = lambda request: int(re.search(r"post-(\d+)", text_of(request))[1])
     with Server(
         lambda request, tries: HANG if number(request) > 9 else f"flower {number(request)}"
     ) as server:

@@ -15,12 +15,8 @@ def gradients(step, batch):
     step.zero_grad()
     loss, plain_loss, reasons = step(batch)
     loss.mean().backward()
-    return (
-        loss.detach(),
-        plain_loss,
-        reasons,
-        {n: p.grad.clone() for n, p in step.named_parameters()},
-    )
+    found = {name: parameter.grad.clone() for name, parameter in step.named_parameters()}
+    return loss.detach(), plain_loss, reasons, found
 
 
 def single_loss(model, post, answer):
@@ -107,7 +103,7 @@ def test_gamma_just_above_and_below_one_samples_loss(model, posts):
 def test_the_gradient_is_the_literal_two_pass_loop_written_with_transformers_alone(
     model, posts, median_gamma
 ):
-    """The method as the paper writes it: probe without gradient, pick, then one training pass a sample."""
+    """As the paper writes it: probe without gradient, pick, then one training pass a sample."""
     literal = copy.deepcopy(model)
     for post in posts:
         with torch.no_grad():
@@ -144,14 +140,14 @@ def test_logits_are_made_at_answer_tokens_only(model, posts):
 @pytest.mark.parametrize("tokens", [0, 1, 7, 50])
 @pytest.mark.parametrize("at_once", [1, 100, 10_000])
 def test_the_tokens_losses_are_those_of_cross_entropy(monkeypatch, tokens, at_once):
-    """To the last bit, and so is the gradient, in whatever rows; the logits are used up, and there is no second backward."""
+    """To the last bit, and so is the gradient, however the rows are split.
+
+    The logits are overwritten, so that there is no second backward pass.
+    """
     monkeypatch.setattr(TokenLoss, "AT_ONCE", at_once)
     torch.manual_seed(0)
-    head, hidden, targets = (
-        torch.nn.Linear(8, 33, bias=False),
-        9 * torch.randn(tokens, 8),
-        torch.randint(33, (tokens,)),
-    )
+    head = torch.nn.Linear(8, 33, bias=False)
+    hidden, targets = 9 * torch.randn(tokens, 8), torch.randint(33, (tokens,))
     found = []
     for token_loss in (torch.nn.functional.cross_entropy, TokenLoss.apply):
         options = {"reduction": "none"} if token_loss is torch.nn.functional.cross_entropy else {}
@@ -159,7 +155,7 @@ def test_the_tokens_losses_are_those_of_cross_entropy(monkeypatch, tokens, at_on
         loss = token_loss(head(leaf), targets, **options)
         weighed = (loss * torch.arange(1, tokens + 1)).sum()
         found.append([loss, *torch.autograd.grad(weighed, [leaf, head.weight], retain_graph=True)])
-    assert all(torch.equal(ours, theirs) for theirs, ours in zip(*found))
+    assert all(torch.equal(ours, theirs) for theirs, ours in zip(*found, strict=True))
     if tokens:
         with pytest.raises(RuntimeError, match="inplace operation"):
             weighed.backward()
@@ -168,7 +164,7 @@ def test_the_tokens_losses_are_those_of_cross_entropy(monkeypatch, tokens, at_on
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_every_parameter_gets_a_gradient_under_bf16_autocast(model, posts, mode, share_prompt):
-    """Autocast's copies of the weights, made in the probe under no_grad, must not serve the training pass."""
+    """Autocast's copies of the weights, made in the probe under no_grad, must not be trained on."""
     step = DynamicCoT(model, mode, gamma=4.0, share_prompt=share_prompt)
     step.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The loop: what it learns, what it logs, where it stops, and that a resumed run is the run it resumes."""
+"""The loop: what it learns and logs, where it stops, and what a resumed run ends with."""
 
 import importlib
 import json
@@ -7,26 +7,31 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import train
 from evaluate import UserError
-from tiny import train_alone
+from support import checkpoint
+from support.distributed import Ranks
+from support.jsonl import locked
+from support.log import TrainingLog
+from tiny import train_alone, words
 
 ROOT = Path(__file__).parent.parent
 
 
 def weights(run):
-    return load_file(checkpoint.pointed_at(run / "last") / "model.safetensors")
+    return load_file(checkpoint.read_pointer(run / "last") / "model.safetensors")
 
 
 def lines(path):
@@ -37,75 +42,64 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def evaluations(run):
+    return [line for line in lines(run / "log.jsonl") if "valid" in line]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("gamma, mode", [("0", "sft"), ("inf", "cot")])
 def test_the_ends_of_gamma_train_exactly_as_the_plain_modes(train_on, gamma, mode):
-    dynamic = train_on("dynamic", "--mode", "dynamic", "--gamma", gamma)
+    dynamic = train_on("dynamic", "--mode dynamic --gamma", gamma)
     plain = train_on("plain", "--mode", mode)
     assert lines(dynamic / "log.jsonl")[-1]["step"] == 16
     assert same(weights(dynamic), weights(plain))
 
 
 def test_a_run_learns_and_logs_every_step(train_on, world):
-    run = train_on(
-        "run",
-        "--mode",
-        "dynamic",
-        "--gamma",
-        "5",
-        "--valid",
-        world / "valid.jsonl",
-        "--valid-posts",
-        "4",
-    )
-    log = lines(run / "log.jsonl")
-    steps, evaluations = (
-        [line for line in log if "loss" in line],
-        [line for line in log if "valid" in line],
-    )
+    valid = world / "valid.jsonl"
+    run = train_on("run", "--mode dynamic --gamma 5 --valid-posts 4 --valid", valid)
+    steps = [line for line in lines(run / "log.jsonl") if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 17))
-    assert [line["step"] for line in evaluations] == [8, 16] and evaluations[0]["valid"][
-        "posts"
-    ] == 4
+    assert [line["step"] for line in evaluations(run)] == [8, 16]
+    assert evaluations(run)[0]["valid"]["posts"] == 4
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
     assert steps[0]["cot_share"] == 0 < steps[-1]["cot_share"]
-    assert all(
-        line["samples"] == 8 and line["seconds"] > 0 and line["grad_norm"] > 0 for line in steps
-    )
+    for line in steps:
+        assert line["samples"] == 8 and line["seconds"] > 0 and line["grad_norm"] > 0
     assert (run / "best").read_text().strip() in ("step-8", "step-16")
     assert not list(run.glob(".*"))
 
 
 def test_the_learning_rate_rises_and_falls():
-    args = train.settings(["--lr", "1", "--warmup", "0.1", "--final-lr", "0.2", "--train", "x"])
+    args = train.parse_args("--lr 1 --warmup 0.1 --final-lr 0.2 --train x".split())
     rates = [train.learning_rate(step, 100, args) for step in range(100)]
-    assert (
-        rates[0] == 0.1
-        and rates[9] == rates[10] == 1.0
-        and rates[-1] == pytest.approx(0.2, abs=1e-3)
-    )
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.2, abs=1e-3)
     assert rates[55] == pytest.approx(0.6) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_the_split_into_micro_batches_changes_nothing_but_rounding(train_on):
-    whole = lines(train_on("whole", "--micro-batch", "8", "--gamma", "5") / "log.jsonl")
-    assert any(0 < line["cot_share"] < 1 for line in whole)
-    for size in ("3", "1"):
-        split = lines(train_on(f"split{size}", "--micro-batch", size, "--gamma", "5") / "log.jsonl")
-        assert [line["loss"] for line in split] == pytest.approx(
-            [line["loss"] for line in whole], rel=1e-3
-        )
-        assert [line["cot_share"] for line in split] == [line["cot_share"] for line in whole]
+    def values(run, name):
+        return [line[name] for line in lines(run / "log.jsonl")]
+
+    whole = train_on("whole", "--micro-batch 8 --gamma 5")
+    assert any(0 < share < 1 for share in values(whole, "cot_share"))
+    for size in (3, 1):
+        split = train_on(f"split{size}", "--gamma 5 --micro-batch", size)
+        assert values(split, "loss") == pytest.approx(values(whole, "loss"), rel=1e-3)
+        assert values(split, "cot_share") == values(whole, "cot_share")
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights_and_log(train_on, monkeypatch):
-    whole = train_on("whole", "--gamma", "5")
-    monkeypatch.setattr(
-        train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    whole = train_on("whole", "--gamma 5")
+    monkeypatch.setattr(checkpoint.Checkpoints, "prune", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_on("stopped", "--gamma", "5")
+        train_on("stopped", "--gamma 5")
     monkeypatch.undo()
-    stopped = train_on("stopped", "--gamma", "5", "--resume")
+    stopped = train_on("stopped", "--gamma 5 --resume")
     assert same(weights(whole), weights(stopped))
     assert timeless(whole) == timeless(stopped)
 
@@ -114,19 +108,19 @@ def test_steps_after_the_last_checkpoint_are_done_again(train_on, monkeypatch):
     """Stopped in mid-epoch: the log's later lines, and a torn one, are dropped and written anew."""
     whole = train_on("whole")
     saves = []
-    save = checkpoint.save
+    save = checkpoint.Checkpoints.save
 
-    def save_once(*args):
-        saves.append(1)
+    def save_once(self, step):
+        saves.append(step)
         if len(saves) == 2:
             raise KeyboardInterrupt
-        return save(*args)
+        save(self, step)
 
-    monkeypatch.setattr(train.checkpoint, "save", save_once)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_once)
     with pytest.raises(KeyboardInterrupt):
         train_on("stopped")
     monkeypatch.undo()
-    with open(checkpoint.Path(str(whole).replace("whole", "stopped")) / "log.jsonl", "a") as log:
+    with open(whole.with_name("stopped") / "log.jsonl", "a") as log:
         log.write('{"step": 17, "lo')
     stopped = train_on("stopped", "--resume")
     assert same(weights(whole), weights(stopped))
@@ -148,40 +142,20 @@ def wait_for(condition, process):
 
 def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(train_on, world, tmp_path):
     """Real processes: kill -9 in mid-epoch, kill -9 inside a save, SIGTERM, each resumed."""
-    options = ["--valid", world / "valid.jsonl", "--gamma", "5", "--save-every", "3"]
+    options = ["--gamma 5 --save-every 3 --valid", world / "valid.jsonl"]
     whole, run = train_on("whole", *options), tmp_path / "run"
 
     def start(*more):
-        arguments = [
-            "--train",
-            world / "train.jsonl",
-            "--model",
-            world / "toy",
-            "--out",
-            run,
-            "--epochs",
-            "2",
-            "--batch-size",
-            "8",
-            "--lr",
-            "2e-3",
-            "--workers",
-            "0",
-            "--max-new-tokens",
-            "16",
-            *options,
-            *more,
-        ]
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", run]
+        sizes = "--epochs 2 --batch-size 8 --lr 2e-3 --workers 0 --max-new-tokens 16"
+        command = [sys.executable, str(ROOT / "train.py"), *words(*files, sizes, *options, *more)]
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, **streams)
 
-    logged = lambda count: (
-        lambda: (run / "log.jsonl").exists() and len(lines(run / "log.jsonl")) >= count
-    )
+    def logged(count):
+        log = run / "log.jsonl"
+        return lambda: log.exists() and len(lines(log)) >= count
+
     process = start()
     wait_for(logged(4), process)
     process.kill()
@@ -192,18 +166,15 @@ def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(train_on, wo
     wait_for(lambda: (run / ".step-9.partial").exists(), process)
     process.kill()
     process.communicate()
-    assert [folder.name for folder in checkpoint.checkpoints(run)][-1] in ("step-8", "step-9")
+    assert [folder.name for folder in checkpoint.list_checkpoints(run)][-1] in ("step-8", "step-9")
 
     process = start("--resume")
     wait_for(logged(13), process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
-    assert (
-        process.returncode == 128 + signal.SIGTERM
-        and "--resume goes on" in errors
-        and "Traceback" not in errors
-    )
-    step = int(checkpoint.pointed_at(run / "last").name.removeprefix("step-"))
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--resume continues" in errors and "Traceback" not in errors
+    step = int(checkpoint.read_pointer(run / "last").name.removeprefix("step-"))
     assert 11 <= step < 16 and lines(run / "log.jsonl")[-1]["step"] == step
 
     process = start("--resume")
@@ -214,17 +185,14 @@ def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(train_on, wo
 
 
 def test_checkpoints_in_mid_epoch_and_how_many_are_kept(train_on, world):
-    run = train_on("run", "--save-every", "3", "--keep", "2", "--valid", world / "valid.jsonl")
-    names = {folder.name for folder in checkpoint.checkpoints(run)}
-    assert (
-        {"step-15", "step-16"}
-        <= names
-        <= {"step-15", "step-16", (run / "best").read_text().strip()}
-    )
+    run = train_on("run", "--save-every 3 --keep 2 --valid", world / "valid.jsonl")
+    names = {folder.name for folder in checkpoint.list_checkpoints(run)}
+    newest, best = {"step-15", "step-16"}, (run / "best").read_text().strip()
+    assert newest <= names <= newest | {best}
 
 
 def test_a_signal_ends_validation_at_once_and_a_second_one_everything(train_on, world, monkeypatch):
-    options = ["--valid", world / "valid.jsonl", "--gamma", "5"]
+    options = ["--gamma 5 --valid", world / "valid.jsonl"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "predict_and_score", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         train_on("run", *options)
@@ -242,35 +210,35 @@ def test_resuming_with_other_posts_or_settings(train_on, world, tmp_path):
     posts = tmp_path / "posts.jsonl"
     text = (world / "train.jsonl").read_text().replace("images/", f"{world}/images/")
     posts.write_text(text)
-    train_on("run", "--epochs", "1", posts=posts)
+    train_on("run", "--epochs 1", posts=posts)
     posts.write_text(text.replace("new kit", "old kit"))
     with pytest.raises(UserError, match="epochs was 1, is 2, train_digest was"):
         train_on("run", "--resume", posts=posts)
-    run = train_on("run", "--resume", "--force", posts=posts)
+    run = train_on("run", "--resume --force", posts=posts)
     assert lines(run / "log.jsonl")[-1]["step"] == 16
     posts.write_text("".join(text.splitlines(keepends=True)[:60]))
     with pytest.raises(UserError, match="posts was 64, is 60"):
-        train_on("run", "--resume", "--force", posts=posts)
+        train_on("run", "--resume --force", posts=posts)
 
 
 @pytest.mark.parametrize(
     "name, told",
     [
-        ("step-8/optimizer/*.safetensors", "step-8: what resuming needs can't be read"),
-        ("step-8/progress.json", "step-8: what resuming needs can't be read"),
+        ("step-8/optimizer/*.safetensors", "step-8: can't resume from it"),
+        ("step-8/progress.json", "step-8: can't resume from it"),
         ("step-8/model.safetensors", "step-8/model.safetensors: "),
-        ("settings.json", "settings.json: damaged"),
+        ("settings.json", "settings.json: can't be read"),
     ],
 )
 def test_resuming_from_a_damaged_file(train_on, name, told):
-    run = train_on("run", "--epochs", "1")
+    run = train_on("run", "--epochs 1")
     (file,) = run.glob(name)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(UserError, match=f"^{run}/{told}"):
-        train_on("run", "--epochs", "1", "--resume")
+        train_on("run", "--epochs 1 --resume")
 
 
-def test_a_run_killed_before_a_checkpoint_had_its_name(train_on):
+def test_a_run_killed_before_its_last_checkpoint_was_named(train_on):
     """Between the rename that makes a checkpoint whole and the pointer to it."""
     whole = train_on("run")
     (whole / "last").unlink()
@@ -280,59 +248,55 @@ def test_a_run_killed_before_a_checkpoint_had_its_name(train_on):
 
 
 def test_a_resumed_run_can_save_more_than_once(train_on, monkeypatch):
-    monkeypatch.setattr(
-        train.checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(checkpoint.Checkpoints, "prune", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_on("run", "--epochs", "3")
+        train_on("run", "--epochs 3")
     monkeypatch.undo()
-    run = train_on("run", "--epochs", "3", "--resume")
+    run = train_on("run", "--epochs 3 --resume")
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"step-24"}
     assert (run / "step-24" / "tokenizer.json").is_file()
 
 
 def test_a_run_stopped_between_saving_and_validating_validates_first(train_on, world, monkeypatch):
-    """At an epoch's end, and at the run's, in the midst of one."""
-    options = ["--valid", world / "valid.jsonl", "--gamma", "5", "--epochs", "1.5"]
+    """At an epoch's end, and at the run's end in mid-epoch."""
+    options = ["--gamma 5 --epochs 1.5 --valid", world / "valid.jsonl"]
     whole = train_on("whole", *options)
+    assert [line["step"] for line in evaluations(whole)] == [8, 12]
     measure = train.predict_and_score
-    for right in (0, 1):
-        left = iter([measure] * right)
-        monkeypatch.setattr(
-            train, "predict_and_score", lambda *a: next(left)(*a)
-        )  # StopIteration once none is left
+    for count in (0, 1):
+        calls = iter([measure] * count)
+
+        def limited(*args, calls=calls):
+            return next(calls)(*args)  # StopIteration once there is none
+
+        monkeypatch.setattr(train, "predict_and_score", limited)
         with pytest.raises(StopIteration):
-            train_on(f"stopped{right}", *options)
+            train_on(f"stopped{count}", *options)
         monkeypatch.undo()
-        stopped = train_on(f"stopped{right}", *options, "--resume")
-        evaluations = lambda run: [line for line in lines(run / "log.jsonl") if "valid" in line]
-        assert evaluations(whole) == evaluations(stopped) and [
-            line["step"] for line in evaluations(whole)
-        ] == [8, 12]
+        stopped = train_on(f"stopped{count}", *options, "--resume")
+        assert evaluations(whole) == evaluations(stopped)
         assert (whole / "best").read_text() == (stopped / "best").read_text()
 
 
 def test_an_epoch_and_a_tenth_is_the_beginning_of_two(train_on):
     """Ten steps an epoch; in binary, 1.1 times 10 is above 11."""
-    options = ["--mode", "sft", "--batch-size", "7", "--epochs"]
-    short, two = (
-        lines(train_on(epochs, *options, epochs) / "log.jsonl") for epochs in ("1.1", "2")
-    )
+    options = "--mode sft --batch-size 7 --epochs"
+    short = lines(train_on("1.1", options, "1.1") / "log.jsonl")
+    two = lines(train_on("2", options, "2") / "log.jsonl")
     assert len(short) == 11 and len(two) == 20
-    assert [(line["step"], line["epoch"], line["tokens"]) for line in short] == [
-        (line["step"], line["epoch"], line["tokens"]) for line in two[:11]
-    ]
-    assert (
-        short[-1]["lr"] == pytest.approx(two[-1]["lr"], rel=0.9)
-        and short[-1]["lr"] < 0.2 * two[10]["lr"]
-    )
-    assert lines(train_on("1.1", *options, "1.1", "--resume") / "log.jsonl") == short
+    for line, other in zip(short, two[:11], strict=True):
+        assert [line[key] for key in ("step", "epoch", "tokens")] == [
+            other[key] for key in ("step", "epoch", "tokens")
+        ]
+    assert short[-1]["lr"] == pytest.approx(two[-1]["lr"], rel=0.9)
+    assert short[-1]["lr"] < 0.2 * two[10]["lr"]
+    assert lines(train_on("1.1", options, "1.1", "--resume") / "log.jsonl") == short
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf"])
 def test_epochs_that_are_none(capsys, text):
     with pytest.raises(SystemExit):
-        train.settings(["--epochs", text])
+        train.parse_args(["--epochs", text])
     assert f"'{text}' is not a number above 0" in capsys.readouterr().err
 
 
@@ -340,21 +304,9 @@ def test_epochs_that_are_none(capsys, text):
 def test_a_wrong_validation_or_test_file_is_told_before_training(
     world, tmp_path, monkeypatch, option
 ):
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--train",
-            str(world / "train.jsonl"),
-            "--model",
-            str(world / "toy"),
-            "--out",
-            str(tmp_path / "run"),
-            option,
-            str(tmp_path / "none.jsonl"),
-        ],
-    )
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
+    wrong = words(*files, option, tmp_path / "none.jsonl")
+    monkeypatch.setattr(sys, "argv", ["train.py", *wrong])
     with pytest.raises(UserError, match="none.jsonl: no such file"):
         train.main()
     assert not (tmp_path / "run").exists()
@@ -362,22 +314,8 @@ def test_a_wrong_validation_or_test_file_is_told_before_training(
 
 def test_a_finished_run_is_a_model_to_go_on_from(train_on, world, tmp_path):
     first = train_on("first")
-    _, _, second = train_alone(
-        "--train",
-        world / "train.jsonl",
-        "--model",
-        first,
-        "--out",
-        tmp_path / "second",
-        "--epochs",
-        1,
-        "--batch-size",
-        32,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-    )
+    files = ["--train", world / "train.jsonl", "--model", first, "--out", tmp_path / "second"]
+    _, _, second = train_alone(*files, "--epochs 1 --batch-size 32 --workers 0 --device cpu")
     assert lines(second / "log.jsonl")[0]["loss"] < lines(first / "log.jsonl")[0]["loss"] / 1.5
 
 
@@ -390,7 +328,7 @@ def test_a_device_that_is_not_there(train_on, device):
 def test_resuming_with_other_settings_is_refused(train_on):
     train_on("run")
     with pytest.raises(UserError, match="gamma was 0.4, is 0.5"):
-        train_on("run", "--resume", "--gamma", "0.5")
+        train_on("run", "--resume --gamma 0.5")
     with pytest.raises(UserError, match="there is a run already"):
         train_on("run")
     with pytest.raises(UserError, match="no run to resume"):
@@ -403,89 +341,78 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_started_anew(train
     assert (train_on("run") / "last").is_file()
 
 
-def with_bad_images(world, tmp_path, count):
-    records = lines(world / "train.jsonl")
-    for record in records:
-        record["image"] = str(world / record["image"])
-    for record in records[:count]:
-        record["image"] = "missing.png"
-    path = tmp_path / "posts.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records * 2), encoding="utf-8")
-    doubled = [record | {"id": f"{i}"} for i, record in enumerate(records * 2)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in doubled), encoding="utf-8")
+def write_records(path, records):
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
+def with_bad_images(world, tmp_path, *bad):
+    """A file of 128 posts, of which those with the numbers `bad` have no image on the disk."""
+    records = [
+        record | {"id": f"{number}", "image": str(world / record["image"])}
+        for number, record in enumerate(lines(world / "train.jsonl") * 2)
+    ]
+    for number in bad:
+        records[number]["image"] = "missing.png"
+    return write_records(tmp_path / "posts.jsonl", records)
+
+
 def test_an_unreadable_image_is_skipped_and_listed(train_on, world, tmp_path):
-    path = with_bad_images(world, tmp_path, 0)
-    records = lines(path)
-    records[5]["image"] = "missing.png"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    run = train_on("run", posts=path)
+    run = train_on("run", posts=with_bad_images(world, tmp_path, 5))
     skipped = lines(run / "skipped.jsonl")
-    assert (
-        {line["id"] for line in skipped} == {"5"}
-        and len(skipped) == 2
-        and skipped[0]["reason"] == "no such file"
-    )
+    assert {line["id"] for line in skipped} == {"5"} and len(skipped) == 2
+    assert skipped[0]["reason"] == "no such file"
     assert sum(line["samples"] for line in lines(run / "log.jsonl")) == 2 * 127
 
 
 def test_many_unreadable_images_end_the_run(train_on, world, tmp_path):
     with pytest.raises(UserError, match=r"more than 1%.*missing\.png"):
-        train_on("run", posts=with_bad_images(world, tmp_path, 2))
+        train_on("run", posts=with_bad_images(world, tmp_path, 0, 1, 64, 65))
 
 
 def frames_of(error, name):
     """The frames of functions of that name that an error has come through."""
-    return [
-        frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == name
-    ]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [frame for frame in frames if frame.f_code.co_name == name]
 
 
 @pytest.mark.parametrize("script", ["train", "infer"])
 def test_a_full_gpu_is_told_in_a_line(world, tmp_path, monkeypatch, script):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB."
-        )
+    tried = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
-    monkeypatch.setattr("model.DynamicCoT.forward" if script == "train" else "model.generate", full)
-    module = importlib.import_module(script)
-    options = {
-        "train": ["--train", world / "train.jsonl", "--out", tmp_path / "run", "--workers", 0],
-        "infer": [
-            "--data",
-            world / "test.jsonl",
-            "--out",
-            tmp_path / "preds.jsonl",
-            "--workers",
-            0,
-        ],
-    }[script]
-    monkeypatch.setattr(sys, "argv", [script, "--model", str(world / "toy"), *map(str, options)])
-    mend = {"train": "a smaller --micro-batch", "infer": "a smaller --batch-size"}[script]
-    with pytest.raises(
-        UserError, match=f"^CUDA out of memory. Tried to allocate 2.00 GiB; {mend}"
-    ) as told:
-        module.main()
-    (step,) = frames_of(told.value.__context__, "train" if script == "train" else "predict")
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(f"{tried}. GPU 0 has a total capacity of 79.11 GiB.")
+
+    if script == "train":
+        where, caller, mend = "model.DynamicCoT.forward", "train", "a smaller --micro-batch"
+        files = ["--train", world / "train.jsonl", "--out", tmp_path / "run"]
+    else:
+        where, caller, mend = "model.generate", "predict", "try a smaller --batch-size"
+        files = ["--data", world / "test.jsonl", "--out", tmp_path / "preds.jsonl"]
+    monkeypatch.setattr(where, full)
+    arguments = words("--model", world / "toy", "--workers 0", *files)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(UserError, match=f"^{tried}; {mend}") as told:
+        importlib.import_module(script).main()
+    (step,) = frames_of(told.value.__context__, caller)
     assert not step.f_locals, "what fills the memory is held by nobody"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(train_on):
     with pytest.raises(UserError, match="not finite"):
-        train_on("run", "--lr", "1e30", "--clip", "0")
+        train_on("run", "--lr 1e30 --clip", "0")
 
 
 def test_weights_that_are_not_finite_are_not_saved(train_on, monkeypatch):
-    run = train_on("run", "--epochs", "1")
+    run = train_on("run", "--epochs 1")
     from model import load
 
     model, encoder, source = load(str(run / "step-8"))
     model.lm_head.weight.data[0, 0] = math.nan
+    checkpoints = checkpoint.Checkpoints(run, model, None, encoder, source, Ranks("cpu"))
     with pytest.raises(UserError, match="not finite"):
-        checkpoint.save(run, 9, model, source, encoder.prompt, None, checkpoint.Processes("cpu"))
+        checkpoints.save(9)
     assert (run / "last").read_text().strip() == "step-8"
 
 
@@ -497,8 +424,7 @@ def test_missing_reasoning_is_counted(train_on, world, tmp_path, mode, keep, mes
     records = lines(world / "train.jsonl")
     for record in records[keep:]:
         del record["cot"]
-    path = tmp_path / "posts.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path = write_records(tmp_path / "posts.jsonl", records)
     with pytest.raises(UserError, match=message):
         train_on("run", "--mode", mode, posts=path)
 
@@ -506,15 +432,14 @@ def test_missing_reasoning_is_counted(train_on, world, tmp_path, mode, keep, mes
 def test_gradient_checkpointing_and_a_frozen_vision_tower(train_on, world, monkeypatch):
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer as Layer
 
-    shared = lines(train_on("shared", "--gamma", "5") / "log.jsonl")
-    run = lines(train_on("run", "--gamma", "5", "--gradient-checkpointing") / "log.jsonl")
-    assert [line["loss"] for line in run] == pytest.approx(
-        [line["loss"] for line in shared], rel=1e-3
-    )
+    shared = lines(train_on("shared", "--gamma 5") / "log.jsonl")
+    run = lines(train_on("run", "--gamma 5 --gradient-checkpointing") / "log.jsonl")
+    losses = [line["loss"] for line in shared]
+    assert [line["loss"] for line in run] == pytest.approx(losses, rel=1e-3)
 
     calls, forward = [], Layer.forward
     monkeypatch.setattr(Layer, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    train_on("sft", "--mode", "sft", "--epochs", "1", "--gradient-checkpointing")
+    train_on("sft", "--mode sft --epochs 1 --gradient-checkpointing")
     assert len(calls) == 8 * 4 * 2  # steps, layers, forward and recomputation of one literal pass
     monkeypatch.undo()
     frozen = train_on("frozen", "--freeze-vision")
@@ -538,23 +463,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(train_on, monkeypatch):
         train_on("run")
     monkeypatch.undo()
     run = train_on("run", "--resume")
-    assert (run / "last").read_text().strip() == "step-16" and same(
-        weights(run), weights(train_on("whole"))
-    )
+    assert (run / "last").read_text().strip() == "step-16"
+    assert same(weights(run), weights(train_on("whole")))
 
 
 def test_the_checkpoint_is_a_model_folder_like_its_source(train_on, world):
     from transformers import AutoModelForImageTextToText
 
     run = train_on("run")
-    folder = checkpoint.pointed_at(run / "last")
-    source, saved = (
-        load_file(world / "toy" / "model.safetensors"),
-        load_file(folder / "model.safetensors"),
-    )
-    assert {name: tensor.shape for name, tensor in source.items()} == {
-        name: tensor.shape for name, tensor in saved.items()
-    }
+    folder = checkpoint.read_pointer(run / "last")
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(place / "model.safetensors").items()}
+        for place in (world / "toy", folder)
+    ]
+    assert shapes[0] == shapes[1]
     for file in (world / "toy").iterdir():
         if file.name != "model.safetensors":
             assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
@@ -569,59 +491,171 @@ def test_the_checkpoint_is_a_model_folder_like_its_source(train_on, world):
 def test_a_saved_pointer_that_names_nothing_is_told(tmp_path):
     (tmp_path / "last").write_text("step-9\n")
     with pytest.raises(UserError, match="step-9"):
-        checkpoint.model_folder(str(tmp_path))
+        checkpoint.find_model(str(tmp_path))
+
+
+# ------------------------------------------------------------------ one run at a time, TensorBoard
+
+HOLDER = """
+import multiprocessing, sys, time
+from support.jsonl import locked
+with locked(sys.argv[1]):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
+    """Until the first one ends, even by kill -9 and with a worker process that outlives it."""
+    log, lock = tmp_path / "run" / "log.jsonl", tmp_path / "run" / ".log.jsonl.lock"
+    command = [sys.executable, "-c", HOLDER, log]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", log.parent]
+        command = [sys.executable, "train.py", *words(*files, "--workers 0")]
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        host = socket.gethostname()
+        assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
+        assert second.stderr.startswith(f"error: {log}: another run is writing to it")
+        assert f"process {holder.pid} on {host}" in second.stderr
+        assert os.listdir(log.parent) == [lock.name]
+        holder.kill()
+        holder.wait()
+        assert lock.read_text() == f"process {holder.pid} on {host}"
+        with locked(log):
+            assert lock.read_text() == f"process {os.getpid()} on {host}"
+        assert not lock.exists()
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+def scalars(run):
+    """{tag: {step: value}} of a run's event files, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def expected_scalars(run):
+    """The same of the log's lines."""
+    expected = {}
+    for line in lines(run / "log.jsonl"):
+        if "valid" in line:
+            groups = {f"valid/{name}": values for name, values in line["valid"].items()}
+        else:
+            groups = {"train": line}
+        for group, values in groups.items():
+            if isinstance(values, dict):
+                for name, value in values.items():
+                    if name not in ("step", "epoch") and value is not None:
+                        expected.setdefault(f"{group}/{name}", {})[line["step"]] = value
+    return expected
+
+
+def test_tensorboard_shows_what_the_log_says(train_on, world, monkeypatch):
+    """Also after steps were done again by a resumed run."""
+    pytest.importorskip("tensorboard", reason="--tensorboard needs the optional package")
+    options = ["--tensorboard --gamma 5 --valid-posts 4 --valid", world / "valid.jsonl"]
+    save = checkpoint.Checkpoints.save
+
+    def save_once(self, step):
+        if step == 16:
+            raise KeyboardInterrupt
+        save(self, step)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_once)
+    with pytest.raises(KeyboardInterrupt):
+        train_on("run", *options)
+    monkeypatch.undo()
+    run = train_on("run", *options, "--resume")
+    found, expected = scalars(run), expected_scalars(run)
+    assert {"train/loss", "train/cot_share", "train/lr", "valid/all/F1@1"} <= found.keys()
+    assert list(found["train/loss"]) == list(range(1, 17)) and len(found["valid/all/F1@1"]) == 2
+    assert found.keys() == expected.keys()
+    for tag, values in expected.items():
+        assert found[tag] == pytest.approx(values, rel=1e-6), tag  # stored as float32
+
+
+def test_without_tensorboard_one_line_says_what_to_install(world, tmp_path):
+    """Always run: the import is blocked, whether the package is there or not."""
+    code = "import sys; sys.modules['tensorboard'] = None; import train; train.run(train.main)"
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
+    command = [sys.executable, "-c", code, *words(*files, "--tensorboard")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    message = "error: --tensorboard needs one more package: pip install tensorboard"
+    assert done.returncode == 1 and done.stderr.splitlines() == [message]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line(world, tmp_path):
-    """A real process: help without torch, mistakes in one line, and a run that ends with scores and a command."""
+    """A real process: help, mistakes in one line, and a run that ends with scores and a command."""
 
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+        command = [sys.executable, str(ROOT / "train.py"), *words(*arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
     helped = run("--help")
     assert helped.returncode == 0 and "(default: 0.4)" in helped.stdout
     for arguments, message in (
-        (["--model", "x"], "--train is missing"),
-        (["--train", "x"], "--model is missing"),
-        (["--train", "none.jsonl", "--model", world / "toy"], "none.jsonl"),
+        (["--model x"], "--train is missing"),
+        (["--train x"], "--model is missing"),
+        (["--train none.jsonl --model", world / "toy"], "none.jsonl"),
     ):
         failed = run(*arguments)
-        assert (
-            failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
-        )
+        assert failed.returncode == 1 and message in failed.stderr
+        assert "Traceback" not in failed.stderr
         assert len(failed.stderr.strip().splitlines()) == 1
-    done = run(
-        "--train",
-        world / "train.jsonl",
-        "--test",
-        world / "test.jsonl",
-        "--model",
-        world / "toy",
-        "--epochs",
-        1,
-        "--workers",
-        1,
-        "--max-new-tokens",
-        4,
-        "--out",
-        "run2",
-    )
+    files = ["--train", world / "train.jsonl", "--test", world / "test.jsonl"]
+    sizes = "--epochs 1 --workers 1 --max-new-tokens 4 --out run2"
+    done = run(*files, "--model", world / "toy", sizes)
     assert done.returncode == 0, done.stderr
     shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
-    assert shown and not [
-        line for line in shown if not re.match(r"(training|test): +\d+%\|", line)
-    ]  # no library's
-    assert (
-        "F1@1" in done.stdout and "python infer.py" in done.stdout and "--model run2" in done.stdout
-    )
-    assert "python pages.py curves run2 --out run2/curves.html" in done.stdout
+    bar = re.compile(r"(training|test\.jsonl): +\d+%\|")
+    assert shown and not [line for line in shown if not bar.match(line)]  # no library's line
+    assert "F1@1" in done.stdout
+    assert "python infer.py" in done.stdout and "--model run2" in done.stdout
+    assert "python -m tools.curves run2 --out run2/curves.png" in done.stdout
     assert len(lines(tmp_path / "run2" / "test_preds.jsonl")) == 12
-    assert math.isfinite(
-        json.loads((tmp_path / "run2" / "test_scores.json").read_text())["all"]["F1@1"]
-    )
+    scores = json.loads((tmp_path / "run2" / "test_scores.json").read_text())
+    assert math.isfinite(scores["all"]["F1@1"])
     shutil.rmtree(tmp_path / "run2")
+
+
+def test_a_resumed_run_has_the_choices_of_the_whole_one(train_on, world, monkeypatch):
+    few = world / "few.jsonl"  # 24 posts: three steps of eight an epoch
+    head = (world / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:24]
+    few.write_text("".join(head), encoding="utf-8")
+    whole = train_on("whole", "--log-choices", posts=few)
+    save = checkpoint.Checkpoints.save
+
+    def save_once(checkpoints, step):
+        if step == 6:  # after the steps of the second epoch were logged
+            raise KeyboardInterrupt
+        return save(checkpoints, step)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_once)
+    with pytest.raises(KeyboardInterrupt):
+        train_on("stopped", "--log-choices", posts=few)
+    monkeypatch.undo()
+    stopped = whole.parent / "stopped"
+    assert lines(stopped / "choices.jsonl")[-1]["step"] == 6
+    with open(stopped / "choices.jsonl", "a") as file:
+        file.write('{"step": 7, "id"')
+    torn = (stopped / "choices.jsonl").read_bytes()
+    train_on("stopped", "--log-choices", "--resume", posts=few)
+    assert lines(stopped / "choices.jsonl") == lines(whole / "choices.jsonl")
+    # Without the setting nothing is written; what is after the step is dropped all the same.
+    (stopped / "choices.jsonl").write_bytes(torn)
+    args = SimpleNamespace(log_choices=False, tensorboard=False)
+    with Ranks("cpu") as ranks, TrainingLog(args, stopped, 3, 6, 24, ranks) as log:
+        log.write_choices(4)
+    first_epoch = [choice for choice in lines(whole / "choices.jsonl") if choice["step"] <= 3]
+    assert lines(stopped / "choices.jsonl") == first_epoch

@@ -2,9 +2,9 @@
 
 import torch
 
-import checkpoint
 import train
 from data import Answers, Batch
+from support.distributed import Ranks
 
 VOCABULARY, IMAGE_TOKEN = 97, 90
 TEXT = dict(
@@ -28,7 +28,10 @@ PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
 def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
-    """A float32 model of `family` with random weights large enough that its losses differ from post to post."""
+    """A float32 model of `family` with random weights.
+
+    They are large enough that the losses differ from post to post.
+    """
     import transformers
 
     torch.manual_seed(seed)
@@ -83,18 +86,28 @@ def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
+def words(*parts):
+    """A command line's arguments: text is split at spaces; a path or number is one argument."""
+    return sum((part.split() if isinstance(part, str) else [str(part)] for part in parts), [])
+
+
 def train_alone(*arguments):
     """`python train.py ARGUMENTS` in this process; returns (model, encoder, run folder)."""
-    args = train.settings([*map(str, arguments)])
-    with checkpoint.Processes(args.device) as processes:
-        return train.train(args, processes)
+    args = train.parse_args(words(*arguments))
+    with Ranks(args.device) as ranks:
+        return train.train(args, ranks)
 
 
 def random_posts(family, grids, seed=0, text=(3, 9), plain=(2, 5), cot=(8, 14), without_cot=()):
-    """Raw material for `batch_of`: one post a grid (rows, columns of patches), None for a text-only post."""
+    """Raw material for `batch_of`: one post a grid (rows, columns of patches); None: no image."""
     draw = torch.Generator().manual_seed(seed)
-    number = lambda low, high: int(torch.randint(low, high + 1, (), generator=draw))
-    tokens = lambda count: torch.randint(0, 89, (count,), generator=draw).tolist()
+
+    def number(low, high):
+        return int(torch.randint(low, high + 1, (), generator=draw))
+
+    def tokens(count):
+        return torch.randint(0, 89, (count,), generator=draw).tolist()
+
     posts = []
     for index, grid in enumerate(grids):
         prompt, image = tokens(number(*text)), None
@@ -103,14 +116,11 @@ def random_posts(family, grids, seed=0, text=(3, 9), plain=(2, 5), cot=(8, 14), 
             pixels = torch.randn(rows * columns, 3 * 2 * PATCH[family] ** 2, generator=draw)
             image = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])}
             prompt = tokens(2) + [92] + [IMAGE_TOKEN] * (rows * columns // 4) + [93] + prompt
-        posts.append(
-            {
-                "prompt": prompt,
-                "image": image,
-                "plain": tokens(number(*plain)),
-                "cot": None if index in without_cot else tokens(number(*cot)),
-            }
-        )
+        answers = {
+            "plain": tokens(number(*plain)),
+            "cot": None if index in without_cot else tokens(number(*cot)),
+        }
+        posts.append({"prompt": prompt, "image": image} | answers)
     return posts
 
 
@@ -154,8 +164,9 @@ You are a helpful assistant.<|im_end|>
 {% endif -%}
 {%- for message in messages -%}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}<|im_end|>
-{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|>\
-<|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>
+{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}\
+<|vision_start|><|image_pad|><|vision_end|>\
+{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>
 {% endif %}{%- endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}
@@ -163,7 +174,7 @@ You are a helpful assistant.<|im_end|>
 
 
 def byte_level_bpe():
-    """A byte-level BPE with the published models' pattern, trained on a page; no special tokens yet."""
+    """A byte-level BPE with the published models' pattern, trained on a page; no special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     from data import PROMPT
@@ -181,23 +192,13 @@ def byte_level_bpe():
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    page = [
-        PROMPT,
-        "user assistant system You are a helpful assistant",
-        "the post names the foxes",
-        "hello there",
-    ] * 3
-    page += [
-        "<think>The post"
-    ] * 9  # the vocabulary then joins `>` and `The`, as published ones may
-    tokenizer.train_from_iterator(
-        page,
-        trainers.BpeTrainer(
-            vocab_size=600,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    system = "user assistant system You are a helpful assistant"
+    page = [PROMPT, system, "the post names the foxes", "hello there"] * 3
+    page += ["<think>The post"] * 9  # `>` and `The` are then joined, as in published vocabularies
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
+    tokenizer.train_from_iterator(page, trainer)
     return tokenizer
 
 
@@ -207,14 +208,8 @@ def qwen_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = byte_level_bpe()
-    specials = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-    ]
+    names = "endoftext im_start im_end vision_start vision_end image_pad"
+    specials = [f"<|{name}|>" for name in names.split()]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

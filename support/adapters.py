@@ -1,0 +1,123 @@
+"""LoRA adapters, through the optional package peft."""
+
+import copy
+
+from evaluate import UserError
+from support.console import first_line, read_json
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of peft's weight names
+
+# The linear layers that --lora adapts, by their names in the families' models.
+LORA_TEXT = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+LORA_VISION = r"model\.visual\.blocks\.\d+\.(attn|mlp)\.(qkv|proj|\w+_proj|\w*fc\d)"
+
+
+def need_peft():
+    """Raises UserError where the optional package for adapters is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError("adapters (LoRA) need one more package: pip install peft") from None
+
+
+def adapter_config(model):
+    """The peft configuration of a model's adapter, None where it has none."""
+    return getattr(model, "peft_config", {}).get("default")
+
+
+def add_adapter(model, rank, base, vision=False):
+    """Freeze a model and add a LoRA adapter to every linear layer of its language model, in place.
+
+    The adapter has rank `rank`, scale 2, B zero, and float32 weights; with `vision` the vision
+    tower gets it, too. `base` is the name of the model that the adapter's folder will give.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        base_model_name_or_path=base,
+        target_modules=f"{LORA_TEXT}|{LORA_VISION}" if vision else LORA_TEXT,
+    )
+    return inject_adapter(model, config)
+
+
+def inject_adapter(model, config):
+    """The model, frozen, with a new float32 adapter on it; in place."""
+    from peft import inject_adapter_in_model
+
+    model = inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def base_name(folder):
+    """The name of the model that an adapter's folder was made for. Raises UserError."""
+    file = folder / ADAPTER
+    config = read_json(file)
+    name = config.get("base_model_name_or_path")
+    if config.get("peft_type") != "LORA" or not name or config.get("modules_to_save"):
+        raise UserError(
+            f"{file}: only LoRA adapters that name their base_model_name_or_path, and have no "
+            "modules_to_save, are supported"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS} in it; pickled weights are not read")
+    return name
+
+
+def read_adapter(folder, model, weights=True):
+    """The model with the adapter of a folder on it. Raises UserError if it does not fit."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    wrong = set()
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = False
+        model = inject_adapter(model, config)
+        if weights:
+            saved = load_file(folder / ADAPTER_WEIGHTS)
+            saved = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
+            report = set_peft_model_state_dict(model, saved)
+            wrong = {name for name in report.missing_keys if "lora_" in name}
+            wrong |= set(report.unexpected_keys)
+    except Exception as error:
+        raise UserError(
+            f"{folder}: its adapter can't be loaded ({first_line(error)}); is the copy whole, and "
+            "the base that it names the right one?"
+        ) from None
+    if wrong:
+        raise UserError(
+            f"{folder}: {len(wrong)} weights of the adapter are missing or have no place in the "
+            f"base, the first {min(wrong)}; is the base that it names the right one?"
+        )
+    return model.eval()
+
+
+def write_adapter(model, weights, folder):
+    """Write a model's adapter in peft's layout; `weights` are its trained tensors by name."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.copy(adapter_config(model))
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in named.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def merge_adapter(model):
+    """Add an adapter to the weights that it adapts, and remove it; in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config

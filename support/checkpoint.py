@@ -1,0 +1,379 @@
+"""A run's folder, its checkpoints, and a stop that loses nothing.
+
+    out/run/settings.json        what the run was started with
+    out/run/log.jsonl            a line a step, a line an evaluation
+    out/run/step-600/            a model folder in Hugging Face layout, and what resuming needs
+    out/run/last, out/run/best   small files that name a checkpoint
+
+A checkpoint is written to a hidden folder and then renamed: it is whole or not there at all.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+from evaluate import UserError
+from support.adapters import ADAPTER, adapter_config, write_adapter
+from support.console import first_line, info, read_json, writing
+from support.distributed import full_tensor, is_sharded, local_tensor
+from support.jsonl import write_atomic
+
+OPTIMIZER, PROGRESS, PROMPT_FILE = "optimizer", "progress.json", "prompt.txt"
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
+MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.safetensors")
+
+
+# --------------------------------------------------------------------------------- finding a model
+
+
+def find_model(name, files=MODEL_FILES):
+    """The folder of what `--model` names: a run, a checkpoint, a model or adapter, or a hub name.
+
+    Of a run it is the best checkpoint, else the last. From the hub only `files` are downloaded.
+    Raises UserError.
+    """
+    folder = Path(checkpoint_of(name))
+    if is_local(str(folder)):
+        if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
+            raise UserError(
+                f"{name}: no model here; a folder with a config.json or an {ADAPTER}, or a name "
+                "like Qwen/Qwen2.5-VL-3B-Instruct, is needed"
+            )
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # the hub's client raises a dozen kinds of errors
+        reason = first_line(error)
+        raise UserError(
+            f"{name}: neither a local folder nor available from the hub ({reason})"
+        ) from None
+
+
+def checkpoint_of(name):
+    """The checkpoint that a run's folder or one of its pointer files names; else `name` itself.
+
+    Raises UserError for a run without a checkpoint.
+    """
+    path = Path(name)
+    for pointer in (path, path / "best", path / "last"):
+        if pointer.name in ("best", "last") and pointer.is_file():
+            return str(read_pointer(pointer))
+    if (path / "settings.json").is_file():
+        raise UserError(
+            f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch "
+            "and of the run, and with --save-every in between"
+        )
+    return name
+
+
+def is_local(name):
+    """Whether a model's name is that of a folder; else it is one on the hub."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+
+
+# ----------------------------------------------------------------------------------- a run's folder
+
+
+def write_pointer(run, pointer, name):
+    """Let run/`pointer` (last or best) name the checkpoint `name`."""
+    write_atomic(run / pointer, name + "\n")
+
+
+def read_pointer(pointer):
+    """The checkpoint folder that a pointer file names. Raises UserError where it isn't there."""
+    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not folder.is_dir():
+        raise UserError(
+            f"{pointer}: names {folder.name}, which does not exist; name a checkpoint instead"
+        )
+    return folder
+
+
+def step_of(folder):
+    """The N of a folder step-N."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def list_checkpoints(run):
+    """A run's whole checkpoints, the oldest first."""
+    return sorted(
+        (folder for folder in run.glob("step-*") if (folder / PROGRESS).is_file()), key=step_of
+    )
+
+
+def open_run(folder, settings, resume=False, force=False):
+    """Make or reopen a run's folder; `settings` is a dict that JSON can hold.
+
+    Raises UserError where there is a run already and `resume` wasn't asked for, where there is
+    nothing to resume, or where the run was started with other settings. `force` resumes with other
+    settings all the same, but not with other posts or another batch size: a place in an epoch
+    means nothing without them.
+    """
+    folder = Path(folder)
+    file = folder / "settings.json"
+    if resume:
+        changed = changed_settings(folder, settings)
+        differences = ", ".join(changed.values())
+        if changed and (not force or not changed.keys().isdisjoint(("posts", "batch_size"))):
+            mend = "" if force else "; --force resumes all the same"
+            raise UserError(f"{folder}: can't resume with other settings: {differences}{mend}")
+        if changed:
+            info(f"{folder}: resuming with other settings: {differences}")
+    elif (folder / "last").exists() or list_checkpoints(folder):
+        raise UserError(
+            f"{folder}: there is a run already; continue it with --resume, or name another folder "
+            "with --out"
+        )
+    with writing(file):
+        write_atomic(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    # A run killed right after a checkpoint was renamed did not get to name it.
+    if resume and (found := list_checkpoints(folder)):
+        write_pointer(folder, "last", found[-1].name)
+
+
+def changed_settings(folder, settings):
+    """{setting: "it was this, is that"} between a run and how it is resumed. Raises UserError."""
+    file = folder / "settings.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no run to resume here; leave out --resume to start one")
+    try:
+        before = read_json(file)
+    except UserError as error:
+        raise UserError(
+            f"{error}; its checkpoints are models all the same: start from one with --model, in "
+            "another folder with --out"
+        ) from None
+    return {
+        name: f"{name} was {before.get(name)!r}, is {settings.get(name)!r}"
+        for name in sorted(before.keys() | settings.keys())
+        if before.get(name) != settings.get(name)
+    }
+
+
+# ------------------------------------------------------------------------------ saving and resuming
+
+
+class Checkpoints:
+    """Saves the checkpoints of a run, and restores the last one.
+
+    model: the whole model or a sharded one; with an adapter on it, the adapter alone is saved.
+    source: the folder that the model was read from, whose side files every checkpoint gets.
+    """
+
+    def __init__(self, run, model, optimizer, encoder, source, ranks):
+        self.run, self.model, self.optimizer = run, model, optimizer
+        self.encoder, self.source, self.ranks = encoder, source, ranks
+
+    def save(self, step):
+        """Save run/step-N and let `last` name it; on all ranks.
+
+        Weights have their source's names and shapes, so that the folder loads wherever the source
+        does. Every rank writes its part of the optimizer's state, which any number of ranks can
+        read. A save that is cut short leaves only a hidden folder. Raises UserError, with the last
+        checkpoint untouched, if a weight is not finite or the disk is full.
+        """
+        finite = all(local_tensor(p).isfinite().all() for p in self.model.parameters())
+        if self.ranks.any(not finite):
+            raise self.ranks.error(
+                f"step {step}: some weights are not finite and are not saved; the last checkpoint "
+                "is kept; try a lower --lr"
+            )
+        folder, partial = self.run / f"step-{step}", self.run / f".step-{step}.partial"
+        if (folder / PROGRESS).is_file():  # --save-every and the end of an epoch may fall together
+            return
+        try:
+            self.ranks.on_rank0(make_anew, partial / OPTIMIZER)
+            state = optimizer_state(self.model, self.optimizer)
+            self.ranks.on_all_ranks(write_state, state, partial / OPTIMIZER)
+            weights = full_state_dict(self.model, keep=self.ranks.rank == 0)
+            self.ranks.on_rank0(self.finish, weights, step, partial, folder)
+        except Exception as error:  # safetensors raises an error of its own for a full disk
+            if self.ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            reason = " ".join(str(error).split())[:300]
+            raise self.ranks.error(
+                f"{folder}: the checkpoint could not be saved ({reason}); the one before it is "
+                "kept: make room and continue with --resume"
+            ) from error
+
+    def finish(self, weights, step, partial, folder):
+        """Write what rank 0 alone writes, and give the checkpoint its name."""
+        write_model(self.model, weights, partial)
+        # When a run was resumed, its source is a checkpoint that may be pruned; the last one isn't.
+        last = self.run / "last"
+        copy_side_files(read_pointer(last) if last.is_file() else self.source, partial)
+        (partial / PROMPT_FILE).write_text(self.encoder.prompt, encoding="utf-8")
+        (partial / PROGRESS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        os.rename(partial, folder)
+        write_pointer(self.run, "last", folder.name)
+
+    def restore(self):
+        """Read the last checkpoint's optimizer state; returns its step. Raises UserError.
+
+        The weights are those of the model, which was loaded from that checkpoint.
+        """
+        from torch.distributed import checkpoint, is_initialized
+
+        folder = read_pointer(self.run / "last")
+        try:
+            with plain_errors():
+                checkpoint.load(
+                    optimizer_state(self.model, self.optimizer),
+                    no_dist=not is_initialized(),
+                    storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)),
+                )
+            return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["step"]
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{folder}: can't resume from it ({reason}); remove this folder to continue from "
+                "the checkpoint before it, if one was kept"
+            ) from error
+
+    def prune(self, keep=1):
+        """Remove all checkpoints but the newest `keep` and those that `last` and `best` name."""
+        self.ranks.on_rank0(prune, self.run, keep)
+
+
+def prune(run, keep):
+    kept = {folder.name for folder in list_checkpoints(run)[-keep:]}
+    pointers = [run / name for name in ("last", "best") if (run / name).is_file()]
+    kept |= {read_pointer(pointer).name for pointer in pointers}
+    for folder in [*run.glob("step-*"), *run.glob(".step-*")]:
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_anew(folder):
+    """Make an empty folder; what its parent held goes."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def write_model(model, weights, folder):
+    """Write `weights`, a model's or its adapter's, as Hugging Face's libraries do."""
+    if adapter_config(model):
+        write_adapter(model, weights, folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+
+
+def copy_side_files(source, folder):
+    """Copy what a model's folder holds beside its weights (config, tokenizer, template, …)."""
+    for file in Path(source).iterdir():
+        weights = file.name.endswith(WEIGHTS)
+        if file.is_file() and not weights and file.name not in (PROGRESS, PROMPT_FILE):
+            shutil.copyfile(file, folder / file.name)
+
+
+def full_state_dict(model, keep):
+    """The model's state dict of full tensors where `keep` is true; {} on the other ranks.
+
+    Gathered one tensor at a time, in the CPU's memory where they were sharded. A tied tensor stays
+    one. Of a model with an adapter only the adapter's.
+    """
+    adapter, gathered, result = adapter_config(model), {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if adapter and not tensor.requires_grad:
+            continue
+        if id(tensor) not in gathered:
+            value = full_tensor(tensor.detach())
+            gathered[id(tensor)] = (value.cpu() if is_sharded(tensor) else value) if keep else None
+        result[name] = gathered[id(tensor)]
+    return result if keep else {}
+
+
+def optimizer_state(model, optimizer):
+    """AdamW's state as a flat dict of tensors, `parameter/exp_avg`; zeros before the first step."""
+    import torch
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = optimizer.state[parameter]
+            if not own:
+                own["step"] = torch.zeros((), device=parameter.device)
+                own["exp_avg"] = torch.zeros_like(parameter)
+                own["exp_avg_sq"] = torch.zeros_like(parameter)
+            state |= {f"{name}/{key}": value for key, value in own.items()}
+    return state
+
+
+def write_state(state, folder):
+    """Write a dict of tensors, sharded or not, as safetensors that any number of ranks can read."""
+    from torch.distributed import checkpoint, is_initialized
+
+    writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with plain_errors():
+        checkpoint.save(state, storage_writer=writer, no_dist=not is_initialized())
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """Unwrap what torch.distributed.checkpoint raises: its own error is no Exception.
+
+    Its warning that there is one process only is silenced.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
+
+
+# ----------------------------------------------------------------------------------------- stopping
+
+
+class Stop:
+    """The first SIGTERM or SIGINT sets `asked`; the loop checks it after each step.
+
+    A context manager. A second signal, or one inside `at_once()`, raises KeyboardInterrupt.
+    """
+
+    def __init__(self):
+        self.asked, self.can_wait = None, True  # the signal's number; whether a step is under way
+
+    def __enter__(self):
+        signals = (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self.handle) for number in signals}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        again, self.asked = self.asked, number
+        if again or not self.can_wait:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """In this block nothing can be lost, so that a signal ends it at once."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.can_wait = False
+        try:
+            yield
+        finally:
+            self.can_wait = True
+
+    def leave(self, text, ranks):
+        """Print `text` and exit with the code of the signal."""
+        if ranks.rank == 0:
+            info(text)
+        sys.exit(128 + (self.asked or signal.SIGTERM))

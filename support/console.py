@@ -1,0 +1,140 @@
+"""What every command shares at the screen: argument types, progress, and errors for people."""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+from evaluate import UserError, shown
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """`--help` with the description as it is written and the defaults shown."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def positive_int(text):
+    """argparse type: a whole number from 1 up."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def positive_number(text):
+    """argparse type: a finite number above 0, an int where it is whole."""
+    value = number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(value) if value.is_integer() else value
+
+
+def fraction(text):
+    """argparse type: a number from 0 to 1."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def number(text):
+    """`text` as a float, NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def info(text):
+    """Print a line on stderr, above a progress bar; stdout is for results."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def progress(iterable, total, desc, unit="post", initial=0, disable=False):
+    """A tqdm bar on stderr, to be updated by hand where `iterable` is None."""
+    from tqdm import tqdm
+
+    return tqdm(
+        iterable,
+        total=total,
+        desc=desc,
+        unit=unit,
+        initial=initial,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=disable,
+    )
+
+
+def plural(count, noun):
+    """`1 post`, `2 posts`, `330,000 posts`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_line(error):
+    """The first line of an exception's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def reading(path, mend="is the copy whole?"):
+    """Any error in the block becomes a UserError: `path` can't be read, and how to mend it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library raises errors of its own for a broken file
+        raise UserError(f"{path}: can't be read ({first_line(error)}); {mend}") from None
+
+
+@contextlib.contextmanager
+def writing(path, mend="choose another --out"):
+    """Make the folder of `path`; an OSError in the block becomes a UserError with the mend."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: can't be written ({reason}); {mend}") from None
+
+
+@contextlib.contextmanager
+def out_of_memory(mend):
+    """Turn a GPU's out-of-memory error in the block into a UserError that ends with `mend`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, without importing torch
+            raise
+        traceback.clear_frames(error.__traceback__)  # the frames hold the tensors that fill the GPU
+        raise UserError(f"{str(error).partition('. GPU')[0]}; {mend}") from None
+
+
+def read_json(path):
+    """The JSON object in a file, as a dict. Raises UserError."""
+    with reading(path, "copy it again"):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {shown(content)}; copy it again")
+    return content
+
+
+def hide_loading_report():
+    """Hide transformers' loading bars and its table of missing weights: `load` reports them."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(is_not_loading_report)
+
+
+def is_not_loading_report(record):
+    return "LOAD REPORT" not in record.getMessage()

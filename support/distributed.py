@@ -1,0 +1,240 @@
+"""The ranks of a training run: this process alone, or torchrun's processes with DDP or FSDP2."""
+
+import gc
+import os
+import sys
+import traceback
+from datetime import timedelta
+
+from evaluate import UserError
+from support.console import first_line
+
+
+def pick_device(name):
+    """The torch.device called `name`; `auto` is cuda where there is one, else cpu.
+
+    Raises UserError.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises a different error for each reason
+        reason = first_line(error)
+        raise UserError(f"--device {name}: not available ({reason}); try auto or cpu") from None
+    return device
+
+
+class AlreadyReported(UserError):
+    """A mistake that rank 0 reports for all ranks."""
+
+
+class Ranks:
+    """The processes that train one model together; a context manager.
+
+    rank and world_size are torchrun's, device is this process's torch.device, and engine is "ddp",
+    "fsdp" or None for a single process. Of a mistake that all ranks make, rank 0 alone reports it.
+    """
+
+    def __init__(self, device="auto", parallel="auto"):
+        import torch
+
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.parallel, self.engine, self.ddp = parallel, None, None
+        self.distributed = "RANK" in os.environ and self.world_size > 1
+        if self.distributed and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = pick_device(device)
+        if self.distributed:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # Rank 0 may write a large checkpoint while the others wait.
+            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        # If DDP held the process group last, its end would wait for gloo's threads with the
+        # interpreter locked, and they for the interpreter. An error's frames hold DDP, too.
+        self.ddp = None
+        traceback.clear_frames(trace)
+        gc.collect()
+        if kind is None and self.distributed:
+            import torch
+
+            torch.distributed.destroy_process_group()
+        if isinstance(error, AlreadyReported):
+            sys.exit(1)
+
+    # ------------------------------------------------------------------ who does what, and errors
+
+    def error(self, text):
+        """The error to raise for a mistake that all ranks find."""
+        return AlreadyReported(text) if self.rank else UserError(text)
+
+    def on_all_ranks(self, function, *args, **kwargs):
+        """Call a function on every rank at once; an error on one rank ends all of them."""
+        result = error = None
+        try:
+            result = function(*args, **kwargs)
+        except Exception as caught:
+            error = caught
+        messages = self.all_gather([error and (str(error) or repr(error))])
+        if error is not None and (self.rank == 0 or not isinstance(error, UserError)):
+            raise error
+        if message := next(filter(None, messages), None):
+            raise self.error(message)
+        return result
+
+    def on_rank0(self, function, *args, **kwargs):
+        """Call a function on rank 0 and return its result there, None elsewhere.
+
+        An error ends all ranks.
+        """
+        skip = self.rank > 0
+        return self.on_all_ranks(lambda: None if skip else function(*args, **kwargs))
+
+    def rank0_first(self, function, *args, **kwargs):
+        """Call a function on every rank, on rank 0 before the others.
+
+        What is wrong for all is then found and reported once, and a download is done once.
+        """
+        result = self.on_rank0(function, *args, **kwargs)
+        return result if self.rank == 0 else function(*args, **kwargs)
+
+    def from_rank0(self, function, *args, **kwargs):
+        """Call a function on rank 0 and return its result on every rank.
+
+        What was found on a disk is then the same for all, whatever a network folder shows them.
+        """
+        return self.all_gather([self.on_rank0(function, *args, **kwargs)])[0]
+
+    def seed(self, seed, step):
+        """Seed what is drawn at random (dropout) for a step, so that no state has to be saved."""
+        import torch
+
+        torch.manual_seed(hash((seed, step, self.rank)))
+
+    # -------------------------------------------------------------------------------- collectives
+
+    def all_gather(self, items):
+        """The items of a list from every rank, in the order of the ranks."""
+        if not self.distributed:
+            return items
+        from torch.distributed import all_gather_object
+
+        lists = [None] * self.world_size
+        all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def all_reduce(self, tensor):
+        """The sum of a tensor over all ranks, in place."""
+        if self.distributed:
+            from torch.distributed import all_reduce
+
+            all_reduce(tensor)
+        return tensor
+
+    def total(self, number):
+        """The sum of a number over all ranks, as a tensor on the device."""
+        import torch
+
+        return self.all_reduce(torch.tensor(number, device=self.device))
+
+    def any(self, flag):
+        """Whether a flag is true on any rank."""
+        return bool(self.total(int(bool(flag)))) if self.distributed else bool(flag)
+
+    # ---------------------------------------------------------------------------------- the model
+
+    def wrap_model(self, step_losses):
+        """Prepare the training step's module for all ranks; rank 0 has read the weights.
+
+        DDP where the whole training state takes at most half of a GPU's memory, else FSDP2: it
+        shards float32 weights, gradients and optimizer state, computes in bf16 on CUDA and reduces
+        gradients in float32. Returns the module.
+        """
+        if not self.distributed:
+            return step_losses.to(self.device)
+        import torch
+
+        state = (16 * p.numel() if p.requires_grad else p.nbytes for p in step_losses.parameters())
+        auto = "ddp" if self.fits(sum(state)) else "fsdp"
+        self.engine = auto if self.parallel == "auto" else self.parallel
+        values = [tensor.detach() for tensor in parameters_and_buffers(step_losses)]
+        if self.engine == "ddp":
+            step_losses.to(self.device)
+        else:
+            shard(step_losses, self.device)
+        for tensor, value in zip(parameters_and_buffers(step_losses), values, strict=True):
+            broadcast(tensor, value.to(self.device))
+        if self.engine == "ddp":
+            self.ddp = step_losses = torch.nn.parallel.DistributedDataParallel(
+                step_losses, gradient_as_bucket_view=True, init_sync=False
+            )
+        return step_losses
+
+    def fits(self, size):
+        """Whether `size` bytes take at most half of the device's memory."""
+        import torch
+
+        if self.device.type != "cuda":
+            return True
+        return size <= torch.cuda.get_device_properties(self.device).total_memory / 2
+
+    def sync_gradients(self, now):
+        """Whether DDP averages gradients over the ranks in the backward pass that comes next."""
+        if self.ddp is not None:
+            self.ddp.require_backward_grad_sync = now
+
+
+def parameters_and_buffers(module):
+    """A module's parameters and buffers; a tied one is listed once."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def shard(step_losses, device):
+    """FSDP2: each layer of the language model and of the vision tower alone, the rest together."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    compute = torch.bfloat16 if device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    inner = step_losses.model.model
+    for layer in (*inner.visual.blocks, *inner.language_model.layers, step_losses):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+
+
+def broadcast(tensor, value):
+    """Give a tensor, sharded or not, rank 0's `value`."""
+    import torch
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():
+        if is_sharded(tensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.to_local().copy_(value.to_local())
+        else:
+            torch.distributed.broadcast(value, 0)
+            tensor.copy_(value)
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def local_tensor(tensor):
+    """The part of a tensor that this rank holds: all of it unless it is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def full_tensor(tensor):
+    """The whole tensor, on every rank; of a sharded one all ranks must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -1,0 +1,206 @@
+"""Files that are written whole or not at all, and JSONL files that a stopped run goes on with."""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import tempfile
+from array import array
+from pathlib import Path
+
+from evaluate import UserError, parse_line, read_lines
+from support.console import writing
+
+BLOCKED = (BlockingIOError, PermissionError)
+
+
+def to_line(record):
+    """A record as one line of JSONL; a lone surrogate, which has no UTF-8, is escaped."""
+    line = json.dumps(record, ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+def write_atomic(path, content):
+    """Write text, bytes, or an iterable of bytes: to a temporary file first, then renamed.
+
+    Raises OSError naming the file.
+    """
+    path = Path(path)
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
+    content = [content] if isinstance(content, bytes) else content
+    if path.exists() and not path.is_file():  # a rename would replace /dev/stdout by a file
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own is 0600
+        os.replace(temporary, path)
+    except BaseException as error:
+        os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Refuse a second run that writes to `path`: a lock on the hidden file `.NAME.lock` beside it.
+
+    The system releases the lock when the process ends, however it ends. Where the file system has
+    no locks, nothing is refused. Raises UserError naming the process that holds the lock, or why
+    the folder of `path` can't be written.
+    """
+    path = Path(path)
+    lock_path = path.with_name(f".{path.name}.lock")
+    new_folder = not path.parent.exists()
+    with writing(path):
+        file = open_lock(lock_path, path)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):
+                lock_path.unlink()
+                if new_folder:
+                    path.parent.rmdir()  # fails unless the run ended before it wrote anything
+            file.close()
+
+
+def open_lock(lock_path, path):
+    """The locked file, None where there are no locks. Raises UserError if another run has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    while True:
+        file = open(lock_path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino == lock_path.stat().st_ino:
+                break
+        except BLOCKED:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{path}: another run is writing to it ({holder}); wait for it, "
+                "or name another --out"
+            ) from None
+        except FileNotFoundError:  # its holder removed it after we had opened it
+            pass
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network folders
+                return None
+            raise
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    os.register_at_fork(after_in_child=file.close)  # a worker may outlive the run, not its lock
+    return file
+
+
+class JsonlWriter:
+    """A JSONL file that a run appends to, that a stopped run goes on with, and that can be sorted.
+
+    Records that have an index are kept by their offset alone, 8 bytes each, so that files larger
+    than the memory can be put in order. The file is made, and a torn last line cut off, when the
+    first record is appended. The caller holds the lock (`locked`).
+    """
+
+    def __init__(self, path, count=0):
+        self.path = Path(path)
+        self.offsets = array("q", [-1]) * count
+        self.end = None  # where writing goes on, if not at the end of the file
+        self.file = None
+
+    def __contains__(self, index):
+        return self.offsets[index] >= 0
+
+    def read(self, wanted=lambda record: True):
+        """Iterate over (line number, offset, record) up to the first record that is not wanted.
+
+        That record and all after it, or a last line that was cut short when a run was killed,
+        are dropped when the file is opened for writing. Raises UserError for a line in the middle
+        that is no JSON.
+        """
+        if not self.path.exists():
+            return
+        for line, offset, raw in read_lines(self.path):
+            if not raw.strip():
+                continue
+            try:
+                record = parse_line(self.path, line, raw)
+            except UserError:
+                if raw.endswith(b"\n"):
+                    raise
+                record = None
+            if record is None or not wanted(record):
+                self.end = offset
+                return
+            yield line, offset, record
+
+    def open(self):
+        """Get ready to append. Raises OSError."""
+        self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
+        if self.end is not None:
+            self.file.truncate(self.end)
+        if self.file.seek(0, os.SEEK_END):
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":  # a whole line without its end, as some editors leave it
+                self.file.write(b"\n")
+
+    def append(self, *records, index=None):
+        """Append records; `index` is the place of a single one in the order.
+
+        Raises OSError.
+        """
+        if self.file is None:
+            self.open()
+        lines = "".join(map(to_line, records)).encode()
+        if index is not None:
+            self.offsets[index] = self.file.seek(0, os.SEEK_END)
+        while lines:  # a full disk takes a part; the second attempt says what is wrong
+            lines = lines[self.file.write(lines) :]
+
+    def discard(self, index):
+        """Leave a record out when the file is put in order."""
+        self.offsets[index] = -1
+
+    def lines(self):
+        """Iterate over (index, line as bytes) in the order of the indices."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            for index, offset in enumerate(self.offsets):
+                if offset >= 0:
+                    file.seek(offset)
+                    line = file.readline()
+                    yield index, line if line.endswith(b"\n") else line + b"\n"
+
+    def sort(self):
+        """Write the file anew, in the order of the indices. Raises OSError."""
+        self.close()
+
+        def in_order():
+            end = 0
+            for index, line in self.lines():
+                self.offsets[index] = end
+                end += len(line)
+                yield line
+
+        write_atomic(self.path, in_order())
+        self.end = None
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+            self.file = None

@@ -1,0 +1,300 @@
+"""A gallery of predictions: pages that show posts with their images, references and predictions.
+
+    python -m tools.gallery preds.jsonl test.jsonl --train train.jsonl --out gallery.html
+
+A page is one file that loads nothing from elsewhere; small copies of the images are part of it.
+The templates in tools/templates/ escape everything that people wrote in their posts.
+"""
+
+import argparse
+import base64
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+from urllib.parse import quote
+
+from data import Unreadable, load_image
+from evaluate import (
+    INVALID_WORDS,
+    UserError,
+    align,
+    normalize,
+    read_predictions,
+    read_references,
+    read_rows,
+    run,
+    score,
+    train_keyphrases,
+)
+from support.console import HelpFormatter, info, plural, positive_int, progress, writing
+from support.jsonl import write_atomic
+
+LONGEST_SIDE = 320  # pixels of a small copy: sharp on a phone, about 10 kB
+COLUMNS = ("posts", "F1@1", "F1@M", "tokens", "reasoned")  # what fits on a phone
+FILTERS = {
+    "First keyphrase": ("right", "wrong"),
+    "Keyphrases": ("seen", "unseen"),
+    "Answer": ("reasoned", "direct"),
+}
+TEMPLATES = Path(__file__).parent / "templates"
+GENERATOR = b'<meta name="generator" content="tools.gallery">'  # in every page, see gallery.html
+NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+class Mark(NamedTuple):
+    """A keyphrase as the scores see it."""
+
+    phrase: str
+    kind: str  # right or wrong (predictions), found or missed (references), repeated, ignored
+    unseen: bool
+
+
+def marks(prediction, post, train):
+    """([Mark of each prediction], [Mark of each reference]), by the rules of the evaluator.
+
+    The first of equal phrases counts. Empty references and predictions with an invalid word are
+    ignored. `train` is the set of normalized training keyphrases, None where they are unknown.
+    """
+    predicted = [(phrase, normalize(phrase)) for phrase in prediction["keyphrases"]]
+    references = [(phrase, normalize(phrase)) for phrase in post["keyphrases"]]
+    valid = {words for _, words in predicted if INVALID_WORDS.isdisjoint(words)}
+    right = valid.intersection(words for _, words in references if words)
+
+    def marked(phrases, counts, hit, miss):
+        before = set()
+        for phrase, words in phrases:
+            if not counts(words):
+                kind = "ignored"
+            elif words in before:
+                kind = "repeated"
+            else:
+                kind = hit if words in right else miss
+            before.add(words)
+            yield Mark(phrase, kind, train is not None and not (words and words in train))
+
+    return (
+        list(marked(predicted, valid.__contains__, "right", "wrong")),
+        list(marked(references, bool, "found", "missed")),
+    )
+
+
+def filter_kinds(prediction, predicted, references, train):
+    """What the filters know of a post: right or wrong, seen or unseen, reasoned or direct.
+
+    A post is right if its first prediction is (as in P@1), unseen if one of its references is.
+    What is unknown is left out.
+    """
+    kinds = []
+    counted = [mark for mark in references if mark.kind in ("found", "missed")]
+    if counted:
+        hits = [mark.kind for mark in predicted if mark.kind in ("right", "wrong")]
+        kinds.append(hits[0] if hits else "wrong")
+        if train is not None:
+            kinds.append("unseen" if any(mark.unseen for mark in counted) else "seen")
+    if "think" in prediction:
+        kinds.append("reasoned" if (prediction["think"] or "").strip() else "direct")
+    return tuple(kinds)
+
+
+def describe_post(number, post, prediction, train):
+    """What gallery.html shows of a post, apart from its image."""
+    predicted, references = marks(prediction, post, train)
+    think = (prediction.get("think") or "").strip()
+    facts = ["answered directly"] if "think" in prediction and not think else []
+    if "tokens" in prediction:
+        facts.append(plural(prediction["tokens"], "token"))
+    return post | {
+        "number": number,
+        "references": references,
+        "predicted": predicted,
+        "kinds": filter_kinds(prediction, predicted, references, train),
+        "think": think,
+        "facts": facts,
+        "note": prediction.get("note"),
+    }
+
+
+def read_posts(args):
+    """(the posts as the template shows them, their scores). Raises UserError."""
+    posts = read_references(args.posts)
+    predictions = read_predictions(args.predictions)
+    for prediction, (_, row) in zip(predictions, read_rows(args.predictions), strict=True):
+        if isinstance(row, dict) and (row.get("error") or row.get("cut")):
+            prediction["note"] = str(row.get("error") or "cut off")
+    predictions = align(predictions, posts, args.allow_missing, (args.predictions, args.posts))
+    train = set(train_keyphrases(args.train)) if args.train else None
+    known = None if train is None else set(map(normalize, train))
+    pairs = zip(posts, predictions, strict=True)
+    shown = [describe_post(number, *pair, known) for number, pair in enumerate(pairs, start=1)]
+    for post, (line, row) in zip(shown, read_rows(args.posts), strict=True):
+        image = None if isinstance(row, str) else row.get("image")  # CMKP's text has no images
+        if not isinstance(image, str | None):
+            where = f"{args.posts} line {line} (id {post['id']})"
+            raise UserError(f"{where}: the field 'image' must be a file name or null")
+        post["path"] = Path(args.posts).parent / image if image else None
+    return shown, score(predictions, posts, train)
+
+
+def small_copy(path):
+    """(data URL, None) of an image at most LONGEST_SIDE wide and high, or (None, what is wrong).
+
+    (None, None) if `path` is None.
+    """
+    from PIL import Image
+
+    if path is None:
+        return None, None
+    try:
+        # load_image decodes a large JPEG at up to four times this area: enough to scale down well.
+        image = load_image(path, LONGEST_SIDE * LONGEST_SIDE // 4)
+    except Unreadable as error:
+        # Pillow's message names the whole path, which readers of a published page need not know.
+        return None, f"{path.name}: {str(error).partition(':')[0]}"
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=72, method=2)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}", None
+
+
+def score_table(scores):
+    """The scores of each class that has posts: column titles, and (class, cells) as rows."""
+    classes = {name: entry for name, entry in scores.items() if name != "posts" and entry["posts"]}
+    columns = [key for key in COLUMNS if any(key in entry for entry in classes.values())]
+
+    def cell(entry, key):
+        if key not in entry:
+            return "–"
+        if key == "posts":
+            return f"{entry[key]:,}"
+        return f"{entry[key] if key == 'tokens' else 100 * entry[key]:.1f}"
+
+    rows = {name: [cell(entry, key) for key in columns] for name, entry in classes.items()}
+    return {"titles": ["keyphrases", *columns], "rows": rows}
+
+
+def page_link(name, posts):
+    """The address of a page, and for gallery.js how many of its posts are of which kinds."""
+    counts = Counter(post["kinds"] for post in posts)
+    groups = [" ".join([str(count), *kinds]) for kinds, count in counts.items()]
+    return {"href": quote(os.fsencode(name)), "counts": ",".join(groups)}
+
+
+def short_name(path):
+    """The last two parts of a path: a published page need not tell the others."""
+    return "/".join(Path(os.path.abspath(path)).parts[-2:])
+
+
+def load_template():
+    """The page's template. Raises UserError if Jinja2 is missing."""
+    try:
+        import jinja2
+    except ImportError:
+        raise UserError("Jinja2 is not installed; run `pip install jinja2`") from None
+
+    def sha256(text):
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    files = jinja2.FileSystemLoader(TEMPLATES)
+    pages = jinja2.Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["sha256"] = sha256
+    pages.globals["style"] = (TEMPLATES / "gallery.css").read_text(encoding="utf-8")
+    pages.globals["script"] = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
+    return pages.get_template("gallery.html")
+
+
+def render_pages(template, shared, pages, workers):
+    """Iterate over the pages' HTML; what HTML can't hold becomes U+FFFD.
+
+    `pages` are lists of posts; `shared` is what the template shows on every page.
+    """
+    total = sum(map(len, pages))
+    with ThreadPoolExecutor(workers) as pool, progress(None, total, "gallery") as bar:
+        for here, posts in enumerate(pages):
+            copies = pool.map(small_copy, [post["path"] for post in posts])
+            shown = []
+            for post, (image, problem) in zip(posts, copies, strict=True):
+                shown.append(post | {"image": image, "problem": problem})
+                bar.update()
+            yield NOT_HTML.sub("\ufffd", template.render(shared, here=here, posts=shown))
+
+
+def page_name(out, number):
+    """gallery.html, gallery-2.html, …"""
+    return out.name if number == 1 else f"{out.stem}-{number}{out.suffix}"
+
+
+def check_out(paths, inputs):
+    """Raise UserError if a file to write is a folder, or one of the files to read."""
+    inputs = {Path(file).resolve() for file in inputs if file}
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise UserError(f"{path}: a folder; --out must name a file")
+        if path.resolve() in inputs:
+            raise UserError(f"{path}: one of the files to read; choose another --out")
+
+
+def write_pages(out, names, pages):
+    """Write all pages, or none of them if one fails; remove what a longer gallery left behind."""
+    with writing(out), TemporaryDirectory(dir=out.parent, prefix=".gallery.") as folder:
+        for name, page in zip(names, pages, strict=True):
+            write_atomic(Path(folder) / name, page)
+        for name in names:
+            os.replace(Path(folder) / name, out.parent / name)
+        for number in count(len(names) + 1):
+            old = out.parent / page_name(out, number)
+            if not old.is_file() or GENERATOR not in old.read_bytes()[:1000]:
+                break
+            old.unlink()
+
+
+def parse_args(arguments=None):
+    command = "python -m tools.gallery"
+    parser = argparse.ArgumentParser(command, description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    required = {"default": argparse.SUPPRESS}  # no "(default: None)" in the help
+    add("predictions", help="predictions, JSONL or text, as evaluate.py reads them", **required)
+    add("posts", help="their posts: JSONL, or CMKP's text, which has no images", **required)
+    add("--train", metavar="FILE", help="training posts: marks unseen keyphrases")
+    first = "the first page; the others are numbered beside it"
+    add("--out", metavar="FILE", default="gallery.html", help=first)
+    add("--page-size", metavar="N", type=positive_int, default=500, help="posts per page")
+    missing = "show posts without a prediction as if it were empty"
+    add("--allow-missing", action="store_true", help=missing)
+    threads = "threads that read the images"
+    add("--workers", metavar="N", type=positive_int, default=os.cpu_count() or 1, help=threads)
+    return parser.parse_args(arguments)
+
+
+def main():
+    args = parse_args()
+    template = load_template()
+    posts, scores = read_posts(args)
+    out, size = Path(args.out), args.page_size
+    pages = [posts[start : start + size] for start in range(0, len(posts), size)]
+    names = [page_name(out, number) for number in range(1, len(pages) + 1)]
+    files = {"predictions": args.predictions, "posts": args.posts, "train": args.train}
+    check_out([out.parent / name for name in names], files.values())
+    shared = {
+        "files": {role: short_name(file) for role, file in files.items() if file},
+        "total": plural(len(posts), "post"),
+        "scores": score_table(scores),
+        "filters": FILTERS,
+        "totals": Counter(kind for post in posts for kind in post["kinds"]),
+        "pages": [page_link(name, page) for name, page in zip(names, pages, strict=True)],
+    }
+    with warnings.catch_warnings(action="ignore"):  # load_image's own filter is not thread-safe
+        write_pages(out, names, render_pages(template, shared, pages, args.workers))
+    further = f" on {len(names)} pages, to {names[-1]}" if len(names) > 1 else ""
+    info(f"{out}: {plural(len(posts), 'post')}{further}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,230 @@
+"""Estimate the GPU memory of a training step, for train.py's settings, from config.json alone.
+
+python -m tools.memory --model Qwen/Qwen2.5-VL-7B-Instruct --micro-batch 2 --gpus 8
+"""
+
+import math
+import os
+import re
+import sys
+from collections import namedtuple
+from dataclasses import dataclass, replace
+
+import train
+from evaluate import UserError, run
+from support.adapters import LORA_TEXT, LORA_VISION
+from support.checkpoint import find_model
+from support.console import positive_int
+
+CARDS = (16, 24, 40, 80, 141)  # GiB of common GPUs
+USABLE = 0.92  # share of it; CUDA itself and fragments take the rest
+SAVERS = ["--gradient-checkpointing", "--freeze-vision", "--lora 16", "--micro-batch 1"]
+SAVERS += [f"--max-pixels {256 * 28 * 28}", "--parallel fsdp"]
+
+# ------------------------------------------------------------------------------------ the formula
+
+Counts = namedtuple("Counts", "total trained matrices layer outside")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step computes on one GPU."""
+
+    posts: int  # of a micro-batch
+    image: int  # image tokens of a post
+    text: int  # other prompt tokens of a post
+    answer: int  # answer tokens of a post, with reasoning
+    bf16: bool = True  # autocast; else everything is float32
+    rank: int | None = None  # of LoRA
+    freeze_vision: bool = False
+    checkpointing: bool = False
+    shards: int = 1  # GPUs that share the weights (FSDP)
+    passes: int = 2  # micro-batches of a step
+
+
+def step_memory(model, step):
+    """Bytes that a step takes of each GPU at its peak: {part: bytes, …, "peak": bytes}.
+
+    The model may be on the device "meta". All posts train their long answers: the worst case.
+
+    - weights, gradients, optimizer (AdamW): 4, 4 and 8 bytes a trained parameter; a frozen one
+      takes 4 (2 under LoRA in bf16). FSDP divides them by the number of GPUs.
+    - copies: autocast keeps a bf16 copy of each trained matrix until the backward ends. With
+      checkpointing, the layers' copies are freed before the backward, which makes one layer's at a
+      time. FSDP instead gathers two layers and what is outside of layers, in bf16; at the end of
+      the backward it holds the latter with its gradients in bf16 and in float32 (8 bytes in all).
+    - activations: what the backward needs of each token in each layer, see `activations`.
+    - logits: (answer tokens, vocabulary) in float32, and a few rows more (`TokenLoss`) or all of
+      them in bf16. Or, with all activations still there, the gradient of the logits in the
+      computing type and that of a trained head in both types.
+
+    If a step is one micro-batch, gradients replace activations as these are freed. Not included:
+    CUDA's own 0.5 GiB or so, what the allocator loses to fragments, and generation.
+    """
+    from model import TokenLoss
+
+    count = count_parameters(model, step.rank, step.freeze_vision)
+    kept, layer = activations(model.config, step)
+    item = 2 if step.bf16 else 4  # bytes of a value that is computed
+    frozen = 2 if step.bf16 and step.rank else 4
+
+    text = model.config.text_config
+    head = text.vocab_size * text.hidden_size
+    cells = step.posts * step.answer * text.vocab_size
+    losses = 4 * cells + max(2 * cells if step.bf16 else 0, 8 * min(cells, TokenLoss.AT_ONCE))
+    head_gradient = 0 if step.rank else (6 if step.bf16 else 4) * head
+    logits = max(losses, item * cells + head_gradient)
+    backward = max(logits, layer)  # a layer is recomputed when the logits are gone
+
+    copies = 0
+    if step.bf16 and step.shards > 1:
+        copies = 2 * (count.outside + 2 * count.layer)
+    elif step.bf16 and not step.rank:
+        copies = 2 * count.matrices
+        if step.checkpointing:  # at the backward's peak the head's and a layer's, or the forward's
+            copies = max(2 * (head + count.layer), copies + losses - backward)
+    parts = {
+        "weights": (4 * count.trained + frozen * (count.total - count.trained)) / step.shards,
+        "gradients": 4 * count.trained / step.shards,
+        "optimizer": 8 * count.trained / step.shards,
+        "copies": copies,
+        "activations": kept + backward - logits,
+        "logits": logits,
+    }
+    held, gradients = parts["weights"] + parts["optimizer"], parts["gradients"]
+    work = copies + kept + backward
+    peak = held + (gradients + work if step.passes > 1 else max(gradients, work))
+    if step.shards > 1 and not step.rank:
+        peak = max(peak, held + gradients + (8 if step.bf16 else 12) * count.outside)
+    return parts | {"peak": peak}
+
+
+def activations(config, step):
+    """(bytes that the forward keeps for the backward, bytes of a layer that is recomputed).
+
+    A layer keeps of a token two norms' inputs and normalised values; the inputs of the matrices
+    (autocast casts one for each of five; a frozen matrix needs none, its adapter does); queries,
+    keys, values and the attention's output; four inner values of the MLP. A vision block that is
+    trained keeps the same of a patch. The answers keep the prompts' keys and values once more,
+    repeated for each head, as transformers does where posts are padded. With checkpointing, a
+    layer keeps only its input and recomputes the rest.
+    """
+    c, v = config.text_config, config.vision_config
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    queries, keys = head * c.num_attention_heads, head * c.num_key_value_heads
+    width = getattr(v, "embed_dim", None) or v.hidden_size
+    vision_mlp = getattr(v, "intermediate_size", None) or int(width * v.mlp_ratio)
+    bf16, rank, sharded, answer = step.bf16, step.rank, step.shards > 1, step.answer
+    item = 2 if bf16 else 4
+    stream = 2 if bf16 and (sharded or rank) else 4  # of hidden states: embeddings are not cast
+    prompt = step.image + step.text
+    prompts, tokens = step.posts * prompt, step.posts * (prompt + answer)
+    patches = v.spatial_merge_size**2 * step.posts * step.image
+    trained = 0 if step.freeze_vision else patches
+
+    norms = (18 if rank else 16 if sharded else 26) if bf16 else (16 if rank else 24)
+    token = norms * c.hidden_size + 4 * item * (queries + c.intermediate_size)
+    if rank:
+        token += 7 * item * rank + (2 * queries if bf16 else 0)
+    patch = (32 if bf16 else 52) * width + 4 * item * vision_mlp
+    pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2
+    ends = patches * pixels * (6 if bf16 and trained else 4)  # the input, the last norm, the merger
+    ends += tokens * 3 * stream * c.hidden_size + trained * 5 * item * width
+    if step.checkpointing:
+        inputs = c.num_hidden_layers * tokens * stream * c.hidden_size
+        inputs += v.depth * trained * item * width
+        scores = item * step.posts * (prompt + answer) ** 2
+        layer = tokens * (token + 2 * item * c.intermediate_size) + scores
+        return ends + inputs, max(layer, trained * (patch + 2 * item * vision_mlp))
+    masks = item * step.posts * (prompt**2 + answer * (prompt + answer))
+    cached = keys * (2 * stream if rank or sharded else 4 + item) + 2 * item * queries
+    layers = c.num_hidden_layers * (tokens * token + masks + prompts * cached)
+    return ends + layers + v.depth * trained * patch, 0
+
+
+def count_parameters(model, rank=None, freeze_vision=False):
+    """Numbers of a model's parameters, an adapter's included, as Counts.
+
+    matrices: trained, without LoRA, in products; layer: in the largest layer; outside: in none.
+    """
+    from torch import nn
+
+    adapter, pattern = 0, LORA_TEXT if freeze_vision else f"{LORA_TEXT}|{LORA_VISION}"
+    for name, layer in model.named_modules() if rank else ():
+        if isinstance(layer, nn.Linear) and re.fullmatch(pattern, name):
+            adapter += rank * (layer.in_features + layer.out_features)
+    blocks = (*model.model.visual.blocks, *model.model.language_model.layers)
+    layers = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    size = sum(p.numel() for p in model.parameters())
+    kept = [p for name, p in model.named_parameters() if not (freeze_vision and "visual" in name)]
+    matrices = sum(p.numel() for p in kept if p.ndim > 1)
+    if not model.config.tie_word_embeddings:  # the input embeddings are looked up only
+        matrices -= model.get_input_embeddings().weight.numel()
+    trained = adapter or sum(p.numel() for p in kept)
+    return Counts(size + adapter, trained, matrices, max(layers), size - sum(layers))
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def estimate(model, args, card):
+    """`step_memory` in GiB for train.py's settings on GPUs of `card` GiB."""
+    vision, share = model.config.vision_config, math.ceil(args.batch_size / args.gpus)
+    image = args.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+    posts = min(args.micro_batch, share)
+    step = Step(posts, image, *args.lengths, args.device != "cpu", args.lora, args.freeze_vision)
+    step = replace(step, checkpointing=args.gradient_checkpointing, passes=math.ceil(share / posts))
+    parts = step_memory(model, step)
+    state = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    auto = args.parallel == "auto" and state > card * 2**30 / 2  # as train.py decides
+    if args.gpus > 1 and (args.parallel == "fsdp" or auto):
+        parts = step_memory(model, replace(step, shards=args.gpus))
+    return {part: value / 2**30 for part, value in parts.items()}
+
+
+def parse_args(arguments=None):
+    parser = train.make_parser()
+    parser.description, parser.epilog = __doc__, None
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    parser.add_argument("--gpus", type=positive_int, default=gpus, help="number of GPUs")
+    lengths = {"nargs": 2, "type": positive_int, "default": [160, 160]}
+    lengths["help"] = "tokens of the longest prompt without its image, and of the longest answer"
+    parser.add_argument("--lengths", metavar=("PROMPT", "ANSWER"), **lengths)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # A --train, though nothing reads it: without one, the defaults are those of the toy model.
+    return train.parse_args(["--train", "", *arguments], parser)
+
+
+def main():
+    from model import check_family, empty_model
+
+    args = parse_args()
+    if args.model is None:
+        raise UserError("--model is missing: a folder or hub name, whose config.json is read")
+    folder = find_model(args.model, ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; name the model that the adapter was made for")
+    check_family(folder)
+    model = empty_model(folder, device="meta")
+    count = count_parameters(model, args.lora, args.freeze_vision)
+    needs = {card: estimate(model, args, card) for card in CARDS}
+    fitting = [card for card in CARDS if needs[card]["peak"] <= USABLE * card]
+    card = fitting[0] if fitting else CARDS[-1]
+    total, trained = (f"{number / 1e9:.3f} billion" for number in (count.total, count.trained))
+    print(f"{args.model}: {total} parameters, {trained} of them trained")
+    print(f"GPUs: {args.gpus}; posts per micro-batch: {args.micro_batch}; estimated GiB per GPU:\n")
+    for part, value in needs[card].items():
+        print(f"{part:<12} {value:8.2f}")
+    print()
+    for size in CARDS:
+        print(f"{size:>3} GiB  {'fits' if size in fitting else 'does not fit'}")
+    peak = needs[card]["peak"]
+    changed = {flag: parse_args([*sys.argv[1:], *flag.split()]) for flag in SAVERS}
+    peaks = {flag: estimate(model, changed[flag], card)["peak"] for flag in SAVERS}
+    for flag, less in sorted(peaks.items(), key=lambda item: item[1]):
+        if less < 0.99 * peak:
+            print(f"{flag} saves {peak - less:.1f} GiB: {less:.1f}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,60 @@
+"""Add an adapter (LoRA) to its base and write the two as one whole model, in float32.
+
+python -m tools.merge out/run1 out/merged
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from evaluate import UserError, run
+from support.adapters import adapter_config, merge_adapter
+from support.checkpoint import PROMPT_FILE, copy_side_files
+from support.console import HelpFormatter, first_line
+
+
+def merge(name, out):
+    """Write the whole model of an adapter's folder, or of its run, to the folder `out`.
+
+    `out` gets the base's side files and the adapter's prompt, and appears only once it is whole.
+    Raises UserError if `name` has no adapter, or if `out` exists or can't be written.
+    """
+    from model import load
+
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out}: is there already; name another folder for the merged model")
+    model, encoder, source = load(name)
+    if not adapter_config(model):
+        raise UserError(f"{source}: no adapter, but a whole model already")
+    merge_adapter(model)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        copy_side_files(model.name_or_path, partial)
+        (partial / PROMPT_FILE).write_text(encoder.prompt, encoding="utf-8")
+        os.rename(partial, out)
+    except Exception as error:  # the libraries raise errors of their own
+        shutil.rmtree(partial, ignore_errors=True)
+        mend = "make room, or choose another folder"
+        raise UserError(f"{out}: can't be written ({first_line(error)}); {mend}") from None
+
+
+def parse_args(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("model", help="a run with an adapter, or the adapter's folder")
+    parser.add_argument("out", help="folder for the merged model; must not exist")
+    return parser.parse_args(arguments)
+
+
+def main():
+    args = parse_args()
+    merge(args.model, args.out)
+    print(f"{args.out}: the merged model, in float32")
+
+
+if __name__ == "__main__":
+    run(main)
