@@ -17,7 +17,7 @@ except ImportError:
 OPENAI = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
 LOCAL = ("localhost", "127.0.0.1", "0.0.0.0", "::1")
-KEY_HEADERS = {"authorization", "api-key", "x-api-key", "x-goog-api-key"}
+KEY_HEADERS = {"authorization", "api-key", "x-api-key", "x-goog-api-key"}  # instead of a bearer
 CONNECT_TIMEOUT = 20  # seconds
 
 

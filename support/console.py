@@ -93,7 +93,8 @@ def reading(path, mend="is the copy whole?"):
     except UserError:
         raise
     except Exception as error:  # each library raises errors of its own for a broken file
-        raise UserError(f"{path}: can't be read ({first_line(error)}); {mend}") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path}: can't be read ({reason}); {mend}") from None
 
 
 @contextlib.contextmanager
