@@ -391,9 +391,11 @@ class EncoderOptions(NamedTuple):
 class Encoder:
     """Encodes records with the model's own tokenizer, chat template and image processor.
 
-    The post's text is data: a special token written in it stays plain text. The image placeholder
-    is expanded here, to one token for every merge_size² patches, because transformers' processor
-    of the Qwen-VL family needs torchvision.
+    Posts and answers are data: a token's name written in them stays plain text. A tag is the
+    tokenizer's own token where it has one. If the chat template itself opens <think>
+    (`opens_think`), y_c goes on from there, and y_s closes it first. The image placeholder is
+    expanded here, to one token for every merge_size² patches, because transformers' processor of
+    the Qwen-VL family needs torchvision.
 
     Raises UserError where the prompt or the chat template can't be used.
     """
@@ -412,20 +414,29 @@ class Encoder:
             edge: min(image_processor.size[edge], self.max_pixels)
             for edge in ("shortest_edge", "longest_edge")
         }
+        added = tokenizer.added_tokens_decoder
+        special = {number for number, token in added.items() if token.special}
+        # Only tokens that are marked as special can be kept out of plain text.
+        tokenizer.add_tokens([*added.values()], special_tokens=True)
+        own = {token.content: [number] for number, token in added.items()}
+        self.tags = {tag: own.get(tag) or self.plain_ids(tag) for tag in TAGS}
+        self.think = self.tags["<think>"]
+        self.hidden = special.difference(*self.tags.values())
         self.frames = {has_image: self._frame(has_image) for has_image in (True, False)}
+        before_answer = self._apply_template([{"type": "text", "text": "."}])
+        self.opens_think = before_answer.rstrip().endswith("<think>")
         pad = tokenizer.pad_token_id
         self.pad = pad if pad is not None else tokenizer.eos_token_id
         self._check_room()
         self.end_of_turn = self._end_of_turn()
-        self.think = self.plain_ids("<think>")
 
     def plain_ids(self, text):
-        """Token ids of `text`, in which nothing counts as a special token."""
+        """Token ids of `text`, in which nothing counts as an added token."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def template_ids(self, text):
-        """Token ids of a part of the chat template, its special tokens included."""
+        """Token ids of a part of the chat template, its added tokens included."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _apply_template(self, content, answer=None):
@@ -439,7 +450,7 @@ class Encoder:
     def _frame(self, has_image):
         """The chat template around the post: ids before, text before, text after, ids after it.
 
-        The template is cut at the special tokens next to the post, not at the post itself: a
+        The template is cut at the added tokens next to the post, not at the post itself: a
         tokenizer that joins a space to the word behind it must see both.
         """
         mark = "\uf8ffPOST\uf8ff"
@@ -499,13 +510,35 @@ class Encoder:
         return ids, text != whole
 
     def answer_ids(self, answer):
-        """Token ids of an answer and its end of turn.
+        """Token ids of an answer, as it goes on from the prompt, and its end of turn.
 
         Tags are tokenized apart from the words beside them, which a byte-level vocabulary would
         join (`>The`): `<think>` is then the same tokens wherever it stands.
         """
-        parts = re.split(f"({'|'.join(TAGS)})", answer)
-        return sum(map(self.plain_ids, filter(None, parts)), []) + [self.end_of_turn]
+        if self.opens_think:  # y_s closes it, y_c goes on in it
+            answer = ("</think>" + answer).removeprefix("</think><think>")
+        parts = filter(None, re.split(f"({'|'.join(TAGS)})", answer))
+        ids = [self.tags[part] if part in self.tags else self.plain_ids(part) for part in parts]
+        return sum(ids, []) + [self.end_of_turn]
+
+    def start(self, think):
+        """How an answer begins where reasoning is asked for: `think` is auto, always or never.
+
+        Returns (its first token ids, the token that must not be written there or None).
+        """
+        if think == "auto":
+            return [], None
+        tag = self.tags["</think>" if self.opens_think else "<think>"]
+        return (tag, None) if (think == "never") == self.opens_think else ([], tag[0])
+
+    def decode(self, ids):
+        """The text of an answer's token ids; of the special tokens only the tags are in it.
+
+        It begins with the <think> that the chat template has opened.
+        """
+        shown = [token for token in ids if token not in self.hidden]
+        text = self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
+        return "<think>" + text if self.opens_think else text
 
     def encode(self, record, image_path, with_answers):
         """The record as a Sample. Raises Unreadable."""

@@ -226,13 +226,14 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
     """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended).
 
     think: auto lets the model's own first token decide; always starts the answer with <think>;
-    never bans the first token of <think> at the first position.
+    never bans the first token of <think> at the first position. Where the chat template has opened
+    <think>, always bans </think> there, and never starts with it.
     """
     from transformers import GenerationConfig
 
-    inputs, begun = dict(batch.prompt), []
-    if think == "always":
-        begun = encoder.think
+    inputs = dict(batch.prompt)
+    begun, banned = encoder.start(think)
+    if begun:
         added = {"input_ids": begun, "attention_mask": [1] * len(begun)}
         added["mm_token_type_ids"] = [0] * len(begun)
         for name, values in added.items():
@@ -250,7 +251,7 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=encoder.pad,
-        begin_suppress_tokens=[encoder.think[0]] if think == "never" else None,
+        begin_suppress_tokens=None if banned is None else [banned],
     )
     model.eval()
     model.generation_config = settings
@@ -265,10 +266,7 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
         length = next((place for place, token in enumerate(row) if token in ends), len(row))
         ended = length < len(row)
         tokens = begun + row[:length]
-        text = encoder.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        answers.append((text, len(tokens) + ended, ended))
+        answers.append((encoder.decode(tokens), len(tokens) + ended, ended))
     return answers
 
 
