@@ -459,6 +459,12 @@ def read_weights(folder, dtype):
             f"{folder}: {len(wrong)} weights are missing or of another shape, the first "
             f"{min(wrong)}; is the copy whole?"
         )
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not tied:
+        raise UserError(
+            f"{folder}/config.json: tie_word_embeddings is true, but in the weights lm_head and "
+            "embedding differ; set it to false to use both"
+        )
     return model
 
 

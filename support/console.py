@@ -130,12 +130,19 @@ def read_json(path):
 
 
 def hide_loading_report():
-    """Hide transformers' loading bars and its table of missing weights: `load` reports them."""
+    """Hide transformers' loading bars, and what it logs of the weights: `load` reports it.
+
+    On a CPU also hide that there are faster GPU kernels.
+    """
+    import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_utils").addFilter(is_not_loading_report)
+    if not torch.cuda.is_available():
+        logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 
 def is_not_loading_report(record):
-    return "LOAD REPORT" not in record.getMessage()
+    message = record.getMessage()
+    return "LOAD REPORT" not in message and "NOT tie" not in message
