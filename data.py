@@ -578,7 +578,11 @@ class EncodedPosts:
 
 @dataclass
 class Answers:
-    """Target tokens, padded on the right: `ids` and `mask` (1 at answer tokens), both (B, T)."""
+    """Target tokens, padded on the right: `ids` and `mask` (1 at answer tokens), both (B, T).
+
+    T is 3 at least: a model reads all but the last, and kernels that read a single token, as
+    generation does, may have no backward (Qwen3.5).
+    """
 
     ids: "torch.Tensor"
     mask: "torch.Tensor"
@@ -587,7 +591,7 @@ class Answers:
     def pad(cls, lists, pad):
         import torch
 
-        ids = torch.full((len(lists), max(map(len, lists))), pad)
+        ids = torch.full((len(lists), max(3, *map(len, lists))), pad)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(lists):
             ids[row, : len(tokens)] = torch.tensor(tokens)
@@ -609,7 +613,7 @@ class Answers:
             return torch.where(keep[:, None], ours, theirs)
 
         ids, mask = pick(self.ids, other.ids), pick(self.mask, other.mask)
-        longest = int(mask.sum(1).max())
+        longest = max(3, int(mask.sum(1).max()))
         return Answers(ids[:, :longest], mask[:, :longest])
 
 

@@ -4,6 +4,7 @@ The step (Ma et al., EMNLP 2025, section 3): measure without gradient the loss L
 answer; below gamma the sample is taught to reason first, y_c, otherwise it keeps y_s.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from support.checkpoint import PROMPT_FILE, find_model
 from support.console import first_line, hide_loading_report, read_json, reading
 from support.distributed import full_tensor, parameters_and_buffers
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 MODES = ("sft", "cot", "multitask", "dynamic")
 
 
@@ -40,7 +41,7 @@ class Prompt:
     inputs: dict  # input_ids, attention_mask, mm_token_type_ids (B, P), pixel_values, …
     positions: torch.Tensor  # (3, B, P): M-RoPE counts time, rows and columns
     last_hidden: torch.Tensor | None = None  # (B, 1, hidden), at the prompt's last token
-    cache: list | None = None  # a layer's (keys, values), each (B, heads, P, head size)
+    cache: object | None = None  # transformers' cache, what each layer keeps of the prompt
 
 
 class DynamicCoT(nn.Module):
@@ -51,9 +52,10 @@ class DynamicCoT(nn.Module):
     mode: sft -> L(y_s); cot -> L(y_c); multitask -> (L(y_s) + L(y_c)) / 2;
         dynamic -> L(y_c) where L(y_s) < gamma, else L(y_s).
     share_prompt: both answers follow the same prompt and attention is causal, so the model reads
-        image and prompt once, and each answer attends to their keys and values. Without it each
-        answer is a full pass of its own, as the method is written: the same gradient at a higher
-        price, and the only way under gradient checkpointing, which keeps no cache.
+        image and prompt once, and each answer goes on from what the layers keep of them: keys and
+        values, or a recurrent state. Without it each answer is a full pass of its own, as the
+        method is written: the same gradient at a higher price, and the only way under gradient
+        checkpointing, which keeps no cache.
     """
 
     def __init__(self, model, mode="dynamic", gamma=0.4, share_prompt=True):
@@ -89,14 +91,15 @@ class DynamicCoT(nn.Module):
 
     def encode_prompt(self, inputs):
         """The Prompt of a batch's inputs; with `share_prompt` the model reads it, with gradient."""
+        from transformers import DynamicCache
+
         without_pixels = {name: x for name, x in inputs.items() if name != "pixel_values"}
         positions, _ = self.model.model.get_rope_index(**without_pixels)  # (3, B, P)
         if not self.share_prompt:
             return Prompt(inputs, positions)
-        cache = new_cache()
+        cache = DynamicCache(config=self.model.config)
         hidden = self.read(inputs, position_ids=positions, past_key_values=cache, use_cache=True)
-        keys_and_values = [(layer.keys, layer.values) for layer in cache.layers]
-        return Prompt(inputs, positions, hidden[:, -1:], keys_and_values)
+        return Prompt(inputs, positions, hidden[:, -1:], cache)
 
     def answer_loss(self, prompt, answers):
         """L(y) (B,): the mean negative log-likelihood of each answer's tokens, its end included."""
@@ -112,7 +115,7 @@ class DynamicCoT(nn.Module):
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=attention_mask,
-                past_key_values=new_cache(prompt.cache),
+                past_key_values=continue_cache(prompt.cache),
                 use_cache=True,
             )
             hidden = torch.cat([prompt.last_hidden, output.last_hidden_state], dim=1)
@@ -205,17 +208,25 @@ class TokenLoss(torch.autograd.Function):
         return log_p, None
 
 
-def new_cache(keys_and_values=None):
-    """A key/value cache that begins with the given tensors, one pair a layer, without copying."""
-    from transformers import DynamicCache
+def continue_cache(cache):
+    """A cache that goes on from another, whose tensors stay as they are: the gradient needs them.
 
-    cache = DynamicCache()
-    for keys, values in keys_and_values or []:
-        layer = cache.layer_class_to_replicate()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
+    Keys and values are appended to out of place, but a recurrent state is overwritten.
+    """
+    continued = copy.copy(cache)
+    continued.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in continued.layers:
+        if hasattr(layer, "recurrent_states"):  # most layers of Qwen3.5
+            layer.conv_states = CopiedOnRead(layer.conv_states)
+            layer.recurrent_states = CopiedOnRead(layer.recurrent_states)
+    return continued
+
+
+class CopiedOnRead(dict):
+    """A dict of tensors in which what is done in place is done to a copy."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key).clone()
 
 
 # ------------------------------------------------------------------------------------- generation

@@ -9,7 +9,10 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of peft's weight names
 
 # The linear layers that --lora adapts, by their names in the families' models.
-LORA_TEXT = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+LORA_TEXT = (
+    r"model\.language_model\.layers\.\d+\."
+    r"(self_attn|linear_attn|mlp|mlp\.shared_expert)\.(in_proj_\w+|\w+_proj)"
+)
 LORA_VISION = r"model\.visual\.blocks\.\d+\.(attn|mlp)\.(qkv|proj|\w+_proj|\w*fc\d)"
 
 

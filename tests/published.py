@@ -11,7 +11,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from tiny import PATCH, QWEN_TEMPLATE, ROPE, TEXT, byte_level_bpe, tiny_model
+from tiny import OF_FAMILY, PATCH, QWEN_TEMPLATE, ROPE, TEXT, VISION, byte_level_bpe, tiny_model
 
 # (family, whether head and embedding are tied, transformers_version, most tokens of a prompt)
 KINDS = {
@@ -19,7 +19,16 @@ KINDS = {
     "Qwen2.5-VL-3B": ("qwen2_5_vl", True, "4.41.2", 131072),
     "Qwen2.5-VL-7B": ("qwen2_5_vl", False, "4.41.2", 131072),
     "Qwen3-VL-4B": ("qwen3_vl", True, "4.57.0.dev0", 262144),
+    "Qwen3.5-4B": ("qwen3_5", True, "4.57.0.dev0", 262144),
+    "Qwen3.5-35B-A3B": ("qwen3_5_moe", False, "4.57.0.dev0", 262144),
 }
+SAMPLING = {
+    "Qwen2-VL-2B": {"repetition_penalty": 1.0, "temperature": 0.01, "top_k": 1, "top_p": 0.001},
+    "Qwen2.5-VL-3B": {"repetition_penalty": 1.05, "temperature": 0.000001},
+    "Qwen2.5-VL-7B": {"repetition_penalty": 1.05, "temperature": 0.000001},
+    "Qwen3-VL-4B": {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.0, "temperature": 0.7},
+    "Qwen3.5-35B-A3B": {"top_k": 20, "top_p": 0.95, "temperature": 1.0},
+}  # the small Qwen3.5 have no generation_config.json
 
 SPECIALS = """
     <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
@@ -36,6 +45,13 @@ TOOLS["qwen3_vl"] = [
     *TOOLS["qwen2_5_vl"],
     *"<tool_response> </tool_response> <think> </think>".split(),
 ]
+
+TOOLS["qwen3_5"] = TOOLS["qwen3_5_moe"] = TOOLS["qwen3_vl"]
+# Special tokens that Qwen3.5 names in tokenizer_config.json only.
+CONFIG_ONLY = """
+    <|audio_start|> <|audio_end|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single>
+    <|audio_pad|>
+""".split()
 
 # Qwen3-VL's has no system turn of its own, and speaks of messages by attribute.
 QWEN3_TEMPLATE = """\
@@ -62,6 +78,31 @@ QWEN3_TEMPLATE = """\
 {%- endif %}
 """
 
+# An answer begins with an open <think> in Qwen3-VL-Thinking and in Qwen3.5, but with an empty one
+# in the small models of Qwen3.5.
+THINKING_TEMPLATE = QWEN3_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+SWITCH = """\
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is DEFAULT %}
+        {{- 'OTHER' }}
+    {%- else %}
+        {{- 'USUAL' }}
+    {%- endif %}
+"""
+
+
+def qwen3_5_template(thinks):
+    """Qwen3.5's template: it trims, and `enable_thinking` chooses how the answer begins."""
+    empty, opened = "<think>\\n\\n</think>\\n\\n", "<think>\\n"
+    usual, other = (opened, empty) if thinks else (empty, opened)
+    switch = SWITCH.replace("DEFAULT", "false" if thinks else "true")
+    switch = switch.replace("OTHER", other).replace("USUAL", usual)
+    template = QWEN3_TEMPLATE.replace("    {{- '<|im_start|>assistant\\n' }}\n", switch)
+    answered = "message.content if message.role == 'user' else '<think>\\n\\n</think>\\n\\n' + "
+    template = template.replace("{{- message.content }}", "{{- " + answered + "message.content }}")
+    return template.replace("{{- part.text }}", "{{- part.text|trim }}")
+
+
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -85,22 +126,11 @@ def write(folder, kind, seed=0, shards=3):
         for weight in model.parameters():
             weight.copy_(weight.to(torch.bfloat16))
     write_json(folder / "config.json", config(family, tied, version, vocabulary, ids, tokens))
-    sampling = {
-        "qwen2_vl": {"repetition_penalty": 1.0, "temperature": 0.01, "top_k": 1, "top_p": 0.001},
-        "qwen2_5_vl": {"repetition_penalty": 1.05, "temperature": 0.000001},
-        "qwen3_vl": {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.0, "temperature": 0.7},
-    }
-    write_json(
-        folder / "generation_config.json",
-        {
-            "bos_token_id": ids["<|endoftext|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "do_sample": True,
-            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-            **sampling[family],
-            "transformers_version": "4.49.0",
-        },
-    )
+    if kind in SAMPLING:
+        ends = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+        tokens = {"bos_token_id": ends[1], "pad_token_id": ends[1], "eos_token_id": ends}
+        settings = tokens | {"do_sample": True, "transformers_version": "4.49.0"} | SAMPLING[kind]
+        write_json(folder / "generation_config.json", settings)
     write_image_processor(folder, family)
     write_weights(folder, model, family, tied, shards)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
@@ -112,7 +142,7 @@ def write_json(path, content):
 
 
 def config(family, tied, version, vocabulary, ids, tokens):
-    """config.json: Qwen3-VL's is nested; the older ones have the text's fields at the top."""
+    """config.json: nested since Qwen3-VL; the older ones have the text's fields at the top."""
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
     text = TEXT | {
         "vocab_size": vocabulary,
@@ -122,42 +152,28 @@ def config(family, tied, version, vocabulary, ids, tokens):
         "use_cache": True,
         **ends,
     }
-    if family == "qwen3_vl":
+    if family.startswith("qwen3"):
+        own = {"attention_bias": False, "dtype": "bfloat16", "tie_word_embeddings": tied}
+        text |= OF_FAMILY[family] | own | {"model_type": f"{family}_text"}
+        if family == "qwen3_vl":
+            text["rope_scaling"] = dict(text.pop("rope_parameters"))
+            del text["rope_scaling"]["rope_theta"]
+            architecture = "Qwen3VL"
+        else:
+            architecture = "Qwen3_5Moe" if family == "qwen3_5_moe" else "Qwen3_5"
+            del text["rope_theta"], text["bos_token_id"]
+            mtp = {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+            text |= {"attn_output_gate": True, "full_attention_interval": 4, **mtp}
+            text |= {"mamba_ssm_dtype": "float32", "eos_token_id": ids["<|endoftext|>"]}
+        vision = {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "initializer_range": 0.02}
+        vision |= {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
         return {
-            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "architectures": [f"{architecture}ForConditionalGeneration"],
             "model_type": family,
-            "text_config": text
-            | {
-                "attention_bias": False,
-                "dtype": "bfloat16",
-                "head_dim": 8,
-                "num_hidden_layers": 3,
-                "model_type": "qwen3_vl_text",
-                "tie_word_embeddings": tied,
-                "rope_scaling": {
-                    "mrope_interleaved": True,
-                    "mrope_section": ROPE["mrope_section"],
-                    "rope_type": "default",
-                },
-            },
+            "text_config": text,
             "tie_word_embeddings": tied,
             "transformers_version": version,
-            "vision_config": {
-                "deepstack_visual_indexes": [0, 1],
-                "depth": 3,
-                "hidden_act": "gelu_pytorch_tanh",
-                "hidden_size": 16,
-                "in_channels": 3,
-                "initializer_range": 0.02,
-                "intermediate_size": 24,
-                "model_type": family,
-                "num_heads": 2,
-                "num_position_embeddings": 64,
-                "out_hidden_size": 32,
-                "patch_size": 16,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-            },
+            "vision_config": vision | VISION[family] | {"model_type": family},
             **tokens,
         }
     vision = {
@@ -207,7 +223,7 @@ def config(family, tied, version, vocabulary, ids, tokens):
 
 def write_image_processor(folder, family):
     patches = {"patch_size": PATCH[family], "temporal_patch_size": 2, "merge_size": 2}
-    if family != "qwen3_vl":
+    if not family.startswith("qwen3"):
         write_json(
             folder / "preprocessor_config.json",
             {
@@ -246,7 +262,8 @@ def write_image_processor(folder, family):
 
 def write_tokenizer(folder, family, length):
     """Write the tokenizer's files and the chat template; returns ids by token."""
-    tokenizer = json.loads(byte_level_bpe().to_str())
+    newer = family.startswith("qwen3_5")
+    tokenizer = json.loads(byte_level_bpe(marks=newer).to_str())
     vocabulary = tokenizer["model"]["vocab"]
     merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -256,6 +273,8 @@ def write_tokenizer(folder, family, length):
     }
     tokenizer["model"]["merges"] = merges
     tokenizer["added_tokens"] = [{"id": number, **token} for number, token in added.items()]
+    for token in CONFIG_ONLY if newer else ():
+        added[len(vocabulary) + len(added)] = {"content": token, **flags, "special": True}
     (folder / "tokenizer.json").write_text(
         json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8"
     )
@@ -264,6 +283,9 @@ def write_tokenizer(folder, family, length):
         "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
     )
     template = QWEN3_TEMPLATE if family == "qwen3_vl" else QWEN_TEMPLATE
+    if newer:
+        template = qwen3_5_template(thinks=True)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -283,7 +305,8 @@ def write_tokenizer(folder, family, length):
             "add_bos_token": False,
         },
     )
-    write_json(folder / "chat_template.json", {"chat_template": template})
+    if not newer:
+        write_json(folder / "chat_template.json", {"chat_template": template})
     return {token["content"]: number for number, token in added.items()} | {
         "vocabulary": [*vocabulary, *added]
     }
@@ -291,21 +314,25 @@ def write_tokenizer(folder, family, length):
 
 def published_name(name, family):
     """The published name of the weight that transformers 5 calls `name`."""
-    if family == "qwen3_vl":
+    if family.startswith("qwen3"):
         return name
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
 def write_weights(folder, model, family, tied, shards):
     """bfloat16 shards and their index; the head is left out where it is the embedding."""
-    weights = {
-        published_name(name, family): weight.to(torch.bfloat16).clone()
-        for name, weight in model.state_dict().items()
-        if not (tied and name == "lm_head.weight")
-    }
+    weights, name = {}, "model-{:05}-of-{:05}.safetensors"
+    for key, weight in model.state_dict().items():
+        if not (tied and key == "lm_head.weight"):
+            exact = key.endswith((".A_log", ".linear_attn.norm.weight"))
+            dtype = torch.float32 if exact else torch.bfloat16
+            weights[published_name(key, family)] = weight.to(dtype).clone()
+    if family.startswith("qwen3_5"):  # a layer that predicts a second token, for serving engines
+        weights["mtp.fc.weight"] = torch.ones(32, 64, dtype=torch.bfloat16)
+        name = "model.safetensors-{:05}-of-{:05}.safetensors"
     names, place = sorted(weights), {}
     for number in range(shards):
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        file = name.format(number + 1, shards)
         part = names[number::shards]
         save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
         place |= dict.fromkeys(part, file)

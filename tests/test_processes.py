@@ -19,10 +19,14 @@ from safetensors.torch import load_file
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+from PIL import Image
+
+import published
 import train
 from model import FAMILIES, DistributedStep, DynamicCoT
 from support import checkpoint
 from support.distributed import Ranks
+from support.jsonl import to_line
 from support.log import TrainingLog
 from tiny import batch_of, random_posts, tiny_model, train_alone, words
 
@@ -132,6 +136,45 @@ def test_processes_give_a_single_ones_losses_and_choices(posts, alone, tmp_path,
     assert any(0 < line["cot_share"] < 1 for line in steps(alone / "long"))
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_train_qwen3_5_as_one_does(tmp_path, engine):
+    """Layers with a recurrent state, with experts, and a head of its own or not."""
+    records = [{"id": str(n), "text": "the foxes " * n, "cot": "so"} for n in range(7)]
+    for n, record in enumerate(records):
+        record["keyphrases"] = ["foxes", "paris"][: 1 + n % 2]
+    for n in (1, 2, 4):
+        records[n]["image"] = f"{n}.png"
+        Image.effect_noise((32 * n + 24, 64), 90).save(tmp_path / f"{n}.png")
+    (tmp_path / "posts.jsonl").write_text("".join(map(to_line, records)))
+    kinds = ["Qwen3.5-4B", "Qwen3.5-35B-A3B"]
+    for kind in kinds:
+        published.write(tmp_path / kind, kind)
+        train_alone(*qwen3_5_arguments(tmp_path, kind, "alone"))
+    finished(launch(2, "qwen3_5", engine, tmp_path, *kinds))
+    for kind in kinds:
+        expected, ours = (steps(tmp_path / f"{kind}-{name}") for name in ("alone", "two"))
+        for one, other in zip(ours, expected, strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
+            assert one["cot_share"] == other["cot_share"]
+        assert len(ours) == 2 and any(0 < line["cot_share"] < 1 for line in ours)
+        saved, right = (weights(tmp_path / f"{kind}-{name}") for name in ("two", "alone"))
+        shapes = [{name: t.shape for name, t in found.items()} for found in (saved, right)]
+        assert shapes[0] == shapes[1] and ("lm_head.weight" in saved) == ("A3B" in kind)
+        start = {}
+        for file in (tmp_path / kind).glob("*.safetensors"):
+            start |= load_file(file)
+        for name, weight in right.items():
+            moved = (weight - start[name].float()).norm()
+            assert (saved[name] - weight).norm() <= 0.02 * moved, name
+
+
+def qwen3_5_arguments(folder, kind, name):
+    """Settings of a run over seven posts, four a step."""
+    files = ["--train", folder / "posts.jsonl", "--model", folder / kind]
+    sizes = "--epochs 1 --batch-size 4 --micro-batch 2 --lr 1e-3 --warmup 0 --workers 0"
+    return words(*files, "--out", folder / f"{kind}-{name}", "--gamma", 5, sizes)
+
+
 def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp_path):
     """Two sharded processes, then one, then four: together the run that was never stopped."""
     out, script = tmp_path / "run", ROOT / "train.py"
@@ -237,7 +280,13 @@ def send(number, step, rank, ranks):
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    if what == "runs":
+    if what == "qwen3_5":
+        engine, folder, *kinds = rest
+        with Ranks("cpu", engine) as ranks:
+            for kind in kinds:
+                arguments = qwen3_5_arguments(Path(folder), kind, "two")
+                train.train(train.parse_args(arguments), ranks)
+    elif what == "runs":
         engine, *rest = rest
         with Ranks("cpu", engine) as ranks:
             runs(ranks, *rest)

@@ -1,10 +1,12 @@
 """Folders like the published Qwen-VL checkpoints: loaded, trained, saved, used to predict."""
 
+import copy
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import partialmethod
 from pathlib import Path
 
@@ -14,13 +16,14 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import data
 import infer
 import published
 from evaluate import UserError
-from model import FAMILIES, generate, load
+from model import FAMILIES, MODES, generate, load
 from support import checkpoint
 from support.distributed import Ranks
 from support.jsonl import to_line
@@ -149,7 +152,7 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, lo
     _, encoder = loaded
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     from_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    texts = ["hello there", "the <tool_call> foxes", " 日本 😀\n\n1984 ", "a"]
+    texts = ["hello there", "the <tool> foxes, हिन्दी", " 日本 😀\n\n1984 ", "a"]
     for text, picture in zip(texts, pictures, strict=True):
         sample = encoder.encode({"id": "a", "text": text}, picture, with_answers=False)
         content = [{"type": "image"}] if picture else []
@@ -166,13 +169,46 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, lo
         assert sample.prompt == ids
 
 
+def test_posts_and_answers_never_become_an_added_token(source, loaded):
+    """Their ids are those of a tokenizer that has no added tokens at all."""
+    folder, _ = source
+    _, encoder = loaded
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    bare = Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
+    added = transformers.AutoTokenizer.from_pretrained(folder).added_tokens_decoder
+    assert len(added) >= len(published.SPECIALS + published.TOOLS[published.KINDS[folder.name][0]])
+    frame = Counter(encoder.prompt_ids("", 0)[0])
+    for token in added.values():
+        name = token.content
+        for text in (name, f"foxes{name}play", f" {name} ", f"日{name}{name}"):
+            ids, _ = encoder.prompt_ids(text, 0)
+            _, before, after, tail = encoder.frames[False]
+            expected = bare.encode(before + text + after, add_special_tokens=False).ids
+            assert ids[: len(ids) - len(tail)][-len(expected) :] == expected, text
+            assert all(Counter(ids)[number] == frame[number] for number in added), text
+            if name not in data.TAGS:
+                answer = encoder.answer_ids(text)[:-1]
+                expected = bare.encode(text, add_special_tokens=False).ids
+                assert answer == encoder.answer_ids("")[:-1] + expected, text
+        short = copy.copy(encoder)
+        short.max_length = frame.total() + 4
+        ids, cut = short.prompt_ids(name * 9, 0)
+        assert cut and all(Counter(ids)[number] == frame[number] for number in added), name
+
+
 @pytest.mark.parametrize("think", ["auto", "always"])
 def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pictures, think):
     """theirs: the published settings, but without sampling and penalties, as predictions are."""
     folder, _ = source
     model, encoder = loaded
-    theirs = in_transformers(folder)
+    theirs, tokenizer = in_transformers(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     plain = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=40)
+    plain["eos_token_id"] = ends
+    opened = "Qwen3.5" in folder.name  # by the template
+    forced = [] if think == "auto" or opened else tokenizer("<think>").input_ids
+    if opened and think == "always":
+        plain["begin_suppress_tokens"] = tokenizer("</think>").input_ids
 
     def generated(*numbers):
         return generate(model, encoder, batch_of(encoder, pictures, numbers), think, 40)
@@ -180,19 +216,19 @@ def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pict
     penalised = 0
     for number, answer in enumerate(generated(0, 1, 2, 3)):
         prompt = batch_of(encoder, pictures, [number]).prompt
-        if think == "always":
-            added = torch.tensor([encoder.plain_ids("<think>")])
+        start = prompt["input_ids"].shape[1]
+        if forced:
+            added = torch.tensor([forced])
             prompt["input_ids"] = torch.cat([prompt["input_ids"], added], dim=1)
             prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
             prompt["mm_token_type_ids"] = (prompt["input_ids"] == encoder.image_token_id).int()
-        start = prompt["input_ids"].shape[1] - (len(encoder.think) if think == "always" else 0)
         own = theirs.generate(**prompt, **plain, repetition_penalty=1.0)[0, start:]
         with_penalty = theirs.generate(**prompt, **plain, repetition_penalty=1.5)[0, start:]
         penalised += not torch.equal(own, with_penalty)
-        stop = own[-1].item() in theirs.generation_config.eos_token_id
-        text = encoder.tokenizer.decode(own[:-1] if stop else own, skip_special_tokens=True)
+        stop = own[-1].item() in ends
+        text = tokenizer.decode(own[:-1] if stop else own, skip_special_tokens=True)
         (alone,) = generated(number)
-        assert answer == (text, len(own), stop) == alone
+        assert answer == ("<think>" * opened + text, len(own), stop) == alone
     assert penalised  # else the answers would not tell a penalty from none
 
 
@@ -201,18 +237,19 @@ def test_an_answer_ends_at_each_token_that_the_folder_says_it_may_end_with(loade
     model, encoder = loaded
     batch = batch_of(encoder, pictures, [0])
     inherited = model.generation_config.eos_token_id
-    assert inherited == encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ends = encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert inherited in (ends, ends[1])  # the second without a generation_config.json
     options = dict(do_sample=False, max_new_tokens=12, repetition_penalty=1.0)
     row = model.generate(**batch.prompt, **options)[0].tolist()
     row = row[batch.prompt["input_ids"].shape[1] :]
     place = next(place for place in range(1, 12) if row[place] not in row[:place])
     try:
-        model.generation_config.eos_token_id = [row[place], inherited[0]]
+        model.generation_config.eos_token_id = [row[place], ends[0]]
         ((text, count, ended),) = generate(model, encoder, batch, max_new_tokens=12)
     finally:
         model.generation_config.eos_token_id = inherited
     assert ended and count == place + 1
-    assert text == encoder.tokenizer.decode(row[:place], skip_special_tokens=True)
+    assert text == encoder.decode(row[:place])
 
 
 def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_path, capsys):
@@ -232,12 +269,14 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
 
     # The names and shapes are the published ones; the values are float32, to continue training.
     source_weights, saved_weights = headers(folder), headers(saved)
-    assert {dtype for _, dtype in source_weights.values()} == {"BF16"}
+    assert {dtype for _, dtype in source_weights.values()} >= {"BF16"}
+    source_weights.pop("mtp.fc.weight", None)  # Qwen3.5's; it is not trained and not saved
     assert saved_weights == {name: (shape, "F32") for name, (shape, _) in source_weights.items()}
     for name, content in side_files.items():
         assert (saved / name).read_bytes() == content, name
-    expected = {"config.json", "chat_template.json", "merges.txt", "generation_config.json"}
-    assert expected <= side_files.keys()
+    template = "chat_template.jinja" if "Qwen3.5" in folder.name else "chat_template.json"
+    sampling = ["generation_config.json"] if folder.name in published.SAMPLING else []
+    assert {"config.json", template, "merges.txt", *sampling} <= side_files.keys()
     # There is one file: an index left over from the source would name shards.
     assert not list(saved.glob("*.index.json"))
 
@@ -256,6 +295,36 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     predictions = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     answers = generate(again, again_encoder, batch, max_new_tokens=5)
     assert [prediction["output"] for prediction in predictions] == [text for text, _, _ in answers]
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [("Qwen3.5-4B", f"--mode {mode}") for mode in MODES]
+    + [(kind, "--lora 4") for kind in ("Qwen3.5-4B", "Qwen3.5-35B-A3B")],
+)
+def test_qwen3_5_learns_in_every_mode_and_resumes(kind, options, posts, tmp_path, monkeypatch):
+    if "--lora" in options:
+        pytest.importorskip("peft", reason="adapters need the optional package peft")
+    published.write(tmp_path / "model", kind)
+    files = ["--model", tmp_path / "model", "--train", posts, "--out"]
+    sizes = "--epochs 3 --batch-size 2 --lr 1e-2 --gamma 5 --workers 0"
+    arguments = words(*files, tmp_path / "whole", sizes, options)
+    model, encoder, whole = train_alone(*arguments)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    arguments[arguments.index(str(tmp_path / "whole"))] = str(tmp_path / "cut")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.Checkpoints, "prune", interrupted)
+        train_alone(*arguments)
+    resumed, _, cut = train_alone(*arguments, "--resume")
+    batch = batch_of(encoder, [None] * 4, [0, 1])
+    assert torch.equal(logits(resumed.eval(), batch), logits(model.eval(), batch))
+    assert torch.equal(logits(load(str(cut))[0].eval(), batch), logits(model, batch))
+    logs = [(run / "log.jsonl").read_text().splitlines() for run in (whole, cut)]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1] and losses[0][-1] < 0.97 * losses[0][0]
 
 
 def test_nothing_but_our_own_lines_is_on_the_screen(posts, pictures, tmp_path):
@@ -307,13 +376,14 @@ def test_weights_too_large_for_one_file_are_saved_in_shards_with_an_index_of_the
     saved, index = tmp_path / "step-1", "model.safetensors.index.json"
     indexes = [json.loads((place / index).read_text()) for place in (saved, folder)]
     places, before = (content["weight_map"] for content in indexes)
+    before.pop("mtp.fc.weight", None)
     assert places.keys() == before.keys() and len(set(places.values())) > 1 and places != before
     assert {file.name for file in saved.glob("model-*.safetensors")} == set(places.values())
     batch = batch_of(encoder, pictures, [0, 2])
     assert torch.equal(logits(load(str(saved))[0].eval(), batch), logits(written, batch))
 
 
-def test_a_folder_whose_template_is_in_chat_template_json_only(source, loaded, tmp_path):
+def test_a_folder_whose_template_is_in_a_file_of_its_own_only(source, loaded, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(source[0], folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -323,16 +393,51 @@ def test_a_folder_whose_template_is_in_chat_template_json_only(source, loaded, t
     record = {"id": "a", "text": "hello there"}
     prompts = [each.encode(record, None, False).prompt for each in (encoder, loaded[1])]
     assert prompts[0] == prompts[1]
-    (folder / "chat_template.json").unlink()
+    next(folder.glob("chat_template.j*")).unlink()
     with pytest.raises(UserError, match="chat_template.jinja"):
         load(str(folder))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, tied, *_) in published.KINDS.items() if tied])
+def test_a_head_of_its_own_is_refused_where_the_config_says_tied(kind, posts, tmp_path, capfd):
+    """transformers would train two matrices, and let others read one of them."""
+    folder = tmp_path / "model"
+    written = published.write(folder, kind, shards=1)
+    file, family = next(folder.glob("*.safetensors")), published.KINDS[kind][0]
+    weights = load_file(file)
+    embedding = published.published_name("model.language_model.embed_tokens.weight", family)
+    for head, fine in ((weights[embedding], True), (weights[embedding] + 1, False)):
+        weights["lm_head.weight"] = head.clone()
+        save_file(weights, file, metadata={"format": "pt"})
+        published.write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {}, "weight_map": dict.fromkeys(weights, file.name)},
+        )
+        if fine:
+            model, _, _ = load(str(folder))
+            assert torch.equal(model.lm_head.weight, written.lm_head.weight)
+    with pytest.raises(
+        UserError, match="config.json: tie_word_embeddings is true.*set it to false"
+    ):
+        load(str(folder))
+    assert not capfd.readouterr().err
+
+    # The mend: both are trained and saved, for us and for others.
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    published.write_json(folder / "config.json", config)
+    options = "--epochs 1 --batch-size 4 --lr 1e-3 --workers 0"
+    files = ["--model", folder, "--train", posts, "--out", tmp_path / "run"]
+    model, encoder, run = train_alone(*files, options)
+    batch = batch_of(encoder, [None] * 4, [0, 1])
+    assert torch.equal(logits(in_transformers(run / "step-1"), batch), logits(model.eval(), batch))
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
 
 def test_another_family_is_refused_in_one_line_that_names_those_that_work(tmp_path):
     folder = tmp_path / "model"
     published.write(folder, "Qwen3-VL-4B")
     config = json.loads((folder / "config.json").read_text())
-    for family in ("qwen3_5", "qwen3_vl_moe", "qwen2_5_omni", "llava_next", None):
+    for family in ("qwen3_5_text", "qwen3_vl_moe", "qwen2_5_omni", "llava_next", None):
         published.write_json(folder / "config.json", config | {"model_type": family})
         with pytest.raises(UserError, match=repr(family)) as error:
             load(str(folder))

@@ -1,10 +1,12 @@
 """The training step against things that are right for another reason."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 
+from data import Answers
 from model import FAMILIES, MODES, DynamicCoT, TokenLoss
 from tiny import batch_of, random_posts, tiny_model
 
@@ -182,7 +184,7 @@ def test_any_split_into_micro_batches_gives_the_same_update(family):
     for size in (1, 2, 4, 8):
         model = tiny_model(family)
         step = DynamicCoT(model, "dynamic", gamma=4.0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         for start in range(0, 8, size):
             (step(batch_of(posts[start : start + size]))[0].sum() / 8).backward()
         optimizer.step()
@@ -192,6 +194,31 @@ def test_any_split_into_micro_batches_gives_the_same_update(family):
         for name, weight in update.items():
             moved = (updates[0][name] - before[name]).norm()
             assert (weight - updates[0][name]).norm() <= 1e-4 * moved, name
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_answers_of_one_token_need_no_kernel_of_generation(family, monkeypatch):
+    """The fast kernel that reads one token at a time has no backward."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    monkeypatch.setattr(module, "torch_recurrent_gated_delta_rule", None)
+    model, posts = tiny_model(family), random_posts(family, GRIDS, plain=(2, 2), cot=(2, 2))
+    batch = batch_of(posts)
+    batch.plain, batch.cot = (
+        Answers.pad([post[name] for post in posts], pad=0) for name in ("plain", "cot")
+    )
+    for mode in MODES:
+        loss, _, use_cot = DynamicCoT(model, mode, gamma=5.0)(batch)
+        loss.mean().backward()
+    assert 0 < use_cot.sum() < len(posts)
+    with torch.no_grad():
+        targets = [
+            post["cot" if reasons else "plain"]
+            for post, reasons in zip(posts, use_cot, strict=True)
+        ]
+        expected = torch.stack(
+            [single_loss(model, post, target) for post, target in zip(posts, targets, strict=True)]
+        )
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
 
 
 def test_a_batch_of_text_only_posts(model, family):

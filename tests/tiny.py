@@ -24,7 +24,33 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 TOKENS = dict(
     image_token_id=IMAGE_TOKEN, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93
 )
-PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
+PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_5": 16, "qwen3_5_moe": 16}
+CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+CLASSES |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
+
+# What config.json of each family has beside TEXT and TOKENS, as published but for the numbers.
+VISION = {"qwen2_vl": dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2)}
+_block = dict(hidden_size=16, num_heads=2, intermediate_size=24, out_hidden_size=32)
+VISION["qwen2_5_vl"] = dict(depth=2, fullatt_block_indexes=[1], window_size=56, **_block)
+VISION["qwen3_5"] = dict(depth=2, num_position_embeddings=64, **_block)
+VISION["qwen3_vl"] = VISION["qwen3_5"] | dict(depth=3, deepstack_visual_indexes=[0, 1])
+VISION["qwen3_5_moe"] = VISION["qwen3_5"]
+
+_interleaved = {"rope_parameters": ROPE | {"mrope_interleaved": True}}
+OF_FAMILY = {"qwen2_vl": {}, "qwen2_5_vl": {}}
+OF_FAMILY["qwen3_vl"] = {"head_dim": 8, "num_hidden_layers": 3} | _interleaved
+OF_FAMILY["qwen3_5"] = dict(
+    head_dim=16,
+    num_hidden_layers=3,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    rope_parameters=_interleaved["rope_parameters"] | {"partial_rotary_factor": 0.5},
+)
+_experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+OF_FAMILY["qwen3_5_moe"] = OF_FAMILY["qwen3_5"] | _experts | {"shared_expert_intermediate_size": 24}
 
 
 def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
@@ -35,55 +61,18 @@ def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
     import transformers
 
     torch.manual_seed(seed)
-    text = TEXT | {"vocab_size": vocabulary, "rope_parameters": ROPE}
-    if family == "qwen2_vl":
-        config = transformers.Qwen2VLConfig(
-            text_config=text,
-            vision_config=dict(
-                depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14
-            ),
-            tie_word_embeddings=tied,
-            **tokens,
-        )
-        return transformers.Qwen2VLForConditionalGeneration(config)
-    if family == "qwen2_5_vl":
-        config = transformers.Qwen2_5_VLConfig(
-            text_config=text,
-            vision_config=dict(
-                depth=2,
-                hidden_size=16,
-                num_heads=2,
-                intermediate_size=24,
-                out_hidden_size=32,
-                patch_size=14,
-                fullatt_block_indexes=[1],
-                window_size=56,
-            ),
-            tie_word_embeddings=tied,
-            **tokens,
-        )
-        return transformers.Qwen2_5_VLForConditionalGeneration(config)
-    config = transformers.Qwen3VLConfig(
-        text_config=text
-        | {
-            "head_dim": 8,
-            "num_hidden_layers": 3,
-            "rope_parameters": ROPE | {"mrope_interleaved": True},
-        },
-        vision_config=dict(
-            depth=3,
-            hidden_size=16,
-            num_heads=2,
-            intermediate_size=24,
-            out_hidden_size=32,
-            patch_size=16,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 1],
-        ),
+    text = TEXT | {"vocab_size": vocabulary, "rope_parameters": ROPE} | OF_FAMILY[family]
+    config = getattr(transformers, CLASSES[family] + "Config")(
+        text_config=text,
+        vision_config=VISION[family] | {"patch_size": PATCH[family]},
         tie_word_embeddings=tied,
         **tokens,
     )
-    return transformers.Qwen3VLForConditionalGeneration(config)
+    model = getattr(transformers, CLASSES[family] + "ForConditionalGeneration")(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(".A_log"):  # a state that lasts as long as a prompt does
+            torch.nn.init.uniform_(weight, -3, 0)
+    return model
 
 
 def words(*parts):
@@ -173,8 +162,11 @@ You are a helpful assistant.<|im_end|>
 """
 
 
-def byte_level_bpe():
-    """A byte-level BPE with the published models' pattern, trained on a page; no special tokens."""
+def byte_level_bpe(marks=False):
+    """A byte-level BPE with the published models' pattern, trained on a page; no special tokens.
+
+    With `marks` the pattern is Qwen3.5's, in which combining marks belong to words.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     from data import PROMPT
@@ -185,6 +177,10 @@ def byte_level_bpe():
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
+    if marks:
+        pattern = pattern.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+            r"\s\p{L}", r"\s\p{L}\p{M}"
+        )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
