@@ -278,7 +278,8 @@ def load_image(path, max_pixels):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; errors still raise
-            with Image.open(path, formats=FORMATS) as image:
+            # Given a path, Pillow maps uncompressed TIFFs into memory, and garbles turned ones.
+            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
                 shrink = (image.width * image.height / (4 * max_pixels)) ** 0.5
                 if shrink > 1:
                     image.draft(None, (round(image.width / shrink), round(image.height / shrink)))
@@ -313,20 +314,46 @@ def upright(image):
 
 
 def to_rgb(image):
-    """The image in mode RGB: 16-bit values scaled to 8 bits, alpha over white."""
+    """The image in mode RGB: numbers of more than 8 bits scaled to 8, alpha over white."""
     from PIL import Image
 
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits: `convert` alone clips to white
-        import numpy as np
-
-        values = np.asarray(image, dtype=np.float32)
-        values = values / 257 if values.max(initial=0) > 255 else values
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(to_8_bits(image)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def to_8_bits(image):
+    """The values of a picture of 16 or 32 bits as an array of bytes.
+
+    White is 1 for floats up to 1, else 255, 65535, or the largest value, whichever is enough.
+    """
+    import numpy as np
+
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # a TIFF's tags
+    if image.mode == "I" and values.min(initial=0) < 0 and tags.get(339, (1,))[0] == 1:
+        values = values.view(np.uint32)  # Pillow has no mode for 32 bits without a sign
+    largest = float(values.max(initial=0, where=np.isfinite(values)))
+    if image.mode == "F" and largest < 2:  # a filter may have passed 1 a little
+        white = 1
+    else:
+        white = next((white for white in (255, 65535) if largest <= white), largest)
+    values = values.astype(np.float32) / np.float32(white / 255)
+    values = np.nan_to_num(values).clip(0, 255).round().astype(np.uint8)
+    return 255 - values if tags.get(262) == 0 else values  # this TIFF's 0 is white
+
+
+def fit(image, max_pixels, side=TOKEN_SIDE):
+    """The image scaled to whole tokens, squares of `side` pixels: as many as `max_pixels` has."""
+    from PIL import Image
+
+    shrink = (image.width * image.height / max_pixels) ** 0.5
+    most = max(1, max_pixels // side**2)  # of a thin picture, which is at least one token wide
+    size = [min(most, max(1, int(length / shrink / side))) * side for length in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def image_url(path, max_pixels):
@@ -335,13 +362,9 @@ def image_url(path, max_pixels):
     A larger image is scaled to whole tokens, as the model's own processor would do: a server that
     runs this processor then keeps its size.
     """
-    from PIL import Image
-
     image = load_image(path, max_pixels)
-    shrink = (image.width * image.height / max_pixels) ** 0.5
-    if shrink > 1:
-        size = [max(1, int(side / shrink / TOKEN_SIDE)) * TOKEN_SIDE for side in image.size]
-        image = image.resize(size, Image.Resampling.BICUBIC)
+    if max(image.width, TOKEN_SIDE) * max(image.height, TOKEN_SIDE) > max_pixels:
+        image = fit(image, max_pixels)
     image.info = {}  # `save` would write a comment again
     buffer = io.BytesIO()
     try:
@@ -411,9 +434,10 @@ class Encoder:
         self.image_token_id = image_token_id
         self.max_pixels, self.max_length = options.max_pixels, options.max_length
         self.size = {
-            edge: min(image_processor.size[edge], self.max_pixels)
+            edge: int(min(image_processor.size[edge], self.max_pixels))
             for edge in ("shortest_edge", "longest_edge")
         }
+        self.token_side = image_processor.patch_size * image_processor.merge_size
         added = tokenizer.added_tokens_decoder
         special = {number for number, token in added.items() if token.special}
         # Only tokens that are marked as special can be kept out of plain text.
@@ -474,8 +498,10 @@ class Encoder:
                 "not 1; is the template the model's own?"
             )
         prompt = len(head) - 1 + len(self.plain_ids(before + after)) + len(tail)
-        side = self.image_processor.patch_size * self.image_processor.merge_size
-        image = self.size["longest_edge"] // side**2
+        image = self.size["longest_edge"] // self.token_side**2
+        if not image:
+            least = f"{self.token_side} x {self.token_side} pixels"
+            raise UserError(f"--max-pixels {self.max_pixels} is less than a token's {least}")
         if prompt + image >= self.max_length:
             raise UserError(
                 f"--max-length {self.max_length} leaves no room for a post's text: the prompt takes"
@@ -540,14 +566,22 @@ class Encoder:
         text = self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
         return "<think>" + text if self.opens_think else text
 
+    def image_patches(self, picture):
+        """(pixel_values, image_grid_thw) of a PIL image within the model's limits of size."""
+        process, most = self.image_processor, self.size["longest_edge"]
+        image = process([picture], size=self.size, do_resize=True, return_tensors="pt")
+        if int(image["image_grid_thw"].prod()) * process.patch_size**2 > most:
+            # The processor makes a picture that is thin, or has to grow, larger than it may be.
+            picture = fit(picture, most, self.token_side)
+            image = process([picture], do_resize=False, return_tensors="pt")
+        return image["pixel_values"], image["image_grid_thw"]
+
     def encode(self, record, image_path, with_answers):
         """The record as a Sample. Raises Unreadable."""
         pixel_values = grid = None
         image_tokens = 0
         if image_path is not None:
-            picture = load_image(image_path, self.max_pixels)
-            image = self.image_processor(images=[picture], size=self.size, return_tensors="pt")
-            pixel_values, grid = image["pixel_values"], image["image_grid_thw"]
+            pixel_values, grid = self.image_patches(load_image(image_path, self.max_pixels))
             image_tokens = int(grid.prod()) // self.image_processor.merge_size**2
         text = record["text"].strip().encode("utf-8", "replace").decode("utf-8")
         prompt, truncated = self.prompt_ids(text, image_tokens)

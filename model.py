@@ -555,7 +555,7 @@ def check_fit(folder, model, tokenizer, image_processor):
     # Most errors of preprocessor_config.json appear only when an image is processed.
     image = np.zeros((64, 64, 3), np.uint8)
     with reading(f"{folder}: its preprocessor_config.json", f"copy it {mend}"):
-        patches = image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        patches = image_processor([image], do_resize=True, return_tensors="pt")["pixel_values"]
         found, merge = patches.shape[1], image_processor.merge_size
     if (found, merge) != (expected, vision.spatial_merge_size):
         raise UserError(

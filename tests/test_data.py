@@ -1,9 +1,13 @@
 """Records, the answer parser, images, prompts and batches."""
 
+import base64
+import io
 import json
 import os
 import pickle
 import random
+import shutil
+import struct
 from itertools import islice
 from pathlib import Path
 
@@ -222,6 +226,90 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert load_image(tmp_path / "a.png", 10**6).getpixel((1, 1)) == (128, 128, 128)
 
 
+RAMP = np.tile(np.arange(256), (4, 1))
+GREY = RAMP.astype(np.uint8)
+
+
+def tiff(path, values, **tags):
+    """A TIFF of one channel; `tags` are changed in the file, since Pillow sets its own."""
+    numbers = {"photometric": 262, "sample_format": 339}
+    Image.fromarray(values).save(path)
+    content = path.read_bytes()
+    for name, value in tags.items():
+        tag = struct.pack("<HHI", numbers[name], 3, 1)
+        place = content.index(tag) + len(tag)
+        content = content[:place] + struct.pack("<H", value) + content[place + 2 :]
+    path.write_bytes(content)
+
+
+def as_unsigned(values):
+    return values.astype(np.uint32).view(np.int32)
+
+
+KINDS_OF_NUMBERS = {
+    "floats up to 1": (GREY / np.float32(255), {}),
+    "floats that pass 1": (GREY / np.float32(250), {}),
+    "floats up to 255": (RAMP.astype(np.float32), {}),
+    "floats of 16 bits": (GREY * np.float32(257), {}),
+    "huge floats": (GREY * np.float32(1e36), {}),
+    "16 bits": (GREY * np.uint16(257), {}),
+    "16 bits, big-endian": ((GREY * np.uint16(257)).astype(">u2"), {}),
+    "32 bits of small values": (RAMP.astype(np.int32), {}),
+    "32 bits": (GREY * np.int32(2**31 // 256), {}),
+    "32 bits without a sign": (as_unsigned(RAMP * 2**24), {"sample_format": 1}),
+    "0 is white": ((255 - GREY) / np.float32(255), {"photometric": 0}),
+    "0 is white, 16 bits": ((255 - GREY) * np.uint16(257), {"photometric": 0}),
+}
+
+
+@pytest.mark.parametrize("values, tags", KINDS_OF_NUMBERS.values(), ids=KINDS_OF_NUMBERS)
+def test_a_ramp_from_black_to_white_in_any_kind_of_numbers(tmp_path, values, tags):
+    tiff(tmp_path / "a.tif", values, **tags)
+    read = np.asarray(load_image(tmp_path / "a.tif", 10**6), int)
+    brighter = 5 if 1 < values.max() < 2 else 0  # those that pass 1 are white
+    assert (read >= RAMP[..., None] - 1).all() and (read <= RAMP[..., None] + 1 + brighter).all()
+
+
+def test_values_that_no_picture_should_have(tmp_path):
+    values = GREY / np.float32(255)
+    values[0, :4] = np.nan, np.inf, -np.inf, -0.5
+    tiff(tmp_path / "a.tif", values)
+    read = np.asarray(load_image(tmp_path / "a.tif", 10**6))[..., 0]
+    assert read[0, :4].tolist() == [0, 255, 0, 0] and (read[1:] == RAMP[1:]).all()
+    for nothing in (np.nan, -1, 0):
+        tiff(tmp_path / "a.tif", np.full((4, 4), nothing, np.float32))
+        assert not np.asarray(load_image(tmp_path / "a.tif", 10**6)).any()
+
+
+def test_other_kinds_of_tiff(tmp_path):
+    grey = Image.fromarray(GREY)
+    grey.convert("1", dither=Image.Dither.NONE).save(tmp_path / "bits.tif")
+    assert (
+        np.asarray(load_image(tmp_path / "bits.tif", 10**6))[..., 0] == 255 * (RAMP > 127)
+    ).all()
+    lab = np.stack([GREY, 0 * GREY, 0 * GREY], axis=2)  # L, a and b: greys of equal steps
+    Image.fromarray(lab, "LAB").save(tmp_path / "lab.tif")
+    lightness = RAMP / 255 * 100
+    linear = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)
+    srgb = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+    read = np.asarray(load_image(tmp_path / "lab.tif", 10**6), int)
+    assert np.abs(read - (255 * srgb)[..., None]).max() <= 3
+    float_pages = [Image.fromarray(GREY / np.float32(255)), Image.fromarray(np.zeros((9, 9), "f4"))]
+    float_pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=float_pages[1:])
+    assert (np.asarray(load_image(tmp_path / "pages.tif", 10**6))[..., 0] == RAMP).all()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff(tmp_path, orientation, kind):
+    values = RAMP[:, ::4].astype(kind)
+    turns = [lambda x: x, np.fliplr, lambda x: np.rot90(x, 2), np.flipud, np.transpose]
+    turns += [lambda x: np.rot90(x, -1), lambda x: np.rot90(x, 2).T, np.rot90]
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={274: orientation})
+    read = np.asarray(load_image(tmp_path / "a.tif", 10**6))[..., 0]
+    assert np.array_equal(read, turns[orientation - 1](values))
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.webp"])
 def test_first_frame_of_an_animation(tmp_path, name):
     frames = [Image.fromarray(LEFT_RED), Image.new("RGB", (60, 40), "green")]
@@ -248,7 +336,6 @@ def test_what_is_no_image_is_said_to_be_none(tmp_path):
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):
-    import struct
     import zlib
 
     def chunk(kind, body):
@@ -355,6 +442,63 @@ def test_a_long_text_is_truncated_and_the_rest_kept(tmp_path):
     assert sample.prompt.count(encoder.image_token_id) == 12
     assert sample.prompt[-5:] == short.prompt[-5:]
     assert "Post: the foxes play the foxes" in encoder.tokenizer.decode(sample.prompt)
+
+
+SIZES = [
+    (20_000, 100),
+    (100, 20_000),
+    (5000, 3),
+    (1, 1),
+    (10, 11),
+    (700, 30),
+    (640, 480),
+    (57, 999),
+]
+
+
+def tokens_of(sample):
+    return 0 if sample.grid is None else int(sample.grid.prod()) // 4
+
+
+@pytest.mark.parametrize("smallest", [56 * 56, 28 * 28 * 64])
+@pytest.mark.parametrize("most", [1, 7, 64])
+def test_no_picture_takes_more_tokens_than_it_may(tmp_path, most, smallest):
+    """Neither a thin one nor one that its processor enlarges; others are the processor's own."""
+    encoder = make_encoder(tmp_path, max_pixels=most * 784 + 5, max_length=300)
+    encoder.size["shortest_edge"] = min(smallest, encoder.size["longest_edge"])
+    for width, height in SIZES:
+        path = picture(tmp_path / "a.png", width, height)
+        sample = encoder.encode(post(text="foxes " * 400), path, with_answers=False)
+        assert 1 <= tokens_of(sample) <= most and len(sample.prompt) <= 300
+        assert sample.prompt.count(encoder.image_token_id) == tokens_of(sample)
+        image = load_image(path, encoder.max_pixels)
+        own = encoder.image_processor([image], size=encoder.size, return_tensors="pt")
+        if int(own["image_grid_thw"].prod()) // 4 <= most:
+            assert torch.equal(sample.pixel_values, own["pixel_values"])
+        else:
+            assert 2 * tokens_of(sample) >= most
+        url = data.image_url(path, most * 784 + 5)
+        sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert max(28, sent.width) * max(28, sent.height) <= most * 784 + 5
+
+
+def test_less_pixels_than_a_token_has_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--max-pixels 783 is less than a token's 28 x 28 pixels"):
+        make_encoder(tmp_path, max_pixels=783)
+
+
+def test_a_processor_that_does_not_resize_is_made_to(world, tmp_path):
+    from model import load
+
+    shutil.copytree(world / "toy", tmp_path / "toy")
+    settings = tmp_path / "toy" / "preprocessor_config.json"
+    changed = json.loads(settings.read_text()) | {"do_resize": False}
+    settings.write_text(json.dumps(changed))
+    encoders = [load(str(folder))[1] for folder in (world / "toy", tmp_path / "toy")]
+    for size in ((112, 84), (500, 300), (3000, 40)):
+        path = picture(tmp_path / "a.png", *size)
+        one, other = (encoder.encode(post(), path, with_answers=False) for encoder in encoders)
+        assert torch.equal(one.pixel_values, other.pixel_values) and one.prompt == other.prompt
 
 
 def test_a_lone_surrogate_is_no_reason_to_stop(encoder):
