@@ -10,7 +10,6 @@ one go, with the reason and the last reply, to a file beside --out, train_cot.fa
 --retry-failed asks for them again.
 """
 
-import argparse
 import asyncio
 import contextlib
 import copy
@@ -28,7 +27,7 @@ from evaluate import CJK, UserError, non_negative_int, normalize, run
 from support.chat import Failed, chat_request
 from support.client import Client
 from support.connection import OPENAI, add_server_options, endpoint, without_query
-from support.console import HelpFormatter, info, plural, positive_int, progress, writing
+from support.console import ArgumentParser, info, plural, positive_int, progress, writing
 from support.jsonl import JsonlWriter, locked, write_atomic
 
 PROMPT = """\
@@ -365,7 +364,7 @@ def summary(args, results, asked, skipped, client):
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("data", metavar="FILE", help="posts with keyphrases (JSONL)")
     add("--out", metavar="FILE", required=True, help="file for the posts with reasoning (JSONL)")

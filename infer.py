@@ -10,7 +10,6 @@ predicted are not predicted twice, and those that failed are tried again. The th
 with a model that a server has loaded; --model is then its name there.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -23,7 +22,7 @@ from evaluate import UserError, one_line, parse_prediction, run, shown
 from support.chat import Failed, chat_request
 from support.checkpoint import checkpoint_of, find_model
 from support.connection import add_server_options
-from support.console import HelpFormatter, info, out_of_memory, positive_int, progress, writing
+from support.console import ArgumentParser, info, out_of_memory, positive_int, progress, writing
 from support.jsonl import JsonlWriter, locked, to_line, write_atomic
 
 KEPT = "what was predicted is kept: make room and run this again"
@@ -236,7 +235,7 @@ def summary(args, writer):
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("image", nargs="?", help="the post's image, or none")
     add("text", nargs="?", help="the post's text")

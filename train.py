@@ -18,7 +18,7 @@ import data
 from evaluate import UserError, non_negative_int, run, score, table, train_keyphrases
 from support.checkpoint import Checkpoints, Stop, checkpoint_of, find_model, is_local, open_run
 from support.console import (
-    HelpFormatter,
+    ArgumentParser,
     info,
     out_of_memory,
     positive_int,
@@ -40,9 +40,7 @@ FREE_TO_CHANGE = """resume force save_every keep out device workers micro_batch 
 
 def make_parser():
     toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, epilog=f"The toy's defaults: {toy}"
-    )
+    parser = ArgumentParser(description=__doc__, epilog=f"The toy's defaults: {toy}")
     add_run_options(parser.add_argument_group("the run").add_argument)
     add_training_options(parser.add_argument_group("training").add_argument)
     add_memory_options(parser.add_argument_group("memory and GPUs").add_argument)

@@ -20,6 +20,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Prints a usage error as one line; names a tool by the command that starts it."""
+
+    def __init__(self, **kwargs):
+        module = getattr(sys.modules["__main__"].__spec__, "name", "")  # of python -m tools.NAME
+        if module.startswith("tools."):
+            kwargs.setdefault("prog", f"python -m {module}")
+        super().__init__(**{"formatter_class": HelpFormatter} | kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def positive_int(text):
     """argparse type: a whole number from 1 up."""
     if not text.isdecimal() or not int(text):

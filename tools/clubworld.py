@@ -20,7 +20,6 @@ The posts are written as any other data set is (JSONL and image files). A Huggin
 a tiny Qwen2.5-VL of random weights, DIR/toy, comes with them: nothing has to be downloaded.
 """
 
-import argparse
 import itertools
 import json
 import re
@@ -35,7 +34,7 @@ from PIL import Image, ImageDraw
 
 from data import TAGS
 from evaluate import UserError, run
-from support.console import HelpFormatter, progress
+from support.console import ArgumentParser, progress
 
 VERSION = 1  # of the posts: a folder that another version wrote is refused
 SIZE = 84  # pixels: 6 x 6 patches of 14 pixels, 3 x 3 image tokens
@@ -601,9 +600,9 @@ def write_toy_model(folder, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--out", required=True, default=argparse.SUPPRESS, metavar="DIR", help="a new folder")
+    add("--out", required=True, metavar="DIR", help="a new folder")
     add("--seed", type=int, default=0, help="choose settings with 100 and up, report 0 to 4")
     for name, count in POSTS.items():
         add(f"--{name}", type=int, default=count, metavar="N", help=f"posts in {name}.jsonl")

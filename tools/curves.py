@@ -6,7 +6,6 @@ For runs made with `train.py --log-choices` it also shows how L(y_s) is distribu
 samples, and the share of them that switched to reasoning or back since the epoch before.
 """
 
-import argparse
 import io
 import math
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluate import UserError, lay_out, one_line, parse_line, read_lines, run
-from support.console import HelpFormatter, info, progress, read_json, writing
+from support.console import ArgumentParser, info, progress, read_json, writing
 from support.jsonl import write_atomic
 from tools.gallery import check_out
 
@@ -241,9 +240,8 @@ def render(logs, suffix):
 
 
 def parse_args(arguments=None):
-    command = "python -m tools.curves"
-    parser = argparse.ArgumentParser(command, description=__doc__, formatter_class=HelpFormatter)
-    runs = {"metavar": "RUN", "nargs": "+", "default": argparse.SUPPRESS}
+    parser = ArgumentParser(description=__doc__)
+    runs = {"metavar": "RUN", "nargs": "+"}
     parser.add_argument("runs", help="a run's folder, train.py's --out", **runs)
     out = "the picture, a .png or .svg file"
     parser.add_argument("--out", metavar="FILE", default="curves.png", help=out)

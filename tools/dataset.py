@@ -8,7 +8,6 @@
 A file of posts is JSONL, or CMKP's text, text<sep>a;b<sep>address on each line.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import evaluate
 from data import Unreadable, check_record, load_image, refuse_streams, relative_path
 from evaluate import UserError, first_few, non_negative_int, normalize, percent, read_rows, shown
-from support.console import HelpFormatter, fraction, info, positive_int, progress, reading, writing
+from support.console import ArgumentParser, fraction, info, positive_int, progress, reading, writing
 from support.jsonl import to_line, write_atomic
 
 # ----------------------------------------------------------------------------------- reading posts
@@ -616,13 +615,12 @@ def check(args):
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     tools = parser.add_subparsers(required=True, metavar="cmkp | stats | split | check")
-    required = {"required": True, "default": argparse.SUPPRESS}
 
     def add_tool(function):
         options = {"help": function.__doc__, "description": function.__doc__}
-        tool = tools.add_parser(function.__name__, formatter_class=HelpFormatter, **options)
+        tool = tools.add_parser(function.__name__, **options)
         tool.add_argument("--json", action="store_true", help="print JSON instead of a table")
         tool.set_defaults(tool=function)
         return tool.add_argument
@@ -630,7 +628,7 @@ def parse_args(arguments=None):
     add = add_tool(cmkp)
     add("source", metavar="SRC", help="CMKP's text")
     add("--images", metavar="DIR", help="images, named like the last part of the addresses")
-    add("--out", metavar="FILE", help="the JSONL file to write", **required)
+    add("--out", metavar="FILE", help="the JSONL file to write", required=True)
 
     add = add_tool(stats)
     add("files", metavar="FILE", nargs="+", help="posts; the first is the train file")
@@ -639,11 +637,11 @@ def parse_args(arguments=None):
     add("files", metavar="FILE", nargs="+", help="posts")
     overlap = "share of the distinct keyphrases of test, and of valid, that train has, to 0.005"
     add("--overlap", type=fraction, default=0.4492, help=overlap)
-    add("--test", metavar="N", type=positive_int, help="posts in test.jsonl", **required)
+    add("--test", metavar="N", type=positive_int, help="posts in test.jsonl", required=True)
     valid = "posts in valid.jsonl, 0 for none"
-    add("--valid", metavar="N", type=non_negative_int, help=valid, **required)
+    add("--valid", metavar="N", type=non_negative_int, help=valid, required=True)
     add("--seed", type=non_negative_int, default=0, help="seed of the random choices")
-    add("--out", metavar="DIR", help="folder for train, valid and test.jsonl", **required)
+    add("--out", metavar="DIR", help="folder for train, valid and test.jsonl", required=True)
 
     add = add_tool(check)
     add("file", metavar="FILE", help="posts")

@@ -6,7 +6,6 @@ A page is one file that loads nothing from elsewhere; small copies of the images
 The templates in tools/templates/ escape everything that people wrote in their posts.
 """
 
-import argparse
 import base64
 import hashlib
 import io
@@ -34,7 +33,7 @@ from evaluate import (
     score,
     train_keyphrases,
 )
-from support.console import HelpFormatter, info, plural, positive_int, progress, writing
+from support.console import ArgumentParser, info, plural, positive_int, progress, writing
 from support.jsonl import write_atomic
 
 LONGEST_SIDE = 320  # pixels of a small copy: sharp on a phone, about 10 kB
@@ -256,12 +255,10 @@ def write_pages(out, names, pages):
 
 
 def parse_args(arguments=None):
-    command = "python -m tools.gallery"
-    parser = argparse.ArgumentParser(command, description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    required = {"default": argparse.SUPPRESS}  # no "(default: None)" in the help
-    add("predictions", help="predictions, JSONL or text, as evaluate.py reads them", **required)
-    add("posts", help="their posts: JSONL, or CMKP's text, which has no images", **required)
+    add("predictions", help="predictions, JSONL or text, as evaluate.py reads them")
+    add("posts", help="their posts: JSONL, or CMKP's text, which has no images")
     add("--train", metavar="FILE", help="training posts: marks unseen keyphrases")
     first = "the first page; the others are numbered beside it"
     add("--out", metavar="FILE", default="gallery.html", help=first)

@@ -3,7 +3,6 @@
 python -m tools.merge out/run1 out/merged
 """
 
-import argparse
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from evaluate import UserError, run
 from support.adapters import adapter_config, merge_adapter
 from support.checkpoint import PROMPT_FILE, copy_side_files
-from support.console import HelpFormatter, first_line
+from support.console import ArgumentParser, first_line
 
 
 def merge(name, out):
@@ -44,7 +43,7 @@ def merge(name, out):
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a run with an adapter, or the adapter's folder")
     parser.add_argument("out", help="folder for the merged model; must not exist")
     return parser.parse_args(arguments)

@@ -11,7 +11,6 @@ The rules: test worlds are 0 to 4, development worlds 100 and up; modes share wo
 steps; the weights of the last step are scored.
 """
 
-import argparse
 import io
 import itertools
 import json
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from data import EncodedPosts, Loader, Posts
 from evaluate import UserError, read_jsonl, run
-from support.console import HelpFormatter, info, positive_int, progress
+from support.console import ArgumentParser, info, positive_int, progress
 from support.jsonl import write_atomic
 from tools.clubworld import KINDS, write_toy_model, write_world
 from train import TOY
@@ -343,7 +342,7 @@ def gamma_table(rows):
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     gammas = [0, 0.1, 0.2, 0.4, 0.8, math.inf]
     add("--out", type=Path, default=Path("out/study"), help="the folder of all cells")
