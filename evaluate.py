@@ -526,6 +526,11 @@ def score(predictions, references, train=None):
     return describe(statistics(predictions, references, train), predictions)
 
 
+def reasoned(prediction):
+    """Whether a prediction has reasoning that is not blank."""
+    return bool((prediction.get("think") or "").strip())
+
+
 def describe(parts, predictions):
     """`score`'s dict from the classes' statistics."""
     result = {"posts": len(predictions)}
@@ -535,11 +540,11 @@ def describe(parts, predictions):
         result[name] = {"posts": len(part.posts), "keyphrases": part.keyphrases, **measures}
         scored = [predictions[post] for post in part.posts]
         tokens = [made["tokens"] for made in scored if made.get("tokens") is not None]
-        reasoned = [bool((made["think"] or "").strip()) for made in scored if "think" in made]
+        thought = [reasoned(made) for made in scored if "think" in made]
         if tokens:
             result[name]["tokens"] = sum(tokens) / len(tokens)
-        if reasoned:
-            result[name]["reasoned"] = sum(reasoned) / len(reasoned)
+        if thought:
+            result[name]["reasoned"] = sum(thought) / len(thought)
     return result
 
 
