@@ -33,6 +33,7 @@ from evaluate import (
     shown,
 )
 from support.console import positive_int, reading
+from support.phrases import WORDS_ONLY, split_keyphrases
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------- records
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-NOT_IN_KEYPHRASE = re.compile(r"[;\n\r]|</?(?:think|answer)>")
+NOT_IN_KEYPHRASE = re.compile(r"[;；؛\n\r]|</?(?:think|answer)>", re.IGNORECASE)
 
 
 def check_record(record, where, for_training=False):
@@ -62,14 +63,36 @@ def check_record(record, where, for_training=False):
         return
     if not keyphrases:
         raise UserError(f"{where}: a training post needs at least one keyphrase")
+    check_keyphrases(keyphrases, where)
+    cot = record.get("cot") or ""
+    if ("<" in cot or "＜" in cot) and (TAG.search(cot) or CHAT_TOKEN.search(cot)):
+        raise UserError(f"{where}: 'cot' is the reasoning alone; remove the tags from it")
+
+
+def check_keyphrases(keyphrases, where):
+    """Raise UserError unless `parse_answer` returns the keyphrases from their answer."""
+    seen = set()
     for phrase in keyphrases:
         if not phrase.strip() or NOT_IN_KEYPHRASE.search(phrase):
             raise UserError(
                 f"{where}: the keyphrase {shown(phrase)} is empty or holds a semicolon, line break "
                 "or tag"
             )
-    if any(tag in (record.get("cot") or "") for tag in TAGS):
-        raise UserError(f"{where}: 'cot' is the reasoning alone; remove the tags from it")
+        folded = " ".join(phrase.split()).casefold()
+        if folded in seen:
+            raise UserError(f"{where}: the keyphrase {shown(phrase)} is there twice; keep only one")
+        seen.add(folded)
+    answer = plain_answer(keyphrases)
+    if WORDS_ONLY.fullmatch(answer):
+        return
+    phrases, found = [" ".join(phrase.split()) for phrase in keyphrases], parse_answer(answer)[0]
+    if found != phrases:
+        lost = next((phrase for phrase in phrases if phrase not in found), phrases[0])
+        raise UserError(
+            f"{where}: the keyphrase {shown(lost)} would be lost, because the answer "
+            f"{shown(answer)} is read as {shown('; '.join(found))}; remove quotes, hash signs, "
+            "brackets, bullets, numbers or labels from it"
+        )
 
 
 def refuse_streams(path):
@@ -188,8 +211,16 @@ def fill_prompt(prompt, **values):
 
 
 def plain_answer(keyphrases):
-    """y_s, the answer without reasoning: `keyphrase 1; keyphrase 2`."""
-    return "; ".join(phrase.strip() for phrase in keyphrases)
+    """y_s, the answer without reasoning: `keyphrase 1; keyphrase 2`.
+
+    It ends with a semicolon where `parse_answer` would not return the keyphrases without it: where
+    a comma would separate them, or a period would be the end of a sentence.
+    """
+    phrases = [" ".join(phrase.split()) for phrase in keyphrases]
+    answer = "; ".join(phrases)
+    if WORDS_ONLY.fullmatch(answer) or parse_answer(answer)[0] == phrases:
+        return answer
+    return f"{answer};" if parse_answer(f"{answer};")[0] == phrases else answer
 
 
 def cot_answer(cot, keyphrases):
@@ -197,55 +228,50 @@ def cot_answer(cot, keyphrases):
     return f"<think>{cot.strip()}</think><answer>{plain_answer(keyphrases)}</answer>"
 
 
-BULLET = re.compile(r"^(?:[-*•·–—▪◦‣]\s+)+")
-NUMBER = re.compile(
-    r"^\(?\d{1,3}[.)]\s+"
-)  # only in a list of lines: `2. bundesliga` may be a phrase
-QUOTES = "\"'`“”‘’«»*_"
+# Models also write tags in capitals, in full-width letters, translated, or without the last `>`.
+TAG = re.compile(
+    r"[<＜]([/／]?)(?:(think|thinking|思考|ｔｈｉｎｋ)|(?:answers?|答案|ａｎｓｗｅｒ))(?:\s*[>＞]|\b)",
+    re.IGNORECASE,
+)
+# Tokens of chat formats that some servers and tokenizers leave in the text.
+CHAT_TOKEN = re.compile(
+    r"<\|(?:im_start\|>|start_header_id\|>)\s*assistant\b|<start_of_turn>\s*model\b"
+    r"|<[|｜][^<>]{1,40}[|｜]>|</?s>|<(?:bos|eos|eod|pad|end_of_turn|end_of_utterance)>",
+    re.IGNORECASE,
+)
 
 
 def parse_answer(output):
     """(keyphrases, think) of whatever a model wrote; never raises.
 
-    `think` is the reasoning or None. Keyphrases are what stands in <answer>, else after </think>,
-    else everything; an answer that ends inside <think> has none. They are split at semicolons and
-    line breaks, at commas only where there is no semicolon. Bullets, hash signs, quotes and
-    repetitions are dropped.
+    The keyphrases are those of the last <answer> that has any; else of what follows the last
+    </think>; else of what precedes a <think> that is never closed. `think` is the reasoning, None
+    where it is blank. A </think> without its <think> ends reasoning, too: some chat templates write
+    the <think> themselves.
     """
-    think = None
-    _, opened, rest = output.partition("<think>")
-    if opened or "</think>" in output:
-        inside = rest if opened else output
-        think, closed, after = inside.partition("</think>")
-        if not closed:
-            think, tag, after = inside.partition("<answer>")
-            after = tag + after
-        output = after
-        think = strip_tags(think).strip()
-    if "<answer>" in output:
-        output = output.partition("<answer>")[2]
-    answer = output.partition("</answer>")[0]
-    return split_keyphrases(strip_tags(answer)), think
-
-
-def strip_tags(text):
-    return re.sub(r"</?(?:think|answer)>", " ", text)
-
-
-def split_keyphrases(text):
-    """The clean, distinct phrases of an answer's text, in order."""
-    separators = r"[;；\n\r]" if re.search("[;；]", text) else r"[,，、\n\r]"
-    several_lines = "\n" in text.strip()
-    phrases = {}
-    for part in re.split(separators, text):
-        part = BULLET.sub("", " ".join(part.split()))
-        part = NUMBER.sub("", part) if several_lines else part
-        for phrase in re.split(r"\s+(?=#\w)", part):  # `#one #two` are two
-            phrase = phrase.strip(QUOTES + " ")
-            phrase = phrase.lstrip("#＃").rstrip(".。 ").strip(QUOTES + " ")
-            if phrase:
-                phrases.setdefault(phrase.casefold(), phrase)
-    return list(phrases.values())
+    output = next(filter(str.strip, CHAT_TOKEN.split(output)), "").rstrip()
+    head, bracket, tail = output.rpartition("<")
+    whole = (head + tag for tag in TAGS if tag.startswith(bracket + tail.lower()))
+    output = next(whole, output)  # a tag at the end may be cut off
+    outside, thoughts, answers = [], [], []
+    texts, start = outside, 0
+    for tag in TAG.finditer(output):
+        texts.append(output[start : tag.start()])
+        start = tag.end()
+        closing, is_think = tag.groups()
+        if closing and is_think:
+            if texts is outside:
+                thoughts += outside
+            outside.clear()
+        if not closing:
+            texts = thoughts if is_think else answers
+        elif is_think or texts is answers:
+            texts = outside
+    texts.append(output[start:])
+    lists = map(split_keyphrases, [*reversed(answers), "\n".join(outside)])
+    keyphrases = [phrase for phrase in next(filter(None, lists), []) if not TAG.search(phrase)]
+    think = " ".join(filter(None, map(str.strip, thoughts)))
+    return keyphrases, think or None
 
 
 # ----------------------------------------------------------------------------------------- images

@@ -77,7 +77,7 @@ PAIR = re.compile(f"<think>{WITHIN}</think>{WITHIN}<answer>{WITHIN}</answer>", r
 
 def wanted(keyphrases):
     """Keyphrases as they are compared with a reply's: a set, stemmed, read by the same parser."""
-    answer = f"<answer>{data.plain_answer(keyphrases)}</answer>"
+    answer = f"<answer>{'; '.join(keyphrases)}</answer>"
     return {normalize(phrase) for phrase in data.parse_answer(answer)[0]}
 
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import data
-from evaluate import UserError, one_line, parse_prediction, run, shown
+from evaluate import UserError, one_line, parse_prediction, reasoned, run, shown
 from support.chat import Failed, chat_request
 from support.checkpoint import checkpoint_of, find_model
 from support.connection import add_server_options
@@ -215,19 +215,20 @@ def read_finished(args, writer, index_of):
 
 def summary(args, writer):
     """Print how many posts, tokens and failures there are; returns the exit code."""
-    posts = tokens = reasoned = cut = 0
+    posts = tokens = with_reasoning = cut = 0
     failed = []
     for _, line in writer.lines():
         prediction = json.loads(line)
         posts += 1
         tokens += prediction.get("tokens") or 0
-        reasoned += prediction.get("think") is not None
+        with_reasoning += reasoned(prediction)
         cut += "cut" in prediction
         if "error" in prediction:
             failed.append((prediction["id"], prediction["error"]))
     info(
-        f"{args.out}: {posts} posts, {tokens / posts:.1f} tokens a post, {reasoned / posts:.1%} "
-        f"reasoned about, {cut} cut off after {args.max_new_tokens} tokens, {len(failed)} failed"
+        f"{args.out}: {posts} posts, {tokens / posts:.1f} tokens per post, "
+        f"{with_reasoning / posts:.1%} reasoned about, {cut} cut off after "
+        f"{args.max_new_tokens} tokens, {len(failed)} failed"
     )
     for identity, error in failed[:3]:
         info(f"  (id {shown(identity)}) {one_line(error)}")

@@ -43,7 +43,7 @@ CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_
         ("no opening</think><answer>a</answer>", ["a"], "no opening"),
         ("<answer>a; b", ["a", "b"], None),
         ("a; b</answer>", ["a", "b"], None),
-        ("<think></think><answer></answer>", [], ""),
+        ("<think></think><answer></answer>", [], None),
         ("- one\n- two\n* three\n1. four\n2) five", ["one", "two", "three", "four", "five"], None),
         ("#WildflowerHour #Flowers", ["WildflowerHour", "Flowers"], None),
         ("#one, #two", ["one", "two"], None),
@@ -59,8 +59,8 @@ CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_
         ("花见；春天", ["花见", "春天"], None),
         ("花见、春天，樱", ["花见", "春天", "樱"], None),
         ("خبر عاجل; أخبار", ["خبر عاجل", "أخبار"], None),
-        ("<think>a</think><think>b</think><answer>c</answer>", ["c"], "a"),
-        ("<answer>one</answer><answer>two</answer>", ["one"], None),
+        ("<think>a</think><think>b</think><answer>c</answer>", ["c"], "a b"),
+        ("<answer>one</answer><answer>two</answer>", ["two"], None),
     ],
 )
 def test_parser(output, keyphrases, think):

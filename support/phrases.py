@@ -1,0 +1,102 @@
+"""The phrases of a list that a language model wrote, without what it decorated the list with.
+
+`1. **foxes** 2. **kit**`, `["foxes", "kit"]`, `Tags: #foxes #kit` and `「foxes」「kit」` are the
+phrases foxes and kit; `2. bundesliga`, `c#`, `#1 fan` and `u.s.` are phrases as they stand.
+"""
+
+import json
+import re
+
+# Most answers hold nothing that could be decoration; they need not be parsed to be checked.
+WORDS_ONLY = re.compile(r"[^\W_①-⑳❶-❿]+(?:(?:;? |[-'’&])[^\W_①-⑳❶-❿]+)*")
+NAME = (
+    r"key[ -]?phrases?|key[ -]?words?|hash[ -]?tags?|关键[词字]|关键短语|關鍵[詞字]|标签|標籤"
+    r"|키워드|해시태그|キーワード|ハッシュタグ|palabras clave|mots[ -]clés|ключевые слова|хештеги"
+)
+SHORT = rf"(?:(?:the|final|predicted)\s)*(?:{NAME}|tags?|topics?|answers?|答案)(?: are| is)?"
+LABEL = re.compile(
+    r"^(?:"
+    rf"[^:：;；\n\r]{{0,80}}?(?:{NAME})[^:：;；\n\r]{{0,40}}[:：=]"  # `Here are the hashtags:`
+    rf"|\W{{0,9}}{SHORT}\W{{0,3}}?[:：】\n\r]+"  # `Tags:`, or a heading
+    r")",
+    re.IGNORECASE | re.MULTILINE,
+)
+PART_START = r"(?:^|(?<=[;；؛,，、،\n])|(?<=[;；؛,，、،\n] ))"
+NUMBER = r"[(（]?(\d{1,3})(?:[.)．）](?!\d)|、)"
+BULLET = re.compile(r"^(?:[•·・∙▪▫◦‣●○■□◆◇►▶➤✓✔①-⑳❶-❿]|\d\ufe0f?\u20e3|[-*–—+](?=\s))+\s*")
+HASH = r"\\?[#＃](?!\d+(?!\w|\S{0,9}[#＃]))"  # not before a number alone: `#1 fan`
+QUOTES = dict(zip("\"'`*_[{“‘«「『《〈【", "\"'`*_]}”’»」』》〉】", strict=True))
+BETWEEN_QUOTES = re.compile(
+    r"(?<=[\"'`”’»」』》〉】])\s*[,，、]\s*(?=[\"'`“‘«「『《〈【])"  # with a comma,
+    r"|(?<=[”»」』》〉】])\s*(?=[“«「『《〈【])"  # or with nothing
+)
+ABBREVIATION = re.compile(r"(?:^|[ #＃])(?:[^\W\d]{1,3}\.){2,}$")  # `u.s.` keeps its period
+
+
+def split_keyphrases(text):
+    """The clean, distinct phrases of an answer's text, in order.
+
+    They are split at semicolons and line breaks, at commas only where there is no semicolon. What
+    decorates a list is dropped: code fences, JSON, a label, numbers in sequence, bullets, hash
+    signs, quotes, the period of a sentence, and repetitions.
+    """
+    text = re.sub(r"```(?:\w*(?=\s*[\r\n])|json)?", "\n", text)
+    text = re.sub(r"(?<!\w)\*\*([^*\n]+)\*\*(?!\w)", r"\1", text).strip()
+    if strings := json_strings(text):
+        text = "; ".join(strings) + ";"
+    text = unquoted(LABEL.sub("", unquoted(text)).strip())
+    if text.startswith("[") and "]" not in text:  # a list that is cut off
+        text = text[1:]
+    text = BETWEEN_QUOTES.sub(";", text)
+    exact = text.endswith((";", "；"))  # as `plain_answer` writes it: keep commas and periods
+    text = without_numbers(text)
+    separators = r"[;；؛\n\r]" if re.search("[;；؛]", text) else r"[,，、،\n\r]"
+    parts = [part for part in map(undecorated, re.split(separators, text)) if part]
+    if len(parts) > 1 and all(re.match(r"[-*–—+](?!\d)", part) for part in parts):
+        parts = [part[1:] for part in parts]
+    sentences = all(part.endswith((".", "。")) for part in parts)
+    phrases = {}
+    for number, part in enumerate(parts, start=1):
+        ends_sentence = not exact and (sentences or number == len(parts))
+        if ends_sentence and not ABBREVIATION.search(part):
+            part = part.rstrip(".。 ")
+        for tags in re.split(rf" (?={HASH}\w)", part):
+            for phrase in re.split(HASH, tags) if re.match(HASH, tags) else [tags]:
+                phrase = undecorated(phrase)
+                if phrase:
+                    phrases.setdefault(phrase.casefold(), phrase)
+    return list(phrases.values())
+
+
+def without_numbers(text):
+    """`text` with semicolons for the numbers of a list: `2. bundesliga` alone is a phrase."""
+    for start in [PART_START, r"(?<!\S)"] if re.match(NUMBER, text) else [PART_START]:
+        numbers = [int(number) for number in re.findall(start + NUMBER, text)]
+        if len(numbers) > 1 and numbers == [*range(1, len(numbers) + 1)]:
+            return re.sub(start + NUMBER, ";", text)
+    return text.removeprefix("1、")  # this is a number even alone
+
+
+def json_strings(text):
+    """The strings of the first JSON list in `text`; none where there is no such list."""
+    try:
+        items, _ = json.JSONDecoder(strict=False).raw_decode(text, text.index("["))
+    except (ValueError, RecursionError):
+        return []
+    return [item for item in items if isinstance(item, str)]
+
+
+def undecorated(phrase):
+    """A phrase without the bullets and quotes around it, its white space single spaces."""
+    phrase = " ".join(phrase.split())
+    for _ in range(3):  # quotes within quotes
+        phrase = unquoted(BULLET.sub("", phrase.strip(" ,，、،")))
+    return phrase
+
+
+def unquoted(text):
+    """`text` without quotes around the whole of it; those of `"a" and "b"` are not."""
+    closing = QUOTES.get(text[:1])
+    if closing and 0 < text.find(closing, 1) == len(text) - 1:
+        return text[1:-1].strip()
+    return text
