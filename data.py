@@ -773,8 +773,9 @@ class Steps:
     worker, they would carry the worker's traceback.
     """
 
-    def __init__(self, dataset, shares, parts):
+    def __init__(self, dataset, shares, parts, keep_empty):
         self.dataset, self.shares, self.parts = dataset, shares, parts
+        self.keep_empty = keep_empty
 
     def __len__(self):
         return len(self.shares)
@@ -784,7 +785,7 @@ class Steps:
             items = [self.dataset[index] for index in self.shares[step]]
             samples = [item for item in items if isinstance(item, Sample)]
             chunks = by_length(samples, self.parts[step])
-            if not self.dataset.with_answers:  # without targets, an empty micro-batch is of no use
+            if not self.keep_empty:
                 chunks = list(filter(None, chunks))
             micro_batches = [(chunk, share_images(chunk)) for chunk in chunks]
         except UserError as error:
@@ -818,8 +819,8 @@ class Loader:
     """Yields (micro-batches, skipped) for every list of indices in `steps`; workers encode posts.
 
     dataset: an EncodedPosts. Of several ranks, each gets its share of every step, in as many
-    micro-batches as each of the others. `waited` is how many seconds the last step's data took to
-    come after it was asked for.
+    micro-batches as each of the others; some may be empty. `waited` is how many seconds the last
+    step's data took to come after it was asked for.
 
     Raises UserError where a record has changed, or the system kills a worker.
     """
@@ -831,7 +832,7 @@ class Loader:
         shares = [step[rank::world_size] for step in steps]
         parts = [-(-len(step) // (world_size * micro_batch)) for step in steps]
         self.steps = DataLoader(
-            Steps(dataset, shares, parts),
+            Steps(dataset, shares, parts, keep_empty=world_size > 1),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=2 if workers else None,

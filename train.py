@@ -149,7 +149,8 @@ def train(args, ranks):
                 lr = learning_rate(step, total, args)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                samples = ranks.total(sum(map(len, micro_batches))).clamp(min=1)
+                images = sum("pixel_values" in batch.prompt for batch in micro_batches)
+                samples, images = ranks.total([sum(map(len, micro_batches)), images])
                 for i, batch in enumerate(micro_batches):
                     # DDP reduces gradients once per step, FSDP after every micro-batch.
                     ranks.sync_gradients(i == len(micro_batches) - 1)
@@ -158,8 +159,9 @@ def train(args, ranks):
                         loss, plain_loss, use_cot = training_step(batch)  # (B,) each
                     # The mean is over all samples of the step, on all ranks. DDP and FSDP average
                     # gradients over ranks, so multiply by world_size to get their sum.
-                    (loss.sum() / samples * ranks.world_size).backward()
+                    (loss.sum() / samples.clamp(min=1) * ranks.world_size).backward()
                     log.add(batch, loss, plain_loss, use_cot)
+                ranks.drop_unused_gradients(model, samples, images)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
                 norm = full_tensor(norm)  # FSDP's is sharded
                 if not norm.isfinite():

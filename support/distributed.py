@@ -141,11 +141,11 @@ class Ranks:
             all_reduce(tensor)
         return tensor
 
-    def total(self, number):
-        """The sum of a number over all ranks, as a tensor on the device."""
+    def total(self, numbers):
+        """The sum over all ranks of a number, or of each in a list, as a tensor on the device."""
         import torch
 
-        return self.all_reduce(torch.tensor(number, device=self.device))
+        return self.all_reduce(torch.tensor(numbers, device=self.device))
 
     def any(self, flag):
         """Whether a flag is true on any rank."""
@@ -192,6 +192,16 @@ class Ranks:
         """Whether DDP averages gradients over the ranks in the backward pass that comes next."""
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = now
+
+    def drop_unused_gradients(self, model, samples, images):
+        """Remove the gradients, all zero, of what no post of a step used: one rank has none.
+
+        AdamW would move these weights: by weight decay, and by its mean of earlier gradients.
+        """
+        if self.distributed:
+            unused = [] if images else model.model.visual.parameters()
+            for parameter in unused if samples else model.parameters():
+                parameter.grad = None
 
 
 def parameters_and_buffers(module):

@@ -96,10 +96,11 @@ class TrainingLog:
 
     def end_step(self, step, epoch, lr, norm, skipped):
         """Write the step's line. Raises UserError once more than 1% of the posts were skipped."""
-        sums = self.ranks.all_reduce(self.sums).tolist()
-        sums = dict(zip(self.names, sums, strict=True))
-        samples, tokens, places = sums["samples"], sums["tokens"], sums["places"]
-        if samples:
+        sums = {"samples": 0}
+        if self.sums is not None:  # one rank has no micro-batch where no image can be read
+            sums = dict(zip(self.names, self.ranks.all_reduce(self.sums).tolist(), strict=True))
+        if samples := sums["samples"]:
+            tokens, places = sums["tokens"], sums["places"]
             seconds = time.perf_counter() - self.started
             line = {
                 "step": step,

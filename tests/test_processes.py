@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from PIL import Image
 
+import data
 import published
 import train
 from model import FAMILIES, DistributedStep, DynamicCoT
@@ -175,6 +176,54 @@ def qwen3_5_arguments(folder, kind, name):
     return words(*files, "--out", folder / f"{kind}-{name}", "--gamma", 5, sizes)
 
 
+@pytest.fixture(scope="module")
+def odd_steps(posts):
+    """Five steps of four posts: with images, without, without, no readable image, with images."""
+    records = lines(posts.with_name("train.jsonl"))[:20]
+    for step, indices in enumerate(data.epoch_order(20, 4, 3, 0)):
+        for index in indices:
+            image = str(posts.parent / records[index]["image"])
+            records[index]["image"] = [image, None, None, "gone.png", image][step]
+    path = posts.with_name("odd.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def odd_run(ranks, posts, out):
+    """Train on the odd steps with much weight decay; the updates vary smoothly with gradients."""
+    make_optimizer = train.make_optimizer
+
+    def smooth(*args):
+        optimizer = make_optimizer(*args)
+        for group in optimizer.param_groups:
+            group["eps"] = 1.0
+        return optimizer
+
+    options = "--batch-size 4 --micro-batch 2 --weight-decay 5 --save-every 1 --keep 9"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_optimizer", smooth)
+        patch.setattr(TrainingLog, "add_skipped", lambda *_: None)
+        train.train(train.parse_args(arguments(posts, out, "dynamic", options)), ranks)
+
+
+def test_steps_without_images_or_posts_are_those_of_a_single_process(odd_steps, tmp_path):
+    """Weights that no post of a step used do not move, on any number of processes."""
+    with Ranks("cpu") as ranks:
+        odd_run(ranks, odd_steps, tmp_path / "alone")
+    finished(launch(2, "odd", odd_steps, tmp_path))
+    runs = [tmp_path / name for name in ("alone", "ddp", "fsdp")]
+    before = [load_file(odd_steps.parent / "small" / "model.safetensors")] * 3
+    for step in range(1, 6):
+        after = [load_file(run / f"step-{step}" / "model.safetensors") for run in runs]
+        for name, expected in after[0].items():
+            used = step != 4 and (step in (1, 5) or "visual" not in name)
+            for old, new in zip(before, after, strict=True):
+                same = torch.equal(old[name], new[name])
+                assert not same if used and expected.ndim > 1 else same or used, (step, name)
+                assert (new[name] - expected).abs().max() <= 1e-6, (step, name)
+        before = after
+
+
 def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp_path):
     """Two sharded processes, then one, then four: together the run that was never stopped."""
     out, script = tmp_path / "run", ROOT / "train.py"
@@ -290,6 +339,11 @@ if __name__ == "__main__":
         engine, *rest = rest
         with Ranks("cpu", engine) as ranks:
             runs(ranks, *rest)
+    elif what == "odd":
+        posts, out = map(Path, rest)
+        with Ranks("cpu") as ranks:
+            for ranks.parallel in ("ddp", "fsdp"):
+                odd_run(ranks, posts, out / ranks.parallel)
     else:
         step, engine, *options = rest
         args = train.parse_args(options)

@@ -366,6 +366,24 @@ def test_an_unreadable_image_is_skipped_and_listed(train_on, world, tmp_path):
     assert sum(line["samples"] for line in lines(run / "log.jsonl")) == 2 * 127
 
 
+def test_a_micro_batch_of_nothing_but_an_unreadable_image_is_left_out(train_on, world, tmp_path):
+    posts = with_bad_images(world, tmp_path, 5)
+    whole, single = (
+        lines(train_on(name, "--gamma 5 --micro-batch", size, posts=posts) / "log.jsonl")
+        for name, size in (("whole", 8), ("single", 1))
+    )
+    for one, other in zip(whole, single, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
+        assert one["samples"] == other["samples"] and one["tokens"] == other["tokens"]
+
+
+def test_a_step_without_a_readable_image_trains_nothing(train_on, world, tmp_path):
+    run = train_on("run", "--batch-size 1", posts=with_bad_images(world, tmp_path, 5))
+    assert sum(line["samples"] for line in lines(run / "log.jsonl")) == 2 * 127
+    assert lines(run / "log.jsonl")[-1]["step"] == 256
+
+
 def test_many_unreadable_images_end_the_run(train_on, world, tmp_path):
     with pytest.raises(UserError, match=r"more than 1%.*missing\.png"):
         train_on("run", posts=with_bad_images(world, tmp_path, 0, 1, 64, 65))
