@@ -21,9 +21,9 @@ class TrainingLog:
     """
 
     def __init__(self, args, folder, step, total, posts, ranks):
-        self.folder, self.ranks, self.most_skipped = folder, ranks, posts // 100
+        self.args, self.folder, self.ranks, self.most_skipped = args, folder, ranks, posts // 100
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
-        self.log_choices, self.choices = args.log_choices, []
+        self.choices = []
         self.writers, self.board, self.sums = {}, None, None
         kept = ranks.from_rank0(self.open_files, step)
         self.skipped = {line["id"] for line in kept["skipped.jsonl"]}
@@ -51,7 +51,7 @@ class TrainingLog:
             writer = JsonlWriter(self.folder / name)
             lines = (line for _, _, line in writer.read(lambda line: line["step"] <= step))
             kept[name] = [line for line in lines if REMEMBERED[name] in line]
-            if name != "choices.jsonl" or self.log_choices or writer.path.exists():
+            if name != "choices.jsonl" or self.args.log_choices or writer.path.exists():
                 with writing(writer.path, NO_ROOM):
                     writer.open()
                 self.writers[name] = writer
@@ -74,24 +74,26 @@ class TrainingLog:
         count = len(batch)
         plain = torch.full_like(loss, math.nan) if plain_loss is None else plain_loss
         cot_tokens, plain_tokens = (x.mask[:count].sum(1) for x in (batch.cot, batch.plain))
-        answers = torch.where(use_cot, cot_tokens, plain_tokens)
+        answers = [torch.where(use_cot, cot_tokens, plain_tokens)]
+        if self.args.mode == "multitask":
+            answers = [plain_tokens, cot_tokens]
         prompts = batch.prompt["attention_mask"][:count]
-        widest = answers.max() if count else 0
         values = {
             "samples": count,
             "loss": loss.detach().sum(),
             "plain_loss": plain.detach().sum(),
             "use_cot": use_cot.sum(),
             "truncated": batch.truncated,
-            "tokens": prompts.sum() + answers.sum(),
+            "tokens": prompts.sum() + sum(lengths.sum() for lengths in answers),
             "image_tokens": batch.prompt["mm_token_type_ids"][:count].sum(),
-            "places": prompts.numel() + count * widest,  # tokens and padding
+            # Tokens and padding.
+            "places": prompts.numel() + sum(count * lengths.max() for lengths in answers if count),
         }
         # One tensor that stays on the device: to read a value would wait for the GPU.
         values = {name: torch.as_tensor(x, device=loss.device) for name, x in values.items()}
         self.names, sums = list(values), torch.stack([*values.values()]).double()
         self.sums = sums if self.sums is None else self.sums + sums
-        if self.log_choices:
+        if self.args.log_choices:
             self.choices.append((batch.ids, plain, use_cot))
 
     def end_step(self, step, epoch, lr, norm, skipped):
@@ -135,7 +137,7 @@ class TrainingLog:
         """Write a line a sample to choices.jsonl; the values leave the device together."""
         import torch
 
-        if not self.log_choices:
+        if not self.args.log_choices:
             return
         ids, plain_loss, use_cot = zip(*self.choices, strict=True)
         rows = torch.stack([torch.cat(plain_loss), torch.cat(use_cot).float()]).tolist()

@@ -73,6 +73,25 @@ def test_a_run_learns_and_logs_every_step(train_on, world):
     assert not list(run.glob(".*"))
 
 
+def test_the_tokens_of_every_answer_that_is_trained_are_logged(train_on, world):
+    """Counted from the posts; multitask trains both answers of each."""
+    from data import EncodedPosts, Posts
+    from model import load
+
+    _, encoder, _ = load(str(world / "toy"))
+    posts = Posts(world / "train.jsonl", for_training=True)
+    encoded = EncodedPosts(posts, encoder, with_answers=True)
+    samples = [encoded[index] for index in range(len(posts))]
+    prompts, plain, cot = (
+        sum(len(getattr(sample, part)) for sample in samples) for part in ("prompt", "plain", "cot")
+    )
+    for mode, answers in (("sft", plain), ("cot", cot), ("multitask", plain + cot)):
+        run = train_on(mode, "--epochs 1 --mode", mode)
+        logged = lines(run / "log.jsonl")
+        assert sum(line["tokens"] for line in logged) == prompts + answers
+        assert all(0 <= line["padding"] < 0.5 for line in logged)
+
+
 def test_the_learning_rate_rises_and_falls():
     args = train.parse_args("--lr 1 --warmup 0.1 --final-lr 0.2 --train x".split())
     rates = [train.learning_rate(step, 100, args) for step in range(100)]
