@@ -33,14 +33,11 @@ def load_model(args):
     if args.model == "out/run" and not Path(args.model).exists():
         raise UserError("no trained model yet: run `python train.py` (minutes), or name a --model")
     folder = find_model(args.model)  # before torch, which takes seconds to import
-    import torch
-
     import model
-    from support.distributed import pick_device
+    from support.distributed import compute_dtype, pick_device
 
-    device = pick_device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vlm, encoder, _ = model.load(str(folder), device, dtype, data.encoder_options(args))
+    device, options = pick_device(args.device), data.encoder_options(args)
+    vlm, encoder, _ = model.load(str(folder), device, compute_dtype(device), options)
     return vlm, encoder
 
 

@@ -25,7 +25,7 @@ from support.adapters import (
 )
 from support.checkpoint import PROMPT_FILE, find_model
 from support.console import first_line, hide_loading_report, read_json, reading
-from support.distributed import full_tensor, parameters_and_buffers
+from support.distributed import compute_dtype, full_tensor, parameters_and_buffers
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 MODES = ("sft", "cot", "multitask", "dynamic")
@@ -311,8 +311,9 @@ def failed_prediction(identity, error):
 
 
 def bf16_on_cuda(device):
-    """The autocast of training and generation: bf16 on CUDA, none on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """The autocast of training and generation: bf16 on a GPU that has it, else none."""
+    bf16 = compute_dtype(device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -506,8 +507,7 @@ def unsharded_model(model):
     """
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return model
-    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-    copy = empty_model(model.config, dtype, model.device)
+    copy = empty_model(model.config, compute_dtype(model.device), model.device)
     copy.generation_config = model.generation_config
     if config := adapter_config(model):
         copy = inject_adapter(copy, config)

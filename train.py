@@ -25,7 +25,7 @@ from support.console import (
     positive_number,
     progress,
 )
-from support.distributed import Ranks, full_tensor
+from support.distributed import Ranks, compute_dtype, full_tensor
 from support.jsonl import locked, to_line, write_atomic
 from support.log import TrainingLog, tensorboard_writer
 
@@ -259,9 +259,8 @@ def build_model(args, folder, resumed, ranks):
     if ranks.device.type == "cpu":  # threads that share a core with a worker slow each other down
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
     source = ranks.rank0_first(find_model, str(folder / "last") if resumed else args.model)
-    dtype = torch.float32
-    if args.lora and ranks.device.type == "cuda":
-        dtype = torch.bfloat16  # of the frozen weights
+    # What is trained is float32, an adapter's weights, too.
+    dtype = compute_dtype(ranks.device) if args.lora else torch.float32
     model, encoder, _ = ranks.on_all_ranks(
         load, str(source), "cpu", dtype, data.encoder_options(args), weights=ranks.rank == 0
     )

@@ -7,13 +7,45 @@ import traceback
 from datetime import timedelta
 
 from evaluate import UserError
-from support.console import first_line
+from support.console import first_line, info
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
 
 
-def pick_device(name):
+def torchrun_ranks():
+    """(rank, world_size, rank on this machine) by torchrun's variables; (0, 1, 0) without them.
+
+    Raises UserError where some are missing, or don't go together.
+    """
+    found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    if found.keys().isdisjoint(TORCHRUN[:3]):  # a cluster may set the others for every job
+        return 0, 1, 0
+    settings = ", ".join(f"{name}={value}" for name, value in found.items())
+    mend = "start several processes with torchrun; for one process, unset these variables"
+    if missing := [name for name in TORCHRUN if name not in found]:
+        raise UserError(f"{settings} without {', '.join(missing)} in the environment: {mend}")
+    try:
+        rank, world_size, local_rank, port = (int(found[name]) for name in TORCHRUN[:4])
+    except ValueError:
+        port = 0
+    if not 0 < port < 2**16 or not 0 <= local_rank <= rank < world_size:
+        raise UserError(f"{settings} in the environment don't go together: {mend}")
+    return rank, world_size, local_rank
+
+
+def compute_dtype(device):
+    """bfloat16 on a GPU that has it (compute capability 8.0 and up), else float32."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
+def pick_device(name, quiet=False):
     """The torch.device called `name`; `auto` is cuda where there is one, else cpu.
 
-    Raises UserError.
+    A GPU without bfloat16 is mentioned unless `quiet`. Raises UserError.
     """
     import torch
 
@@ -25,6 +57,9 @@ def pick_device(name):
     except Exception as error:  # torch raises a different error for each reason
         reason = first_line(error)
         raise UserError(f"--device {name}: not available ({reason}); try auto or cpu") from None
+    if device.type == "cuda" and compute_dtype(device) == torch.float32 and not quiet:
+        gpu = torch.cuda.get_device_name(device)
+        info(f"{gpu}: no bfloat16; computing in float32, which takes more memory and time")
     return device
 
 
@@ -42,19 +77,21 @@ class Ranks:
     def __init__(self, device="auto", parallel="auto"):
         import torch
 
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank, self.world_size, local_rank = torchrun_ranks()
         self.parallel, self.engine, self.ddp = parallel, None, None
-        self.distributed = "RANK" in os.environ and self.world_size > 1
+        self.distributed = self.world_size > 1
         if self.distributed and device in ("auto", "cuda") and torch.cuda.is_available():
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = pick_device(device)
+            device = f"cuda:{local_rank}"
+        self.device = pick_device(device, quiet=self.rank > 0)
         if self.distributed:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            # Rank 0 may write a large checkpoint while the others wait.
-            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+            try:  # rank 0 may write a large checkpoint while the others wait
+                torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+            except Exception as error:
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise UserError(f"{place}: ranks can't meet there ({first_line(error)})") from None
 
     def __enter__(self):
         return self
@@ -113,7 +150,12 @@ class Ranks:
 
         What was found on a disk is then the same for all, whatever a network folder shows them.
         """
-        return self.all_gather([self.on_rank0(function, *args, **kwargs)])[0]
+        result = [self.on_rank0(function, *args, **kwargs)]
+        if self.distributed:
+            from torch.distributed import broadcast_object_list
+
+            broadcast_object_list(result)
+        return result[0]
 
     def seed(self, seed, step):
         """Seed what is drawn at random (dropout) for a step, so that no state has to be saved."""
@@ -165,7 +207,7 @@ class Ranks:
         import torch
 
         state = (16 * p.numel() if p.requires_grad else p.nbytes for p in step_losses.parameters())
-        auto = "ddp" if self.fits(sum(state)) else "fsdp"
+        auto = "fsdp" if self.any(not self.fits(sum(state))) else "ddp"
         self.engine = auto if self.parallel == "auto" else self.parallel
         values = [tensor.detach() for tensor in parameters_and_buffers(step_losses)]
         if self.engine == "ddp":
@@ -215,8 +257,8 @@ def shard(step_losses, device):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    compute = torch.bfloat16 if device.type == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    dtypes = {"param_dtype": compute_dtype(device), "reduce_dtype": torch.float32}
+    policy = MixedPrecisionPolicy(**dtypes)
     inner = step_losses.model.model
     for layer in (*inner.visual.blocks, *inner.language_model.layers, step_losses):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -4,7 +4,6 @@ python -m tools.memory --model Qwen/Qwen2.5-VL-7B-Instruct --micro-batch 2 --gpu
 """
 
 import math
-import os
 import re
 import sys
 from collections import namedtuple
@@ -185,8 +184,7 @@ def estimate(model, args, card):
 def parse_args(arguments=None):
     parser = train.make_parser()
     parser.description, parser.epilog = __doc__, None
-    gpus = int(os.environ.get("WORLD_SIZE", 1))
-    parser.add_argument("--gpus", type=positive_int, default=gpus, help="number of GPUs")
+    parser.add_argument("--gpus", type=positive_int, default=1, help="number of GPUs")
     lengths = {"nargs": 2, "type": positive_int, "default": [160, 160]}
     lengths["help"] = "tokens of the longest prompt without its image, and of the longest answer"
     parser.add_argument("--lengths", metavar=("PROMPT", "ANSWER"), **lengths)

@@ -1,0 +1,118 @@
+"""Torchrun's variables, and what a device computes in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+from evaluate import UserError
+from support import distributed
+from support.distributed import Ranks, compute_dtype, pick_device
+
+ROOT = Path(__file__).parent.parent
+TWO = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1234")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """environment(**variables): set these of torchrun's variables, and no other."""
+
+    def set_variables(**variables):
+        for name in distributed.TORCHRUN:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"MASTER_ADDR": "localhost", "MASTER_PORT": "1234"},
+        TWO | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+    ],
+)
+def test_one_process(environment, variables):
+    environment(**variables)
+    ranks = Ranks("cpu")
+    assert (ranks.rank, ranks.world_size, ranks.distributed) == (0, 1, False)
+
+
+def test_torchruns_variables(environment):
+    environment(**TWO)
+    assert distributed.torchrun_ranks() == (1, 2, 1)
+    environment(**TWO | {"RANK": "9", "WORLD_SIZE": "16"})  # on the second of two machines
+    assert distributed.torchrun_ranks() == (9, 16, 1)
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 without RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR in"),
+        ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK=0, WORLD_SIZE=1 without LOCAL_RANK"),
+        ({k: v for k, v in TWO.items() if k != "LOCAL_RANK"}, "without LOCAL_RANK in the env"),
+        ({k: v for k, v in TWO.items() if k != "MASTER_PORT"}, "without MASTER_PORT in the env"),
+        (TWO | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2, .* don't go together"),
+        (TWO | {"RANK": "-1"}, "don't go together"),
+        (TWO | {"RANK": "0"}, "LOCAL_RANK=1, .* don't go together"),
+        (TWO | {"LOCAL_RANK": "-1"}, "don't go together"),
+        (TWO | {"WORLD_SIZE": "two"}, "don't go together"),
+        (TWO | {"WORLD_SIZE": ""}, "don't go together"),
+        (TWO | {"MASTER_PORT": "0"}, "don't go together"),
+        (TWO | {"MASTER_PORT": "99999"}, "don't go together"),
+    ],
+)
+def test_variables_that_torchrun_would_not_set(environment, variables, message):
+    environment(**variables)
+    with pytest.raises(UserError, match=message) as error:
+        Ranks("cpu")
+    assert "torchrun" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_says_so_and_writes_nothing(world, tmp_path):
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
+    command = [sys.executable, ROOT / "train.py", *files]
+    environment = os.environ | {"WORLD_SIZE": "4"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: WORLD_SIZE=4 without RANK")
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_place_where_ranks_cannot_meet(environment, monkeypatch):
+    def unreachable(*_, **__):
+        raise torch.distributed.DistNetworkError("connection refused\nby the host")
+
+    environment(**TWO)
+    monkeypatch.setattr(torch.distributed, "init_process_group", unreachable)
+    with pytest.raises(UserError, match=r"localhost:1234: .*connection refused\)$"):
+        Ranks("cpu")
+
+
+@pytest.mark.parametrize("capability, bf16", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_without_bfloat16_computes_in_float32(monkeypatch, capsys, capability, bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    device = pick_device("auto", quiet=True)
+    assert device.type == "cuda" and capsys.readouterr().err == ""
+    assert compute_dtype(device) == (torch.bfloat16 if bf16 else torch.float32)
+    pick_device("cuda:0")
+    told = capsys.readouterr().err
+    assert told.startswith("Tesla T4: no bfloat16; computing in float32") != bf16
+    assert len(told.splitlines()) == (not bf16)
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *_, enabled: asked.append(enabled))
+    model.bf16_on_cuda(device)
+    assert asked == [bf16]
+
+
+def test_a_cpu_computes_in_float32():
+    assert compute_dtype(torch.device("cpu")) == torch.float32
