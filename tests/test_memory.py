@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import bench_memory
+import published
 from evaluate import UserError
 from model import TokenLoss
 from tools import memory
@@ -85,6 +87,51 @@ def test_the_published_sizes():
     assert trained == adapter and size == 8292166656 + adapter
 
 
+QWEN3_5 = bench_memory.read_shapes("""
+      hidden layers heads kv   mlp value_heads tied vision blocks vision_mlp       weights
+0.8B    1024     24     8  2  3584          16    1    768     12       3072     873438784
+2B      2048     24     8  2  6144          16    1   1024     24       4096    2274069824
+4B      2560     32    16  4  9216          32    1   1024     24       4096    4659865088
+9B      4096     32    16  4 12288          32    0   1152     27       4304    9653104368
+""")
+
+
+def qwen3_5(size):
+    """An empty Qwen3.5 of a published size."""
+    shape = QWEN3_5[size]
+    rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10]}
+    config = transformers.Qwen3_5Config(
+        text_config=dict(
+            hidden_size=shape["hidden"],
+            intermediate_size=shape["mlp"],
+            num_hidden_layers=shape["layers"],
+            num_attention_heads=shape["heads"],
+            num_key_value_heads=shape["kv"],
+            linear_num_value_heads=shape["value_heads"],
+            rope_parameters=rope | {"mrope_interleaved": True, "partial_rotary_factor": 0.25},
+        ),
+        vision_config=dict(
+            depth=shape["blocks"],
+            hidden_size=shape["vision"],
+            intermediate_size=shape["vision_mlp"],
+            out_hidden_size=shape["hidden"],
+        ),
+        tie_word_embeddings=bool(shape["tied"]),
+    )
+    with torch.device("meta"):
+        return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("size", QWEN3_5)
+def test_the_published_sizes_of_qwen3_5(size):
+    """The hub's counts. They include a layer that predicts a second token, which is not loaded."""
+    shape = QWEN3_5[size]
+    hidden, head = shape["hidden"], 256
+    attention = (3 * shape["heads"] + 2 * shape["kv"]) * head * hidden + 2 * head
+    second = 2 * hidden**2 + attention + 3 * hidden * shape["mlp"] + 5 * hidden
+    assert count_parameters(qwen3_5(size)).total == shape["weights"] - second
+
+
 def test_what_each_setting_does_to_the_real_model():
     model = real("7B")
 
@@ -128,6 +175,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
     with pytest.raises(UserError, match="name the model that the adapter was made for"):
         estimate("--model", str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["Qwen3.5-4B", "Qwen3.5-35B-A3B"])
+def test_the_command_says_what_it_does_not_know_of_qwen3_5(kind, tmp_path, monkeypatch, capsys):
+    published.write(tmp_path / kind, kind)
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--model", str(tmp_path / kind)])
+    memory.main()
+    shown = capsys.readouterr().out
+    assert "2 of 3 layers keep a recurrent state" in shown and " 16 GiB  fits" in shown
 
 
 def test_shards_are_estimated_where_auto_would_shard():

@@ -106,11 +106,15 @@ def activations(config, step):
     keys, values and the attention's output; four inner values of the MLP. A vision block that is
     trained keeps the same of a patch. The answers keep the prompts' keys and values once more,
     repeated for each head, as transformers does where posts are padded. With checkpointing, a
-    layer keeps only its input and recomputes the rest.
+    layer keeps only its input and recomputes the rest. A layer with a recurrent state (Qwen3.5)
+    counts as one with attention.
     """
     c, v = config.text_config, config.vision_config
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     queries, keys = head * c.num_attention_heads, head * c.num_key_value_heads
+    mlp = getattr(c, "intermediate_size", 0)
+    if not mlp:  # experts: a token passes through some of them, and through the shared one
+        mlp = c.num_experts_per_tok * c.moe_intermediate_size + c.shared_expert_intermediate_size
     width = getattr(v, "embed_dim", None) or v.hidden_size
     vision_mlp = getattr(v, "intermediate_size", None) or int(width * v.mlp_ratio)
     bf16, rank, sharded, answer = step.bf16, step.rank, step.shards > 1, step.answer
@@ -122,7 +126,7 @@ def activations(config, step):
     trained = 0 if step.freeze_vision else patches
 
     norms = (18 if rank else 16 if sharded else 26) if bf16 else (16 if rank else 24)
-    token = norms * c.hidden_size + 4 * item * (queries + c.intermediate_size)
+    token = norms * c.hidden_size + 4 * item * (queries + mlp)
     if rank:
         token += 7 * item * rank + (2 * queries if bf16 else 0)
     patch = (32 if bf16 else 52) * width + 4 * item * vision_mlp
@@ -133,7 +137,7 @@ def activations(config, step):
         inputs = c.num_hidden_layers * tokens * stream * c.hidden_size
         inputs += v.depth * trained * item * width
         scores = item * step.posts * (prompt + answer) ** 2
-        layer = tokens * (token + 2 * item * c.intermediate_size) + scores
+        layer = tokens * (token + 2 * item * mlp) + scores
         return ends + inputs, max(layer, trained * (patch + 2 * item * vision_mlp))
     masks = item * step.posts * (prompt**2 + answer * (prompt + answer))
     cached = keys * (2 * stream if rank or sharded else 4 + item) + 2 * item * queries
@@ -216,6 +220,13 @@ def main():
     print()
     for size in CARDS:
         print(f"{size:>3} GiB  {'fits' if size in fitting else 'does not fit'}")
+    layers = getattr(model.config.text_config, "layer_types", None) or []
+    if recurrent := layers.count("linear_attention"):
+        print(
+            f"{recurrent} of {len(layers)} layers keep a recurrent state and are estimated as "
+            "attention; without\nflash-linear-attention their activations take about three times "
+            "as much"
+        )
     peak = needs[card]["peak"]
     changed = {flag: parse_args([*sys.argv[1:], *flag.split()]) for flag in SAVERS}
     peaks = {flag: estimate(model, changed[flag], card)["peak"] for flag in SAVERS}
