@@ -883,7 +883,7 @@ def add_reading_options(parser):
     """The settings by which a model reads posts and answers."""
     add = parser.add_argument
     add("--prompt-file", help="the prompt, with {text} where the post goes (default: the model's)")
-    pixels_help = "larger images are scaled down; a token is 28 x 28 pixels (Qwen3-VL: 32 x 32)"
+    pixels_help = "larger images are scaled down; a token is 28 x 28 pixels (from Qwen3-VL on: 32 x 32)"
     add("--max-pixels", type=positive_int, default=MAX_PIXELS, help=pixels_help)
     length_help = "tokens of a prompt; a longer post's text is truncated"
     add("--max-length", type=positive_int, default=4096, help=length_help)
