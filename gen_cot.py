@@ -28,6 +28,7 @@ from support.chat import Failed, chat_request
 from support.client import Client
 from support.connection import OPENAI, add_server_options, endpoint, without_query
 from support.console import ArgumentParser, info, plural, positive_int, progress, writing
+from support.images import Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, write_atomic
 
 PROMPT = """\
@@ -246,7 +247,7 @@ async def reason(client, posts, prompt, args, index):
                 return index, record | {"cot": cot}, None
             except Failed as rejected:
                 failed = rejected
-    except data.Unreadable as error:
+    except Unreadable as error:
         failed = Failed(f"unreadable image: {error}")
     except Failed as unanswered:
         failed = Failed(str(unanswered), unanswered.reply or (failed and failed.reply))
@@ -254,11 +255,11 @@ async def reason(client, posts, prompt, args, index):
 
 
 def request_for(posts, record, prompt, args):
-    """The request for one post's reasoning. Raises data.Unreadable."""
+    """The request for one post's reasoning. Raises Unreadable."""
     keyphrases = data.plain_answer(record["keyphrases"])
     text = data.fill_prompt(prompt, text=record["text"].strip(), keyphrases=keyphrases)
     path = posts.image_path(record)
-    image = data.image_url(path, args.max_pixels) if path else None
+    image = image_url(path, args.max_pixels) if path else None
     return chat_request(args.model, text, image, args.max_new_tokens or None, args.temperature)
 
 
@@ -328,7 +329,7 @@ def dry_run(args, posts, prompt, todo, before):
     for index in todo:
         count += 1
         if first is None:
-            with contextlib.suppress(data.Unreadable):
+            with contextlib.suppress(Unreadable):
                 first = request_for(posts, posts[index], prompt, args)
     if first:
         shown = copy.deepcopy(first)

@@ -23,6 +23,7 @@ from support.chat import Failed, chat_request
 from support.checkpoint import checkpoint_of, find_model
 from support.connection import add_server_options
 from support.console import ArgumentParser, info, out_of_memory, positive_int, progress, writing
+from support.images import Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, to_line, write_atomic
 
 KEPT = "what was predicted is kept: make room and run this again"
@@ -53,7 +54,7 @@ def infer_one(args):
     predict = predict_served if args.base_url else predict_here
     try:
         prediction = predict(args, record, image)
-    except data.Unreadable as error:
+    except Unreadable as error:
         raise UserError(f"{args.image}: {error}; for a text-only post write none instead") from None
     if args.json:
         sys.stdout.write(to_line({"image": args.image, "text": args.text} | prediction))
@@ -66,7 +67,7 @@ def infer_one(args):
 
 
 def predict_here(args, record, image):
-    """The prediction for one post by the model loaded here. Raises data.Unreadable."""
+    """The prediction for one post by the model loaded here. Raises Unreadable."""
     vlm, encoder = load_model(args)
     import model
 
@@ -76,7 +77,7 @@ def predict_here(args, record, image):
 
 
 def predict_served(args, record, image):
-    """The prediction for one post by a served model. Raises data.Unreadable, UserError."""
+    """The prediction for one post by a served model. Raises Unreadable, UserError."""
     client, prompt = connect(args, 1)
     try:
         (prediction,) = client.each(lambda _: ask(args, client, prompt, record, image), [record])
@@ -136,7 +137,7 @@ def all_served(args, posts, todo):
         record = posts[index]
         try:
             return await ask(args, client, prompt, record, posts.image_path(record))
-        except data.Unreadable as error:
+        except Unreadable as error:
             reason = f"image {record['image']}: {error}"
         except Failed as failed:
             reason = str(failed)
@@ -162,10 +163,10 @@ def connect(args, workers):
 async def ask(args, client, prompt, record, image):
     """A served model's prediction for a post, as `model.predict` yields it.
 
-    Raises data.Unreadable, Failed.
+    Raises Unreadable, Failed.
     """
     text = data.fill_prompt(prompt, text=record["text"].strip())
-    url = await asyncio.to_thread(data.image_url, image, args.max_pixels) if image else None
+    url = await asyncio.to_thread(image_url, image, args.max_pixels) if image else None
     reply = await client.ask(chat_request(args.model, text, url, args.max_new_tokens, 0))
     keyphrases, think = data.parse_answer(reply.text)
     prediction = {"id": record["id"], "keyphrases": keyphrases, "think": think}

@@ -236,11 +236,13 @@ class CopiedOnRead(dict):
 def generate(model, encoder, batch, think="auto", max_new_tokens=512):
     """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended).
 
-    think: auto lets the model's own first token decide; always starts the answer with <think>;
-    never bans the first token of <think> at the first position. Where the chat template has opened
-    <think>, always bans </think> there, and never starts with it.
+    think: auto lets the model decide; always starts the answer with <think>; never keeps <think>
+    out of the whole answer. Where the chat template has opened <think>, always bans </think> at the
+    first position, and never starts with it.
     """
     from transformers import GenerationConfig
+
+    from support.decoding import NoThink
 
     inputs = dict(batch.prompt)
     begun, banned = encoder.start(think)
@@ -250,6 +252,8 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
         for name, values in added.items():
             columns = inputs[name].new_tensor(values).expand(len(batch), -1)
             inputs[name] = torch.cat([inputs[name], columns], dim=1)
+    width, vocabulary = inputs["input_ids"].shape[1], model.config.text_config.vocab_size
+    processors = [NoThink(encoder, vocabulary, width)] if think == "never" else []
     was_training, inherited = model.training, model.generation_config
     # Published models may end with a second token. No other field is inherited: they ask for
     # sampling and a repetition penalty.
@@ -268,12 +272,14 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
     model.generation_config = settings
     try:
         with bf16_on_cuda(model.device):
-            output = model.generate(**inputs, generation_config=settings)
+            output = model.generate(
+                **inputs, generation_config=settings, logits_processor=processors
+            )
     finally:
         model.generation_config = inherited
         model.train(was_training)
     answers = []
-    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+    for row in output[:, width:].tolist():
         length = next((place for place, token in enumerate(row) if token in ends), len(row))
         ended = length < len(row)
         tokens = begun + row[:length]

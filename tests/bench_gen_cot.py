@@ -51,8 +51,8 @@ def stages(posts, count=100):
 
     from PIL import Image
 
-    import data
     from gen_cot import PROMPT
+    from support import images
     from support.chat import chat_request
 
     def clock(name, step):
@@ -68,11 +68,11 @@ def stages(posts, count=100):
         return buffer.getvalue()
 
     path = posts.parent / "0.jpg"
-    image = clock("read the image", lambda: data.load_image(path, 512 * 28 * 28))
+    image = clock("read the image", lambda: images.load_image(path, 512 * 28 * 28))
     small = clock("scale it", lambda: image.resize((700, 532), Image.Resampling.BICUBIC))
     sent = clock("write it as JPEG", lambda: save(small))
     clock("base64", lambda: base64.b64encode(sent).decode())
-    request = chat_request("m", PROMPT, data.image_url(path, 512 * 28 * 28))
+    request = chat_request("m", PROMPT, images.image_url(path, 512 * 28 * 28))
     clock("JSON", lambda: json.dumps(request, ensure_ascii=False).encode())
     print(f"  {path.stat().st_size / 1000:.0f} KB read, {len(sent) / 1000:.0f} KB sent")
 

@@ -19,6 +19,7 @@ from PIL import Image
 import data
 from data import Encoder, EncoderOptions, Posts, Unreadable, load_image, parse_answer
 from evaluate import UserError, read_posts
+from support import images
 from support.jsonl import to_line, write_atomic
 from tiny import qwen_tokenizer
 
@@ -477,7 +478,7 @@ def test_no_picture_takes_more_tokens_than_it_may(tmp_path, most, smallest):
             assert torch.equal(sample.pixel_values, own["pixel_values"])
         else:
             assert 2 * tokens_of(sample) >= most
-        url = data.image_url(path, most * 784 + 5)
+        url = images.image_url(path, most * 784 + 5)
         sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
         assert max(28, sent.width) * max(28, sent.height) <= most * 784 + 5
 

@@ -27,6 +27,7 @@ from PIL import Image  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 from evaluate import UserError, non_negative_int  # noqa: E402
+from support import images  # noqa: E402
 from support.console import HelpFormatter, positive_int  # noqa: E402
 from support.jsonl import to_line  # noqa: E402
 from tools import dataset  # noqa: E402
@@ -368,14 +369,14 @@ class Fuzz:
                 )
         path.write_bytes(content)
         try:
-            picture = data.load_image(path, draw.choice([100, 10**6]))
-        except data.Unreadable as error:
+            picture = images.load_image(path, draw.choice([100, 10**6]))
+        except images.Unreadable as error:
             self.errors[str(error)[:25]] += 1
             return
         assert (
             picture.mode == "RGB"
             and min(picture.size) > 0
-            and max(picture.size) <= data.LONGEST_SIDE * min(picture.size)
+            and max(picture.size) <= images.LONGEST_SIDE * min(picture.size)
         )
         self.found["broken images read"] += 1
 

@@ -37,7 +37,7 @@ from server import (
     text_of,
     write_posts,
 )
-from support import chat, client, connection
+from support import chat, client, connection, images
 from support.jsonl import to_line
 
 ROOT = Path(__file__).parent.parent
@@ -118,11 +118,11 @@ def test_images_are_upright_small_ones_keep_their_size_and_metadata_is_not_sent(
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "secret camera"
     Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg", exif=exif, comment="secret place")
-    url = data.image_url(tmp_path / "a.jpg", 512 * 28 * 28)
+    url = images.image_url(tmp_path / "a.jpg", 512 * 28 * 28)
     sent = base64.b64decode(url.partition(",")[2])
     assert Image.open(io.BytesIO(sent)).size == (20, 40) and b"secret" not in sent
-    with pytest.raises(data.Unreadable, match="no such file"):
-        data.image_url(tmp_path / "b.jpg", 512 * 28 * 28)
+    with pytest.raises(images.Unreadable, match="no such file"):
+        images.image_url(tmp_path / "b.jpg", 512 * 28 * 28)
 
 
 def test_what_posts_hold_is_data(tmp_path):
@@ -254,7 +254,7 @@ def test_requests_and_replies_hold_against_openais_types(tmp_path):
         ours = [request for request, _, _ in server.log]
         ours.append(
             chat.chat_request(
-                "served", "as infer.py asks", data.image_url(tmp_path / "1.jpg", 784), 512, 0
+                "served", "as infer.py asks", images.image_url(tmp_path / "1.jpg", 784), 512, 0
             )
         )
         path = server.log[0][1][":path"]
@@ -1070,7 +1070,7 @@ def test_an_out_in_another_folder_finds_its_images(tmp_path):
     found = data.Posts(tmp_path / "far" / "away" / "cot.jsonl", for_training=True)
     for index in range(6):
         path = found.image_path(found[index])
-        assert path is None if index in (0, 5) else data.load_image(path, 1000)
+        assert path is None if index in (0, 5) else images.load_image(path, 1000)
 
 
 def test_two_runs_do_not_share_an_out(tmp_path):

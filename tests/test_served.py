@@ -21,6 +21,7 @@ import infer
 import model as model_file
 from evaluate import UserError, read_predictions
 from server import HANG, Server, completion, error, text_of, write_posts
+from support import images
 from support.jsonl import to_line
 from test_gen_cot import ids, lines, no_keys, number, wait_for  # noqa: F401
 
@@ -120,11 +121,11 @@ def test_a_scaled_image_has_the_tokens_that_it_has_here(tmp_path, size):
 
     Image.new("RGB", size, "navy").save(tmp_path / "a.png")
     processor = Qwen2VLImageProcessor()
-    url = data.image_url(tmp_path / "a.png", 300 * 28 * 28)
+    url = images.image_url(tmp_path / "a.png", 300 * 28 * 28)
     sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     there = processor(images=[sent], return_tensors="pt")["image_grid_thw"]
     here = processor(
-        images=[data.load_image(tmp_path / "a.png", 300 * 28 * 28)],
+        images=[images.load_image(tmp_path / "a.png", 300 * 28 * 28)],
         return_tensors="pt",
         size={"shortest_edge": 56 * 56, "longest_edge": 300 * 28 * 28},
     )["image_grid_thw"]

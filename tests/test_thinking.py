@@ -138,3 +138,29 @@ def test_reasoning_can_be_asked_for_and_forbidden(layout, wishing, think):
     else:
         chosen = first if think == "auto" else second
         assert text.startswith(encoder.decode([chosen]))
+
+
+@pytest.mark.parametrize("case", [str.lower, str.upper, str.title])
+def test_never_keeps_think_out_of_the_whole_answer(layout, case):
+    """A model that wants to write the tag all along, in the tokens that it has for it."""
+    _, model, encoder, *_ = layout
+    tag = case("<think>")
+    wanted = encoder.tags[tag] if tag in encoder.tags else encoder.plain_ids(tag)
+    calls = 0
+
+    def want(module, inputs, logits):
+        nonlocal calls
+        logits[..., wanted[calls % len(wanted)]] += 1e4
+        calls += 1
+
+    batch = collate([encoder.encode(RECORD, None, with_answers=False)], encoder)
+    hook = model.lm_head.register_forward_hook(want)
+    try:
+        ((free, _, _),) = generate(model, encoder, batch, "auto", max_new_tokens=20)
+        calls = 0
+        ((kept, count, _),) = generate(model, encoder, batch, "never", max_new_tokens=20)
+    finally:
+        hook.remove()
+    written = kept.removeprefix("<think>") if encoder.opens_think else kept
+    assert free.lower().count("<think") > 2 and count > 3
+    assert "<think" not in written.lower()

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import evaluate
-from data import Unreadable, check_record, load_image, refuse_streams, relative_path
+from data import check_record, refuse_streams, relative_path
 from evaluate import UserError, first_few, non_negative_int, normalize, percent, read_rows, shown
 from support.console import ArgumentParser, fraction, info, positive_int, progress, reading, writing
+from support.images import Unreadable, load_image
 from support.jsonl import to_line, write_atomic
 
 # ----------------------------------------------------------------------------------- reading posts

@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from urllib.parse import quote
 
-from data import Unreadable, load_image
 from evaluate import (
     INVALID_WORDS,
     UserError,
@@ -34,6 +33,7 @@ from evaluate import (
     train_keyphrases,
 )
 from support.console import ArgumentParser, info, plural, positive_int, progress, writing
+from support.images import Unreadable, load_image
 from support.jsonl import write_atomic
 
 LONGEST_SIDE = 320  # pixels of a small copy: sharp on a phone, about 10 kB

@@ -1,0 +1,58 @@
+"""Generation that keeps <think> out of the whole answer (`--think never`)."""
+
+from functools import lru_cache
+
+import torch
+from transformers import LogitsProcessor
+
+TAG = "<think"
+
+
+class NoThink(LogitsProcessor):
+    """Forbids every token that would complete `<think` in an answer, in any case.
+
+    `<think>` may be one token or several, and parts of it may stand in one token with the text
+    beside them. So a token is forbidden by the text that it adds to the answer's end.
+
+    encoder: whose tokenizer writes the answers. prompt_length: tokens before the answer.
+    """
+
+    def __init__(self, encoder, vocabulary, prompt_length):
+        self.texts, self.forbidden = token_texts(encoder, vocabulary)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids, scores):
+        """The scores (B, vocabulary) of the next tokens after input_ids (B, T)."""
+        written = [self.written(row) for row in input_ids[:, self.prompt_length :].tolist()]
+        return scores.masked_fill(self.forbidden.to(scores.device)[written], -torch.inf)
+
+    def written(self, tokens):
+        """How many of the first characters of the tag an answer ends with."""
+        end = ""
+        for token in reversed(tokens):
+            if len(end) >= len(TAG):
+                break
+            end = self.texts[token] + end
+        return next(n for n in reversed(range(len(TAG))) if end.endswith(TAG[:n]))
+
+
+@lru_cache(maxsize=1)
+def token_texts(encoder, vocabulary):
+    """(what each token adds to a text, which tokens complete the tag).
+
+    The latter is (length of the tag, vocabulary) bool: row n holds where n of its characters are
+    written.
+    """
+    tokenizer = encoder.tokenizer
+    # Decoders put spaces between some tokens, so each is decoded behind another one.
+    bracket = tokenizer("<", add_special_tokens=False).input_ids[-1]
+    pairs = [[bracket, token] for token in range(len(tokenizer))]
+    texts = tokenizer.backend_tokenizer.decode_batch(pairs, skip_special_tokens=False)
+    texts = [text.lower().removeprefix("<") for text in texts] + [""] * vocabulary
+    for token in encoder.hidden:  # left out of the decoded answer
+        texts[token] = ""
+    forbidden = torch.zeros(len(TAG), vocabulary, dtype=torch.bool)
+    for token, text in enumerate(texts[:vocabulary]):
+        for written in range(len(TAG)):
+            forbidden[written, token] = text.startswith(TAG[written:]) or TAG in text
+    return texts[:vocabulary], forbidden
