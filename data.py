@@ -24,12 +24,11 @@ from zlib import crc32
 from evaluate import (
     BYTE_ORDER_MARK,
     UserError,
-    non_negative_int,
     parse_line,
     read_lines,
     shown,
 )
-from support.console import positive_int, reading
+from support.console import positive_int, reading, whole_number
 from support.images import MAX_PIXELS, Unreadable, fit, load_image
 from support.phrases import WORDS_ONLY, split_keyphrases
 
@@ -760,7 +759,7 @@ def add_reading_options(parser):
     length_help = "tokens of a prompt; a longer post's text is truncated"
     add("--max-length", type=positive_int, default=4096, help=length_help)
     add("--max-new-tokens", type=positive_int, default=512, help="tokens of an answer at most")
-    add("--workers", type=non_negative_int, default=2, help="processes that prepare images")
+    add("--workers", type=whole_number(0, 1024), default=2, help="processes that prepare images")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
 
 

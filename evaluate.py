@@ -669,9 +669,9 @@ def lay_out(rows):
 
 
 def non_negative_int(text):
-    """argparse type: a whole number from 0 up."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    """argparse type: a whole number from 0 to 10^18 - 1; libraries take no larger seeds."""
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 0 to 10^18 - 1")
     return int(text)
 
 
@@ -688,7 +688,10 @@ def parse_args(arguments=None):
     add("--seed", type=non_negative_int, default=0, help="seed of the resampling (default: 0)")
     add("--json", action="store_true", help="print a JSON object of unrounded fractions, no table")
     add("--allow-missing", action="store_true", help="score posts without prediction as empty")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.bootstrap > 1_000_000:
+        parser.error("--bootstrap takes at most 1,000,000 rounds")
+    return args
 
 
 def main():

@@ -19,11 +19,13 @@ from evaluate import UserError, non_negative_int, run, score, table, train_keyph
 from support.checkpoint import Checkpoints, Stop, checkpoint_of, find_model, is_local, open_run
 from support.console import (
     ArgumentParser,
+    fraction,
     info,
+    number_in,
     out_of_memory,
     positive_int,
-    positive_number,
     progress,
+    whole_number,
 )
 from support.distributed import Ranks, compute_dtype, full_tensor
 from support.jsonl import locked, to_line, write_atomic
@@ -70,15 +72,21 @@ def add_training_options(add):
     mode_help = "sft: plain answers; cot: reasoning; multitask: both; dynamic: gamma decides"
     add("--mode", choices=["sft", "cot", "multitask", "dynamic"], default="dynamic", help=mode_help)
     gamma_help = "a sample whose plain answer has a loss below this is taught to reason"
-    add("--gamma", type=float, default=0.4, help=gamma_help)
-    add("--epochs", type=positive_number, default=5, help="passes over the posts, such as 5 or 2.5")
+    add("--gamma", type=number_in("[0, inf]"), default=0.4, help=gamma_help)
+    epochs_help = "passes over the posts, such as 5 or 2.5; one step at least"
+    add("--epochs", type=number_in("(0, 1e6]"), default=5, help=epochs_help)
     add("--batch-size", type=positive_int, default=32, help="posts per step, over all GPUs")
-    add("--lr", type=float, default=5e-5, help="peak learning rate")
-    add("--warmup", type=float, default=0.03, help="share of the steps with a rising learning rate")
-    add("--final-lr", type=float, default=0.02, help="share of the peak left at the cosine's end")
-    add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW, for matrices only")
-    add("--beta2", type=float, default=0.98, help="second beta of AdamW")
-    add("--clip", type=float, default=1.0, help="maximum gradient norm; 0: no clipping")
+    add("--lr", type=number_in("(0, inf)"), default=5e-5, help="peak learning rate")
+    warmup_help = "share of the steps with a rising learning rate"
+    add("--warmup", type=fraction, default=0.03, help=warmup_help)
+    add(
+        "--final-lr", type=fraction, default=0.02, help="share of the peak left at the cosine's end"
+    )
+    decay_help = "weight decay of AdamW, for matrices only"
+    add("--weight-decay", type=number_in("[0, inf)"), default=0.01, help=decay_help)
+    add("--beta2", type=number_in("[0, 1)"), default=0.98, help="second beta of AdamW")
+    clip_help = "maximum gradient norm; 0: no clipping"
+    add("--clip", type=number_in("[0, inf]"), default=1.0, help=clip_help)
     seed_help = "sets the order of the posts, the club world and the toy model"
     add("--seed", type=non_negative_int, default=0, help=seed_help)
 
@@ -91,7 +99,7 @@ def add_memory_options(add):
     freeze_help = "train the language model only; the default with --lora"
     add("--freeze-vision", action=argparse.BooleanOptionalAction, help=freeze_help)
     lora_help = "train an adapter of this rank (needs peft); use about ten times the --lr"
-    add("--lora", metavar="RANK", type=positive_int, help=lora_help)
+    add("--lora", metavar="RANK", type=whole_number(1, 4096), help=lora_help)
     parallel_help = "under torchrun; ddp: a model on each GPU, fsdp: shards, auto: by GPU memory"
     add("--parallel", choices=["auto", "ddp", "fsdp"], default="auto", help=parallel_help)
 
@@ -190,8 +198,8 @@ NOT_FINITE = (
 
 
 def round_up(steps):
-    """The whole number of steps; 1.1 * 100, which is above 110 in binary, gives 110."""
-    return math.ceil(round(steps, 6))
+    """A whole number of steps, at least 1; 1.1 * 100, which is above 110 in binary, gives 110."""
+    return max(1, math.ceil(round(steps, 6)))
 
 
 def learning_rate(step, total, args):

@@ -33,27 +33,35 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-def positive_int(text):
-    """argparse type: a whole number from 1 up."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
+def number_in(interval):
+    """argparse type: a number in an interval; "[0, 1)" is from 0 to below 1."""
+    low, high = map(float, interval[1:-1].split(","))
+    excluded = [end for end, mark in ((low, interval[0]), (high, interval[-1])) if mark in "()"]
+
+    def convert(text):
+        value = number(text)  # NaN, which is in no interval, where it is none
+        if not low <= value <= high or value in excluded:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number in {interval}")
+        return value
+
+    return convert
 
 
-def positive_number(text):
-    """argparse type: a finite number above 0, an int where it is whole."""
-    value = number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(value) if value.is_integer() else value
+def whole_number(low, high):
+    """argparse type: a whole number from `low` to `high`."""
+
+    def convert(text):
+        if not text.isdecimal() or len(text) > 18 or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)} is not a whole number from {low} to {high:,}"
+            )
+        return int(text)
+
+    return convert
 
 
-def fraction(text):
-    """argparse type: a number from 0 to 1."""
-    value = number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+positive_int = whole_number(1, 10**9)
+fraction = number_in("[0, 1]")
 
 
 def number(text):

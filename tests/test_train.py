@@ -316,7 +316,7 @@ def test_an_epoch_and_a_tenth_is_the_beginning_of_two(train_on):
 def test_epochs_that_are_none(capsys, text):
     with pytest.raises(SystemExit):
         train.parse_args(["--epochs", text])
-    assert f"'{text}' is not a number above 0" in capsys.readouterr().err
+    assert f"'{text}' is not a number in (0, 1e6]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--valid", "--test"])

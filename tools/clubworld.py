@@ -33,8 +33,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import TAGS
-from evaluate import UserError, run
-from support.console import ArgumentParser, progress
+from evaluate import UserError, non_negative_int, run
+from support.console import ArgumentParser, positive_int, progress
 
 VERSION = 1  # of the posts: a folder that another version wrote is refused
 SIZE = 84  # pixels: 6 x 6 patches of 14 pixels, 3 x 3 image tokens
@@ -599,14 +599,20 @@ def write_toy_model(folder, seed=0):
     make_folder(folder, "toy.json", {"version": VERSION, "seed": seed}, fill)
 
 
-def main():
+def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="a new folder")
-    add("--seed", type=int, default=0, help="choose settings with 100 and up, report 0 to 4")
+    seed_help = "choose settings with 100 and up, report 0 to 4"
+    add("--seed", type=non_negative_int, default=0, help=seed_help)
     for name, count in POSTS.items():
-        add(f"--{name}", type=int, default=count, metavar="N", help=f"posts in {name}.jsonl")
-    args = parser.parse_args()
+        posts_help = f"posts in {name}.jsonl"
+        add(f"--{name}", type=positive_int, default=count, metavar="N", help=posts_help)
+    return parser.parse_args(arguments)
+
+
+def main():
+    args = parse_args()
     write_world(args.out, args.seed, args.train, args.valid, args.test)
     write_toy_model(Path(args.out) / "toy", args.seed)
     counts = f"{args.train} training, {args.valid} validation and {args.test} test posts"

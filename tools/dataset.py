@@ -23,7 +23,16 @@ from typing import NamedTuple
 import evaluate
 from data import check_record, refuse_streams, relative_path
 from evaluate import UserError, first_few, non_negative_int, normalize, percent, read_rows, shown
-from support.console import ArgumentParser, fraction, info, positive_int, progress, reading, writing
+from support.console import (
+    ArgumentParser,
+    fraction,
+    info,
+    positive_int,
+    progress,
+    reading,
+    whole_number,
+    writing,
+)
 from support.images import Unreadable, load_image
 from support.jsonl import to_line, write_atomic
 
@@ -647,7 +656,9 @@ def parse_args(arguments=None):
     add = add_tool(check)
     add("file", metavar="FILE", help="posts")
     cores = os.cpu_count() or 1
-    add("--workers", type=positive_int, default=cores, help="processes that read the posts")
+    add(
+        "--workers", type=whole_number(1, 1024), default=cores, help="processes that read the posts"
+    )
     return parser.parse_args(arguments)
 
 

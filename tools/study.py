@@ -25,8 +25,8 @@ from functools import cached_property
 from pathlib import Path
 
 from data import EncodedPosts, Loader, Posts
-from evaluate import UserError, read_jsonl, run
-from support.console import ArgumentParser, info, positive_int, progress
+from evaluate import UserError, non_negative_int, read_jsonl, run
+from support.console import ArgumentParser, info, number_in, positive_int, progress
 from support.jsonl import write_atomic
 from tools.clubworld import KINDS, write_toy_model, write_world
 from train import TOY
@@ -347,9 +347,17 @@ def parse_args(arguments=None):
     gammas = [0, 0.1, 0.2, 0.4, 0.8, math.inf]
     add("--out", type=Path, default=Path("out/study"), help="the folder of all cells")
     add("--modes", nargs="*", choices=MODES, default=MODES, help="modes on the test worlds")
-    add("--worlds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="the test worlds")
-    add("--gammas", nargs="*", type=float, default=gammas, help="gammas on development worlds")
-    add("--gamma-worlds", nargs="+", type=int, default=[100], help="the development worlds")
+    add(
+        "--worlds",
+        nargs="+",
+        type=non_negative_int,
+        default=[0, 1, 2, 3, 4],
+        help="the test worlds",
+    )
+    gammas_help = "gammas on development worlds"
+    add("--gammas", nargs="*", type=number_in("[0, inf]"), default=gammas, help=gammas_help)
+    worlds_help = "the development worlds"
+    add("--gamma-worlds", nargs="+", type=non_negative_int, default=[100], help=worlds_help)
     add("--at-once", type=positive_int, default=1, help="runs at the same time, a core or two each")
     return parser.parse_args(arguments)
 
