@@ -4,7 +4,6 @@ The step (Ma et al., EMNLP 2025, section 3): measure without gradient the loss L
 answer; below gamma the sample is taught to reason first, y_c, otherwise it keeps y_s.
 """
 
-import copy
 import json
 import math
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from support.adapters import (
 )
 from support.checkpoint import PROMPT_FILE, find_model
 from support.console import first_line, hide_loading_report, read_json, reading
+from support.decoding import NoThink, continue_cache
 from support.distributed import compute_dtype, full_tensor, parameters_and_buffers
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
@@ -208,27 +208,6 @@ class TokenLoss(torch.autograd.Function):
         return log_p, None
 
 
-def continue_cache(cache):
-    """A cache that goes on from another, whose tensors stay as they are: the gradient needs them.
-
-    Keys and values are appended to out of place, but a recurrent state is overwritten.
-    """
-    continued = copy.copy(cache)
-    continued.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in continued.layers:
-        if hasattr(layer, "recurrent_states"):  # most layers of Qwen3.5
-            layer.conv_states = CopiedOnRead(layer.conv_states)
-            layer.recurrent_states = CopiedOnRead(layer.recurrent_states)
-    return continued
-
-
-class CopiedOnRead(dict):
-    """A dict of tensors in which what is done in place is done to a copy."""
-
-    def __getitem__(self, key):
-        return super().__getitem__(key).clone()
-
-
 # ------------------------------------------------------------------------------------- generation
 
 
@@ -241,8 +220,6 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
     first position, and never starts with it.
     """
     from transformers import GenerationConfig
-
-    from support.decoding import NoThink
 
     inputs = dict(batch.prompt)
     begun, banned = encoder.start(think)

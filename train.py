@@ -119,7 +119,7 @@ def parse_args(arguments=None, parser=None):
 
 def train(args, ranks):
     """The whole run; returns (model, encoder, run folder)."""
-    import torch
+    from torch.nn.utils import clip_grad_norm_
 
     from model import bf16_on_cuda
 
@@ -133,7 +133,6 @@ def train(args, ranks):
     total = round_up(args.epochs * steps_per_epoch)
     step = checkpoints.restore() if resumed else 0
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
-
     with TrainingLog(args, folder, step, total, len(posts), ranks) as log, Stop() as stop:
 
         def validate():
@@ -170,8 +169,7 @@ def train(args, ranks):
                     (loss.sum() / samples.clamp(min=1) * ranks.world_size).backward()
                     log.add(batch, loss, plain_loss, use_cot)
                 ranks.drop_unused_gradients(model, samples, images)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-                norm = full_tensor(norm)  # FSDP's is sharded
+                norm = full_tensor(clip_grad_norm_(parameters, args.clip or math.inf))
                 if not norm.isfinite():
                     raise ranks.error(f"step {step + 1}: {NOT_FINITE}")
                 optimizer.step()

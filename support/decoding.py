@@ -1,18 +1,40 @@
-"""Generation that keeps <think> out of the whole answer (`--think never`)."""
+"""What answers lean on: the prompt's cache, which several of them share, and a ban on <think>."""
 
+import copy
 from functools import lru_cache
 
 import torch
-from transformers import LogitsProcessor
 
 TAG = "<think"
 
 
-class NoThink(LogitsProcessor):
-    """Forbids every token that would complete `<think` in an answer, in any case.
+def continue_cache(cache):
+    """A cache that goes on from another, whose tensors stay as they are: the gradient needs them.
 
-    `<think>` may be one token or several, and parts of it may stand in one token with the text
-    beside them. So a token is forbidden by the text that it adds to the answer's end.
+    Keys and values are appended to out of place, but a recurrent state is overwritten.
+    """
+    continued = copy.copy(cache)
+    continued.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in continued.layers:
+        if hasattr(layer, "recurrent_states"):  # most layers of Qwen3.5
+            layer.conv_states = CopiedOnRead(layer.conv_states)
+            layer.recurrent_states = CopiedOnRead(layer.recurrent_states)
+    return continued
+
+
+class CopiedOnRead(dict):
+    """A dict of tensors in which what is done in place is done to a copy."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key).clone()
+
+
+class NoThink:
+    """A logits processor for `generate`, for `--think never`: keeps <think> out of the answer.
+
+    It forbids every token that would complete `<think`, in any case. `<think>` may be one token or
+    several, and parts of it may stand in one token with the text beside them. So a token is
+    forbidden by the text that it adds to the answer's end.
 
     encoder: whose tokenizer writes the answers. prompt_length: tokens before the answer.
     """
