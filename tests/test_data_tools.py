@@ -385,7 +385,7 @@ def test_split_says_what_it_cannot_do(corpus, tmp_path):
     options = flags(test=300, valid=0, out=tmp_path)
     assert "choose another --out" in error("split", own, *options)
     assert read(own) == read(corpus[0])
-    assert "0 to 1" in tool("split", bare, "--overlap", 45, *few, code=2).stderr
+    assert "in [0, 1]" in tool("split", bare, "--overlap", 45, *few, code=2).stderr
 
 
 def test_split_tells_where_groups_do_not_add_up(tmp_path):
@@ -481,7 +481,7 @@ def test_check_is_content_with_good_posts(tmp_path):
     assert [p["line"] for p in as_json("check", text, code=1)["problems"]] == [2]
     assert "no such file" in error("check", tmp_path / "nothing.jsonl")
     assert "no posts" in error("check", write(tmp_path / "empty.jsonl", [""]))
-    assert "from 1 up" in tool("check", path, "--workers", 0, code=2).stderr
+    assert "from 1 to" in tool("check", path, "--workers", 0, code=2).stderr
 
 
 def test_help_is_quick_and_shows_defaults():
