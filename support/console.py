@@ -42,7 +42,7 @@ def number_in(interval):
         value = number(text)  # NaN, which is in no interval, where it is none
         if not low <= value <= high or value in excluded:
             raise argparse.ArgumentTypeError(f"{shown(text)} is not a number in {interval}")
-        return value
+        return int(value) if value.is_integer() and value < 1e15 else value  # 5, not 5.0
 
     return convert
 
