@@ -208,7 +208,7 @@ def measure_direct(cell):
     with torch.no_grad():
         for micro_batches, _ in Loader(EncodedPosts(posts, encoder, True), [chosen], 50):
             for batch in micro_batches:
-                prompt = step.read_prompt(batch.prompt)
+                prompt = step.encode_prompt(batch.prompt)
                 first = model.lm_head(prompt.last_hidden[:, 0]).softmax(-1)  # (B, vocabulary)
                 p, loss = 1 - first[:, encoder.think[0]], step.answer_loss(prompt, batch.plain)
                 n = batch.plain.mask.sum(1).float()  # (B,)
