@@ -34,7 +34,7 @@ from support.console import (
     writing,
 )
 from support.images import Unreadable, load_image
-from support.jsonl import to_line, write_atomic
+from support.jsonl import locked, to_line, write_atomic
 
 # ----------------------------------------------------------------------------------- reading posts
 
@@ -539,7 +539,11 @@ def split(args):
                 f"{SIDE_NAMES[which]}: {len(parts[which])} posts where {size} were asked for, "
                 "because posts that stay together don't add up to it"
             )
-    with writing(paths[0]), tempfile.TemporaryDirectory(dir=out, prefix=".split.") as temporary:
+    with (
+        locked(paths[0]),
+        writing(paths[0]),
+        tempfile.TemporaryDirectory(dir=out, prefix=".split.") as temporary,
+    ):
         for path, part in zip(paths, parts, strict=True):
             lines = "".join(to_line(entry.record) for entry in part)
             write_atomic(Path(temporary) / path.name, lines)

@@ -34,7 +34,7 @@ from evaluate import (
 )
 from support.console import ArgumentParser, info, plural, positive_int, progress, writing
 from support.images import Unreadable, load_image
-from support.jsonl import write_atomic
+from support.jsonl import locked, write_atomic
 
 LONGEST_SIDE = 320  # pixels of a small copy: sharp on a phone, about 10 kB
 COLUMNS = ("posts", "F1@1", "F1@M", "tokens", "reasoned")  # what fits on a phone
@@ -242,7 +242,11 @@ def check_out(paths, inputs):
 
 def write_pages(out, names, pages):
     """Write all pages, or none of them if one fails; remove what a longer gallery left behind."""
-    with writing(out), TemporaryDirectory(dir=out.parent, prefix=".gallery.") as folder:
+    with (
+        locked(out),
+        writing(out),
+        TemporaryDirectory(dir=out.parent, prefix=".gallery.") as folder,
+    ):
         for name, page in zip(names, pages, strict=True):
             write_atomic(Path(folder) / name, page)
         for name in names:

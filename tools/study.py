@@ -27,7 +27,7 @@ from pathlib import Path
 from data import EncodedPosts, Loader, Posts
 from evaluate import UserError, non_negative_int, read_jsonl, run
 from support.console import ArgumentParser, info, number_in, positive_int, progress
-from support.jsonl import write_atomic
+from support.jsonl import locked, write_atomic
 from tools.clubworld import KINDS, write_toy_model, write_world
 from train import TOY
 
@@ -393,12 +393,12 @@ def compare_gammas(args, report):
 
 def main():
     args = parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.out / "tables.md")
-    if args.modes:
-        compare_modes(args, report)
-    if args.gammas:
-        compare_gammas(args, report)
+    with locked(report.path):
+        if args.modes:
+            compare_modes(args, report)
+        if args.gammas:
+            compare_gammas(args, report)
 
 
 if __name__ == "__main__":
