@@ -28,12 +28,15 @@ from evaluate import (
     read_lines,
     shown,
 )
-from support.console import positive_int, reading, whole_number
+from support.checkpoint import read_own
+from support.console import info, positive_int, reading, whole_number
 from support.images import MAX_PIXELS, Unreadable, fit, load_image
 from support.phrases import WORDS_ONLY, split_keyphrases
 
 if TYPE_CHECKING:
     import torch
+
+MAX_LENGTH = 4096  # default, in tokens
 
 # ---------------------------------------------------------------------------------------- records
 
@@ -134,8 +137,8 @@ class Posts:
             self.without_cot += not has_cot(record)
         if not self.offsets:
             raise UserError(f"{path}: no posts in it")
-        self.file = os.open(self.path, os.O_RDONLY)
-        self.size = os.fstat(self.file).st_size
+        self.size = os.stat(path).st_size
+        self.open()
 
     def __len__(self):
         return len(self.offsets)
@@ -144,8 +147,7 @@ class Posts:
         """The record as a dict."""
         start = self.offsets[index]
         end = self.offsets[index + 1] if index + 1 < len(self) else self.size
-        # pread moves no file position, so forked workers can share the open file.
-        raw = os.pread(self.file, end - start, start).partition(b"\n")[0]
+        raw = self.read(start, end - start).partition(b"\n")[0]
         if crc32(raw) != self.checksums[index]:
             raise UserError(
                 f"{self.path} line {self.lines[index]}: the file was changed while it was in use; "
@@ -153,12 +155,26 @@ class Posts:
             )
         return parse_line(self.path, self.lines[index], raw)
 
-    def __getstate__(self):  # a spawned worker opens the file itself
+    def open(self):
+        """Open the file for `read`. Raises UserError."""
+        if hasattr(os, "pread"):
+            with reading(self.path, "every machine of a run must see it"):
+                self.file = os.open(self.path, os.O_RDONLY)
+
+    def read(self, start, size):
+        """A part of the file, as bytes."""
+        if hasattr(os, "pread"):  # it moves no position, so that forked workers can share the file
+            return os.pread(self.file, size, start)
+        with open(self.path, "rb") as file:  # Windows
+            file.seek(start)
+            return file.read(size)
+
+    def __getstate__(self):  # a spawned worker and another rank open the file themselves
         return {name: value for name, value in self.__dict__.items() if name != "file"}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.file = os.open(self.path, os.O_RDONLY)
+        self.open()
 
     def digest(self):
         """A fingerprint of the file's content."""
@@ -301,11 +317,11 @@ class Skipped:
 
 
 class EncoderOptions(NamedTuple):
-    """How posts become prompts. Without `prompt_file` the prompt is the model folder's own."""
+    """How posts become prompts; None is what the model's folder says, else the default."""
 
     prompt_file: str | None = None
-    max_pixels: int = MAX_PIXELS
-    max_length: int = 4096
+    max_pixels: int | None = None
+    max_length: int | None = None
 
 
 class Encoder:
@@ -329,7 +345,8 @@ class Encoder:
             )
         self.tokenizer, self.image_processor, self.prompt = tokenizer, image_processor, prompt
         self.image_token_id = image_token_id
-        self.max_pixels, self.max_length = options.max_pixels, options.max_length
+        self.max_pixels = options.max_pixels or MAX_PIXELS
+        self.max_length = options.max_length or MAX_LENGTH
         self.size = {
             edge: int(min(image_processor.size[edge], self.max_pixels))
             for edge in ("shortest_edge", "longest_edge")
@@ -755,12 +772,28 @@ def add_reading_options(parser):
     add = parser.add_argument
     add("--prompt-file", help="the prompt, with {text} where the post goes (default: the model's)")
     pixels_help = "larger images are scaled down; a token is 28 x 28 pixels (Qwen3: 32 x 32)"
-    add("--max-pixels", type=positive_int, default=MAX_PIXELS, help=pixels_help)
+    model_s = "(default: the model's own, else"
+    add("--max-pixels", type=positive_int, help=f"{pixels_help} {model_s} {MAX_PIXELS})")
     length_help = "tokens of a prompt; a longer post's text is truncated"
-    add("--max-length", type=positive_int, default=4096, help=length_help)
+    add("--max-length", type=positive_int, help=f"{length_help} {model_s} {MAX_LENGTH})")
     add("--max-new-tokens", type=positive_int, default=512, help="tokens of an answer at most")
     add("--workers", type=whole_number(0, 1024), default=2, help="processes that prepare images")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
+
+
+def use_own_limits(args, folder):
+    """Set --max-pixels and --max-length, where not given, as a model's folder has them.
+
+    Else they are the defaults. One that is given and differs is mentioned. Raises UserError.
+    """
+    own = read_own(folder)
+    for name, default in (("max_pixels", MAX_PIXELS), ("max_length", MAX_LENGTH)):
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, own.get(name, default))
+        elif given != own.get(name, given):
+            flag = "--" + name.replace("_", "-")
+            info(f"{flag} {given} is used instead of the model's own, {own[name]}")
 
 
 def encoder_options(args):

@@ -29,11 +29,18 @@ from support.jsonl import JsonlWriter, locked, to_line, write_atomic
 KEPT = "what was predicted is kept: make room and run this again"
 
 
-def load_model(args):
-    """(model, encoder) of --model. Raises UserError, for the default with how to get a model."""
+def model_folder(args):
+    """The folder of --model; a server's model may be here, too. Raises UserError."""
+    if args.base_url:
+        return Path(checkpoint_of(args.model))
     if args.model == "out/run" and not Path(args.model).exists():
         raise UserError("no trained model yet: run `python train.py` (minutes), or name a --model")
-    folder = find_model(args.model)  # before torch, which takes seconds to import
+    return find_model(args.model)
+
+
+def load_model(args):
+    """(model, encoder) of --model. Raises UserError."""
+    folder = model_folder(args)  # before torch, which takes seconds to import
     import model
     from support.distributed import compute_dtype, pick_device
 
@@ -50,6 +57,7 @@ def infer_one(args):
     image = None if args.image == "none" else Path(args.image)
     if image is not None and not os.path.exists(image):
         raise UserError(f"{image}: no such file; for a text-only post write none instead")
+    data.use_own_limits(args, model_folder(args))
     record = {"id": "post", "text": args.text}
     predict = predict_served if args.base_url else predict_here
     try:
@@ -94,6 +102,7 @@ def infer_file(args):
     posts, out = data.Posts(args.data), Path(args.out)
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: not a file on a disk; --out is the file for the predictions")
+    data.use_own_limits(args, model_folder(args))
     writer = JsonlWriter(out, len(posts))
     index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
     with locked(out), contextlib.closing(writer):
@@ -178,7 +187,7 @@ def identity(args):
     """What predictions depend on, which a resumed run must match: settings, and files' states."""
     names = ("think", "max_pixels", "max_new_tokens", "model" if args.base_url else "max_length")
     now = {name: value for name, value in vars(args).items() if name in names}
-    model = Path(checkpoint_of(args.model)) if args.base_url else find_model(args.model)
+    model = model_folder(args)
     weights = sorted(model.glob("*.safetensors"))
     files = [Path(file) for file in (args.data, *weights, args.prompt_file or model / "prompt.txt")]
     states = {str(file): file.stat() for file in files if file.exists()}

@@ -17,12 +17,10 @@ from evaluate import UserError, first_few
 from support.adapters import (
     ADAPTER,
     adapter_config,
-    base_name,
     inject_adapter,
-    need_peft,
     read_adapter,
 )
-from support.checkpoint import PROMPT_FILE, find_model
+from support.checkpoint import base_of, find_model, read_own
 from support.console import first_line, hide_loading_report, read_json, reading
 from support.decoding import NoThink, continue_cache
 from support.distributed import compute_dtype, full_tensor, parameters_and_buffers
@@ -307,8 +305,7 @@ def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
 
     name: a run, a checkpoint, a model or adapter folder, or a hub name; an adapter's folder gives
         its base with the adapter on it.
-    options: an EncoderOptions; without its prompt_file the prompt is the folder's own prompt.txt,
-        else PROMPT.
+    options: an EncoderOptions; what it leaves out is as the folder has it, else the default.
     weights: False leaves the weights uninitialized, since they will come from another rank.
 
     Raises UserError where a file is missing, damaged, of another family, or only a pickle.
@@ -318,7 +315,6 @@ def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
     hide_loading_report()
     folder = base = find_model(name)
     if (folder / ADAPTER).is_file():
-        need_peft()
         base = base_of(folder)
     check_family(base)
     files = weight_files(base)
@@ -333,42 +329,27 @@ def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
     if folder != base:
         model = read_adapter(folder, model, weights)
     check_fit(base, model, tokenizer, image_processor)
-    encoder = make_encoder((folder, base), model, tokenizer, image_processor, options)
+    encoder = make_encoder(folder, model, tokenizer, image_processor, options)
     return model.to(device), encoder, folder
 
 
-def make_encoder(folders, model, tokenizer, image_processor, options=None):
-    """The Encoder of a model; the first of `folders` with a prompt.txt gives the prompt."""
-    options = options or EncoderOptions()
-    own = [folder / PROMPT_FILE for folder in folders if (folder / PROMPT_FILE).is_file()]
-    file = options.prompt_file or (own[0] if own else None)
-    prompt = read_prompt(file) if file else PROMPT
+def make_encoder(folder, model, tokenizer, image_processor, options=None):
+    """The Encoder of a model, with what `options` leave out as the folder has it."""
+    options, own = options or EncoderOptions(), read_own(folder)
+    file, prompt = options.prompt_file, own.pop("prompt", PROMPT)
+    prompt = read_prompt(file) if file else prompt
+    own = {name: value for name, value in own.items() if getattr(options, name) is None}
+    options = options._replace(**own)
     image_token = model.config.image_token_id
     try:
         return Encoder(tokenizer, image_processor, image_token, prompt, options)
     except UserError as error:
-        raise UserError(f"{file or folders[-1]}: {error}") from None
+        raise UserError(f"{file or folder}: {error}") from None
     except Exception as error:  # a chat template is a program of its own
         raise UserError(
-            f"{folders[-1]}: its chat template can't be used ({first_line(error)}); copy it from "
-            "the model it was trained from"
+            f"{tokenizer.name_or_path}: its chat template can't be used ({first_line(error)}); "
+            "copy it from the model it was trained from"
         ) from None
-
-
-def base_of(folder):
-    """The folder of the model that an adapter was made for. Raises UserError."""
-    file, name = folder / ADAPTER, base_name(folder)
-    try:
-        base = find_model(name)
-    except UserError as error:
-        raise UserError(
-            f"{file}: its base_model_name_or_path was not found; write the right one there: {error}"
-        ) from None
-    if (base / ADAPTER).is_file():
-        raise UserError(
-            f"{file}: its base_model_name_or_path, {base}, is an adapter itself; merge that first"
-        )
-    return base
 
 
 def check_family(folder):

@@ -227,16 +227,24 @@ def make_optimizer(parameters, args):
 
 def open_files(args, ranks):
     """(posts, validation posts or None, run folder, whether to resume from its last checkpoint)."""
-    posts = ranks.rank0_first(data.Posts, args.train, for_training=True)
+    posts = ranks.from_rank0(data.Posts, args.train, for_training=True)
     valid = None
     if args.valid:
-        valid = ranks.rank0_first(data.Posts, args.valid, for_training=True)
+        valid = ranks.from_rank0(data.Posts, args.valid, for_training=True)
     ranks.on_rank0(check_reasoning, posts, args.mode)
-    folder = Path(args.out)
-    settings = {k: value for k, value in vars(args).items() if k not in FREE_TO_CHANGE}
-    settings |= {"posts": len(posts), "train_digest": posts.digest()}
+    folder, settings = Path(args.out), ranks.on_rank0(run_settings, args, posts)
     ranks.on_rank0(open_run, folder, settings, args.resume, args.force)
     return posts, valid, folder, args.resume and ranks.from_rank0((folder / "last").is_file)
+
+
+def run_settings(args, posts):
+    """What decides what a run learns, as a dict; it has the content of files. Raises UserError."""
+    settings = {k: value for k, value in vars(args).items() if k not in FREE_TO_CHANGE}
+    if is_local(args.model):
+        settings["model"] = str(Path(args.model).resolve())
+    if args.prompt_file:
+        settings["prompt"] = data.read_prompt(args.prompt_file, "{text}")
+    return settings | {"posts": len(posts), "train_digest": posts.digest()}
 
 
 def check_reasoning(posts, mode):
@@ -264,12 +272,14 @@ def build_model(args, folder, resumed, ranks):
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ranks.device.type == "cpu":  # threads that share a core with a worker slow each other down
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
-    source = ranks.rank0_first(find_model, str(folder / "last") if resumed else args.model)
+    source = ranks.from_rank0(find_model, str(folder / "last") if resumed else args.model)
+    ranks.on_rank0(data.use_own_limits, args, source)
     # What is trained is float32, an adapter's weights, too.
     dtype = compute_dtype(ranks.device) if args.lora else torch.float32
     model, encoder, _ = ranks.on_all_ranks(
         load, str(source), "cpu", dtype, data.encoder_options(args), weights=ranks.rank == 0
     )
+    encoder = ranks.from_rank0(lambda: encoder)  # a network folder may answer ranks differently
     ranks.on_all_ranks(freeze, model, args)
     model.train()
     if args.gradient_checkpointing:
@@ -410,7 +420,7 @@ def main():
         ranks.on_rank0(stack.enter_context, locked(Path(args.out) / "log.jsonl"))
         if args.train is None:
             use_club_world(args, ranks)
-        test = ranks.rank0_first(data.Posts, args.test, for_training=True) if args.test else None
+        test = ranks.from_rank0(data.Posts, args.test, for_training=True) if args.test else None
         model, encoder, folder = train(args, ranks)
         code = report(model, encoder, folder, test, args, ranks) if test else 0
         if ranks.rank == 0:

@@ -17,13 +17,16 @@ import sys
 import warnings
 from pathlib import Path
 
-from evaluate import UserError
-from support.adapters import ADAPTER, adapter_config, write_adapter
-from support.console import first_line, info, read_json, writing
+from evaluate import UserError, shown
+from support.adapters import ADAPTER, adapter_config, base_name, need_peft, write_adapter
+from support.console import first_line, info, read_json, reading, writing
 from support.distributed import full_tensor, is_sharded, local_tensor
-from support.jsonl import write_atomic
+from support.jsonl import follow_umask, write_atomic
 
-OPTIMIZER, PROGRESS, PROMPT_FILE = "optimizer", "progress.json", "prompt.txt"
+OPTIMIZER, PROGRESS = "optimizer", "progress.json"
+PROMPT_FILE, ENCODER_FILE = "prompt.txt", "encoder.json"  # what posts become a model's inputs by
+LIMITS = ("max_pixels", "max_length")
+BY_CONTENT = {"train", "prompt_file"}  # settings that name a file whose content is compared
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.safetensors")
 
@@ -76,6 +79,48 @@ def checkpoint_of(name):
 def is_local(name):
     """Whether a model's name is that of a folder; else it is one on the hub."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+
+
+def base_of(folder):
+    """The folder of the model that an adapter was made for. Raises UserError."""
+    need_peft()
+    file, name = folder / ADAPTER, base_name(folder)
+    try:
+        base = find_model(name)
+    except UserError as error:
+        raise UserError(
+            f"{file}: its base_model_name_or_path was not found; write the right one there: {error}"
+        ) from None
+    if (base / ADAPTER).is_file():
+        raise UserError(
+            f"{file}: its base_model_name_or_path, {base}, is an adapter itself; merge that first"
+        )
+    return base
+
+
+def read_own(folder):
+    """What a model's folder, or an adapter's base, says of its inputs. Raises UserError.
+
+    A dict of "prompt", "max_pixels" and "max_length", without those that it does not say.
+    """
+    own = read_own(base_of(folder)) if (folder / ADAPTER).is_file() else {}
+    prompt, limits = folder / PROMPT_FILE, folder / ENCODER_FILE
+    if prompt.is_file():
+        with reading(prompt, "a prompt is a UTF-8 text file"):
+            own["prompt"] = prompt.read_text(encoding="utf-8")
+    if limits.is_file():
+        values = read_json(limits)
+        own |= {name: values.get(name) for name in LIMITS}
+        if not all(isinstance(own[name], int) and own[name] > 0 for name in LIMITS):
+            raise UserError(f"{limits}: needs whole numbers above 0 for {' and '.join(LIMITS)}")
+    return own
+
+
+def write_own(encoder, folder):
+    """Write what `read_own` reads."""
+    limits = {name: getattr(encoder, name) for name in LIMITS}
+    (folder / PROMPT_FILE).write_text(encoder.prompt, encoding="utf-8")
+    (folder / ENCODER_FILE).write_text(json.dumps(limits) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------- a run's folder
@@ -139,7 +184,10 @@ def open_run(folder, settings, resume=False, force=False):
 
 
 def changed_settings(folder, settings):
-    """{setting: "it was this, is that"} between a run and how it is resumed. Raises UserError."""
+    """{setting: "it was this, is that"} between a run and how it is resumed. Raises UserError.
+
+    What is left to the model is completed in `settings`: it is as the last checkpoint has it.
+    """
     file = folder / "settings.json"
     if not file.is_file():
         raise UserError(f"{folder}: no run to resume here; leave out --resume to start one")
@@ -150,9 +198,14 @@ def changed_settings(folder, settings):
             f"{error}; its checkpoints are models all the same: start from one with --model, in "
             "another folder with --out"
         ) from None
+    if found := list_checkpoints(folder):
+        for name, value in read_own(found[-1]).items():
+            before[name] = value
+            if settings.get(name) is None:
+                settings[name] = value
     return {
-        name: f"{name} was {before.get(name)!r}, is {settings.get(name)!r}"
-        for name in sorted(before.keys() | settings.keys())
+        name: f"{name} was {shown(before.get(name))}, is {shown(settings.get(name))}"
+        for name in sorted((before.keys() | settings.keys()) - BY_CONTENT)
         if before.get(name) != settings.get(name)
     }
 
@@ -186,8 +239,8 @@ class Checkpoints:
                 "is kept; try a lower --lr"
             )
         folder, partial = self.run / f"step-{step}", self.run / f".step-{step}.partial"
-        if (folder / PROGRESS).is_file():  # --save-every and the end of an epoch may fall together
-            return
+        if self.ranks.from_rank0((folder / PROGRESS).is_file):
+            return  # --save-every and the end of an epoch may fall together
         try:
             self.ranks.on_rank0(make_anew, partial / OPTIMIZER)
             state = optimizer_state(self.model, self.optimizer)
@@ -209,8 +262,9 @@ class Checkpoints:
         # When a run was resumed, its source is a checkpoint that may be pruned; the last one isn't.
         last = self.run / "last"
         copy_side_files(read_pointer(last) if last.is_file() else self.source, partial)
-        (partial / PROMPT_FILE).write_text(self.encoder.prompt, encoding="utf-8")
+        write_own(self.encoder, partial)
         (partial / PROGRESS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        follow_umask(partial)
         for file in partial.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as handle:
@@ -225,7 +279,7 @@ class Checkpoints:
         """
         from torch.distributed import checkpoint, is_initialized
 
-        folder = read_pointer(self.run / "last")
+        folder = self.ranks.from_rank0(read_pointer, self.run / "last")
         try:
             with plain_errors():
                 checkpoint.load(
@@ -233,10 +287,10 @@ class Checkpoints:
                     no_dist=not is_initialized(),
                     storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)),
                 )
-            return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["step"]
+            return self.ranks.from_rank0(lambda: read_json(folder / PROGRESS)["step"])
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
+            raise self.ranks.error(
                 f"{folder}: can't resume from it ({reason}); remove this folder to continue from "
                 "the checkpoint before it, if one was kept"
             ) from error

@@ -137,18 +137,11 @@ class Ranks:
         skip = self.rank > 0
         return self.on_all_ranks(lambda: None if skip else function(*args, **kwargs))
 
-    def rank0_first(self, function, *args, **kwargs):
-        """Call a function on every rank, on rank 0 before the others.
-
-        What is wrong for all is then found and reported once, and a download is done once.
-        """
-        result = self.on_rank0(function, *args, **kwargs)
-        return result if self.rank == 0 else function(*args, **kwargs)
-
     def from_rank0(self, function, *args, **kwargs):
         """Call a function on rank 0 and return its result on every rank.
 
-        What was found on a disk is then the same for all, whatever a network folder shows them.
+        What is wrong for all is then reported once, a download is done once, and what was found
+        on a disk is the same for all, whatever a network folder shows them.
         """
         result = [self.on_rank0(function, *args, **kwargs)]
         if self.distributed:

@@ -38,15 +38,22 @@ def write_atomic(path, content):
             file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own is 0600
+        follow_umask(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
+
+
+def follow_umask(path):
+    """Give a file, or the files of a folder, the umask's permissions, not those of a library."""
+    umask, path = os.umask(0), Path(path)
+    os.umask(umask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            os.chmod(file, 0o666 & ~umask)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw
 from data import TAGS
 from evaluate import UserError, non_negative_int, run
 from support.console import ArgumentParser, positive_int, progress
+from support.jsonl import follow_umask
 
 VERSION = 1  # of the posts: a folder that another version wrote is refused
 SIZE = 84  # pixels: 6 x 6 patches of 14 pixels, 3 x 3 image tokens
@@ -460,6 +461,7 @@ def make_folder(folder, label, settings, fill):
             new.mkdir()
             fill(new)
             (new / label).write_text(json.dumps(settings) + "\n")
+            follow_umask(new)
             new.replace(folder)
     except OSError as error:
         if not is_made():  # another process may have been faster, with the same result

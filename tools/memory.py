@@ -10,9 +10,10 @@ from collections import namedtuple
 from dataclasses import dataclass, replace
 
 import train
+from data import use_own_limits
 from evaluate import UserError, run
 from support.adapters import LORA_TEXT, LORA_VISION
-from support.checkpoint import find_model
+from support.checkpoint import ENCODER_FILE, find_model
 from support.console import positive_int
 
 CARDS = (16, 24, 40, 80, 141)  # GiB of common GPUs
@@ -203,10 +204,11 @@ def main():
     args = parse_args()
     if args.model is None:
         raise UserError("--model is missing: a folder or hub name, whose config.json is read")
-    folder = find_model(args.model, ["config.json"])
+    folder = find_model(args.model, ["config.json", ENCODER_FILE])
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; name the model that the adapter was made for")
     check_family(folder)
+    use_own_limits(args, folder)
     model = empty_model(folder, device="meta")
     count = count_parameters(model, args.lora, args.freeze_vision)
     needs = {card: estimate(model, args, card) for card in CARDS}
@@ -228,7 +230,8 @@ def main():
             "as much"
         )
     peak = needs[card]["peak"]
-    changed = {flag: parse_args([*sys.argv[1:], *flag.split()]) for flag in SAVERS}
+    given = [*sys.argv[1:], "--max-pixels", str(args.max_pixels)]
+    changed = {flag: parse_args([*given, *flag.split()]) for flag in SAVERS}
     peaks = {flag: estimate(model, changed[flag], card)["peak"] for flag in SAVERS}
     for flag, less in sorted(peaks.items(), key=lambda item: item[1]):
         if less < 0.99 * peak:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from evaluate import UserError, run
 from support.adapters import adapter_config, merge_adapter
-from support.checkpoint import PROMPT_FILE, copy_side_files
+from support.checkpoint import copy_side_files, write_own
 from support.console import ArgumentParser, first_line
+from support.jsonl import follow_umask, locked
 
 
 def merge(name, out):
@@ -34,7 +35,8 @@ def merge(name, out):
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         copy_side_files(model.name_or_path, partial)
-        (partial / PROMPT_FILE).write_text(encoder.prompt, encoding="utf-8")
+        write_own(encoder, partial)
+        follow_umask(partial)
         os.rename(partial, out)
     except Exception as error:  # the libraries raise errors of their own
         shutil.rmtree(partial, ignore_errors=True)
@@ -51,7 +53,8 @@ def parse_args(arguments=None):
 
 def main():
     args = parse_args()
-    merge(args.model, args.out)
+    with locked(args.out):
+        merge(args.model, args.out)
     print(f"{args.out}: the merged model, in float32")
 
 
