@@ -219,7 +219,7 @@ def make_optimizer(parameters, args):
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, float(args.beta2)), fused=True)
 
 
 # --------------------------------------------------------------------------- before the first step
