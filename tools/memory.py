@@ -15,6 +15,7 @@ from evaluate import UserError, run
 from support.adapters import LORA_TEXT, LORA_VISION
 from support.checkpoint import ENCODER_FILE, find_model
 from support.console import positive_int
+from support.images import MAX_PIXELS
 
 CARDS = (16, 24, 40, 80, 141)  # GiB of common GPUs
 USABLE = 0.92  # share of it; CUDA itself and fragments take the rest
@@ -174,7 +175,7 @@ def count_parameters(model, rank=None, freeze_vision=False):
 def estimate(model, args, card):
     """`step_memory` in GiB for train.py's settings on GPUs of `card` GiB."""
     vision, share = model.config.vision_config, math.ceil(args.batch_size / args.gpus)
-    image = args.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+    image = (args.max_pixels or MAX_PIXELS) // (vision.patch_size * vision.spatial_merge_size) ** 2
     posts = min(args.micro_batch, share)
     step = Step(posts, image, *args.lengths, args.device != "cpu", args.lora, args.freeze_vision)
     step = replace(step, checkpointing=args.gradient_checkpointing, passes=math.ceil(share / posts))
