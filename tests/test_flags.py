@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from evaluate import UserError
+from server import Server, write_posts
 from tiny import words
 
 ROOT = Path(__file__).parent.parent
@@ -213,6 +214,16 @@ def test_other_commands_at_the_ends_of_their_ranges(monkeypatch, world, tmp_path
     club = ["--out", tmp_path / "club", "--train 1 --valid 1 --test 1 --seed 999999999999999999"]
     assert run(monkeypatch, "tools.clubworld", *club) == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_teacher_is_asked_at_the_ends_of_the_ranges(monkeypatch, tmp_path):
+    posts = write_posts(tmp_path, 3)
+    most = "--timeout --workers --limit --max-words --max-pixels".replace(" ", " 1000000000 ")
+    ends = f"{most} 1000000000 --max-retries {'9' * 18} --max-new-tokens {'9' * 18} --min-words 0"
+    with Server() as server:
+        address = ["--out", tmp_path / "cot.jsonl", "--model x --base-url", server.url]
+        assert run(monkeypatch, "gen_cot", posts, *address, ends, "--temperature 2") == 0
+    assert len((tmp_path / "cot.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_mistake_in_a_flag_is_one_line_on_the_screen():
