@@ -21,13 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
-from evaluate import (
-    BYTE_ORDER_MARK,
-    UserError,
-    parse_line,
-    read_lines,
-    shown,
-)
+from evaluate import BYTE_ORDER_MARK, UserError, parse_line, read_lines, shown
 from support.checkpoint import read_own
 from support.console import info, positive_int, reading, whole_number
 from support.images import MAX_PIXELS, Unreadable, fit, load_image
