@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -145,7 +146,8 @@ def test_two_processes_train_qwen3_5_as_one_does(tmp_path, engine):
         record["keyphrases"] = ["foxes", "paris"][: 1 + n % 2]
     for n in (1, 2, 4):
         records[n]["image"] = f"{n}.png"
-        Image.effect_noise((32 * n + 24, 64), 90).save(tmp_path / f"{n}.png")
+        pixels = np.random.default_rng(n).integers(0, 256, (64, 32 * n + 24), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{n}.png")
     (tmp_path / "posts.jsonl").write_text("".join(map(to_line, records)))
     kinds = ["Qwen3.5-4B", "Qwen3.5-35B-A3B"]
     for kind in kinds:
