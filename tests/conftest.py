@@ -20,6 +20,16 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def same_number_of_threads():
+    """train.py leaves a core to its worker; the next test starts with all of them again."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def train_on(world, tmp_path):
     """train_on(out, *options): `python train.py` on the small world; returns the run's folder.
