@@ -23,7 +23,8 @@ LABEL = re.compile(
 )
 PART_START = r"(?:^|(?<=[;；؛,，、،\n])|(?<=[;；؛,，、،\n] ))"
 NUMBER = r"[(（]?(\d{1,3})(?:[.)．）](?!\d)|、)"
-BULLET = re.compile(r"^(?:[•·・∙▪▫◦‣●○■□◆◇►▶➤✓✔①-⑳❶-❿]|\d\ufe0f?\u20e3|[-*–—+](?=\s))+\s*")
+SIGN = "[•·・∙▪▫◦‣●○■□◆◇►▶➤✓✔①-⑳❶-❿]"
+BULLET = re.compile(rf"^(?:{SIGN}|\d\ufe0f?\u20e3|[-*–—+](?=\s))+\s*")
 HASH = r"\\?[#＃](?!\d+(?!\w|\S{0,9}[#＃]))"  # not before a number alone: `#1 fan`
 QUOTES = dict(zip("\"'`*_[{“‘«「『《〈【", "\"'`*_]}”’»」』》〉】", strict=True))
 BETWEEN_QUOTES = re.compile(
@@ -48,6 +49,8 @@ def split_keyphrases(text):
     if text.startswith("[") and "]" not in text:  # a list that is cut off
         text = text[1:]
     text = BETWEEN_QUOTES.sub(";", text)
+    if re.match(SIGN, text):  # `•foxes •kit` on one line
+        text = re.sub(rf"(?<!\S){SIGN}", ";", text)
     exact = text.endswith((";", "；"))  # as `plain_answer` writes it: keep commas and periods
     text = without_numbers(text)
     separators = r"[;；؛\n\r]" if re.search("[;；؛]", text) else r"[,，、،\n\r]"

@@ -179,6 +179,8 @@ The keyphrases are: foxes, kit.
 _foxes_; _kit_
 **“foxes”**, kit
 •foxes\n•kit
+•foxes •kit
+① foxes ② kit
 -foxes\n-kit
 *foxes\n*kit
 - foxes\n- kit
