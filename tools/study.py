@@ -1,404 +1,287 @@
-"""The paper in miniature: every mode on the club worlds, and what other gammas do.
+"""The paper's table on any data: each row trains one model in another way on the same posts.
 
-    python -m tools.study --out out/study --at-once 2                   # everything: hours on a CPU
-    python -m tools.study --modes sft dynamic --worlds 0 --gammas       # a part of it
+    python -m tools.study --train train.jsonl --valid valid.jsonl --test test.jsonl --model MODEL
+    python -m tools.study … --rows sft dynamic --gammas 0.2 0.8 -- --batch-size 64 --lr 3e-5
+    python -m tools.study … --launch "torchrun --nproc-per-node 8" --paper mmkp-v2
+    python -m tools.study --out out/club --at-once 2       # no --train: the club worlds, in hours
 
-The modes are compared at equal steps, then at equal training time. A cell is one run of train.py in
-a folder of its own; the same command again skips finished cells and resumes a stopped one. The
-tables go to OUT/tables.md, and a figure to OUT/gamma.png (with matplotlib).
-
-The rules: test worlds are 0 to 4, development worlds 100 and up; modes share world, order, seed and
-steps; the weights of the last step are scored.
+What follows -- are settings of train.py. A row is a run of train.py, in a folder of its own under
+--out, then infer.py on the test posts. The same command again skips what is finished and continues
+what was stopped. The tables go to OUT/tables.md, all scores to OUT/scores.json.
 """
 
-import io
-import itertools
 import json
 import math
-import shutil
-import statistics
+import shlex
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+import time
 from pathlib import Path
 
-from data import EncodedPosts, Loader, Posts
-from evaluate import UserError, non_negative_int, read_jsonl, run
-from support.console import ArgumentParser, info, number_in, positive_int, progress
+import data
+import train
+from evaluate import UserError, run
+from support.checkpoint import changed_settings, read_pointer
+from support.console import ArgumentParser, info, number_in, read_json
 from support.jsonl import locked, write_atomic
-from tools.clubworld import KINDS, write_toy_model, write_world
-from train import TOY
+from tools import clubstudy
+from tools.clubstudy import MODES, ROOT, Report, markdown, read, signed
 
-ROOT = Path(__file__).parent.parent
-EPOCHS, GAMMA = 2, 0.4
-MODES = ("sft", "multitask", "cot", "dynamic")
+ROWS = ("zero-shot", *MODES)
+CLASSES = ("All", "Present", "Absent", "Unseen")
+PAPER = Path(__file__).parent / "paper.json"
 
-
-def read(path):
-    return [record for _, _, record in read_jsonl(path)]
+# --------------------------------------------------------------------------- the commands of a row
 
 
-def script(name, *arguments, **options):
-    """Run one of the scripts and return what it printed; its errors and progress are shown."""
-    for option, value in options.items():
-        arguments += (f"--{option.replace('_', '-')}", value)
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"{name} ended with {done.returncode}; the same command goes on from here")
-    return done.stdout
+def train_options(args, row):
+    """train.py's arguments for a row: a mode, or dynamic-gamma0.2."""
+    mode, _, gamma = row.partition("-gamma")
+    options = [*args.settings, "--mode", mode, *(["--gamma", gamma] if gamma else [])]
+    files = {"model": args.model, "train": args.train, "valid": args.valid, "out": args.out / row}
+    options += [part for name, file in files.items() if file for part in (f"--{name}", str(file))]
+    return options
 
 
-# ------------------------------------------------------------------------------------------- cells
+def infer_options(args, row):
+    """infer.py's arguments for a row; how posts are read is the same as in training."""
+    model = args.model if row == "zero-shot" else args.out / row
+    options = ["--data", args.test, "--model", model, "--out", predictions(args, row)]
+    parser = ArgumentParser()
+    data.add_reading_options(parser)
+    for name, value in vars(parser.parse_known_args(args.settings)[0]).items():
+        if value != parser.get_default(name):
+            options += [f"--{name.replace('_', '-')}", value]
+    options += ["--base-url", args.base_url] if args.base_url else []
+    return options + shlex.split(args.infer)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of train.py."""
-
-    out: Path
-    mode: str
-    world: int
-    gamma: float = GAMMA
-    epochs: float = EPOCHS
-
-    @property
-    def folder(self):
-        name = f"{self.mode}-{self.world}"
-        if self.gamma != GAMMA:
-            name += f"-gamma{self.gamma:g}"
-        if self.epochs != EPOCHS:
-            name += f"-{self.epochs:g}epochs"
-        return self.out / name
-
-    @property
-    def club_world(self):
-        return self.out / f"clubworld-{self.world}"
-
-    @property
-    def learns_both(self):
-        """Whether both kinds of answer are trained, so that plain ones are worth scoring, too."""
-        return self.mode == "multitask" or self.mode == "dynamic" and 0 < self.gamma < math.inf
-
-    def run(self):
-        """Train and score, unless that is done, and predict with <think> forbidden."""
-        if not (self.folder / "test_scores.json").exists():
-            resume = ["--resume"] if (self.folder / "settings.json").exists() else []
-            settings = {"seed": self.world, "mode": self.mode, "gamma": self.gamma}
-            script("train.py", *resume, **settings, epochs=self.epochs, out=self.folder)
-        if self.learns_both:
-            files = {"data": self.club_world / "test.jsonl", "model": self.folder / "last"}
-            files["out"] = self.folder / "never_preds.jsonl"
-            sizes = {"batch_size": 128, "max_new_tokens": TOY["max_new_tokens"], "workers": 1}
-            script("infer.py", **files, **sizes, think="never")
-
-    def scores(self, predictions="test_preds.jsonl", **options):
-        """evaluate.py's scores of a file of predictions."""
-        files = self.folder / predictions, self.club_world / "test.jsonl"
-        train = self.club_world / "train.jsonl"
-        return json.loads(script("evaluate.py", *files, "--json", train=train, **options))
-
-    @cached_property
-    def figures(self):
-        """This cell's row of the tables, as a dict: fractions, and tokens per post."""
-        scores, posts = self.scores(), read(self.club_world / "test.jsonl")
-        thinks = [post["think"] is not None for post in read(self.folder / "test_preds.jsonl")]
-        row = {"world": self.world, "gamma": self.gamma}
-        row |= {name.title(): scores[name]["F1@1"] for name in ("all", "absent", "unseen")}
-        row |= {name: scores["all"][name] for name in ("tokens", "reasoned")}
-        row["reasoned, unseen"] = scores["unseen"]["reasoned"]
-        for kind in KINDS:
-            of_kind = [t for t, post in zip(thinks, posts, strict=True) if post["kind"] == kind]
-            row[f"reasoned, {kind}"] = statistics.mean(of_kind)
-        if self.learns_both:
-            plain = self.scores("never_preds.jsonl")
-            for name in ("all", "unseen"):
-                row[f"{name.title()}, thinking forbidden"] = plain[name]["F1@1"]
-        return row
+def score_options(args, row, other=None):
+    """evaluate.py's arguments for a row, or for its comparison with another one."""
+    files = [predictions(args, row), args.test, "--train", args.train]
+    against = ["--against", predictions(args, other)] if other else []
+    return [*files, *against, "--bootstrap", 1000, "--json"]
 
 
-def run_all(cells, at_once):
-    """Write the worlds, then run the cells that are not finished, `at_once` at a time."""
-    for world, folder in sorted({(cell.world, cell.club_world) for cell in cells}):
-        write_world(folder, world)
-        write_toy_model(folder / "toy", world)
-    with ThreadPoolExecutor(at_once) as pool:
-        list(progress(pool.map(Cell.run, cells), len(cells), "cells", "cell"))
+def predictions(args, row):
+    return args.out / row / "preds.jsonl"
 
 
-# ----------------------------------------------------------------------------------- training time
+def execute(script, options, launch=""):
+    """Run one of the scripts, whose progress is shown; returns (exit code, what it printed).
 
-
-def step_seconds(out, modes, rounds=3):
-    """The time of a training step on this machine: {mode: (seconds, share of samples on CoT)}.
-
-    Measured on world 0 from each mode's trained toy, and for `dynamic` also from the untrained one,
-    with which no sample reasons yet. The modes take turns; the first 5 of a run's 20 steps don't
-    count. The result is the median of the rounds' medians, kept in OUT/seconds.json.
+    Ctrl-C reaches the script by itself, which then saves what it has; SIGTERM is passed on to it.
     """
-    path, club_world, probe = out / "seconds.json", out / "clubworld-0", out / "probe"
-    measured = json.loads(path.read_text()) if path.exists() else {}
-    starts = {mode: Cell(out, mode, 0).folder / "last" for mode in modes}
-    if "dynamic" in modes:
-        starts["dynamic, untrained"] = club_world / "toy"
-    found = {name: [] for name in starts if name not in measured}
-    settings = {"train": club_world / "train.jsonl", "out": probe, "epochs": 20 / 450, "lr": 1e-5}
-    settings |= {"micro_batch": TOY["micro_batch"], "workers": TOY["workers"]}
-    keys = ("seconds", "cot_share")
-    for name in progress(rounds * [*found], rounds * len(found), "time of a step", "run"):
-        shutil.rmtree(probe, ignore_errors=True)
-        script("train.py", model=starts[name], mode=name.partition(",")[0], **settings)
-        steps = read(probe / "log.jsonl")[5:]
-        found[name].append([statistics.median(line[key] for line in steps) for key in keys])
-    shutil.rmtree(probe, ignore_errors=True)
-    for name, pairs in found.items():
-        measured[name] = [statistics.median(values) for values in zip(*pairs, strict=True)]
-    write_atomic(path, json.dumps(measured, indent=1) + "\n")
-    return measured
-
-
-def training_seconds(cell, measured):
-    """(steps, seconds) of a finished cell's training.
-
-    A step of `dynamic` takes longer the more samples reason: its seconds are interpolated between
-    those measured from the untrained and from the trained toy.
-    """
-    lines = read(cell.folder / "log.jsonl")
-    shares = [line["cot_share"] for line in lines if "cot_share" in line]
-    seconds, share = measured[cell.mode]
-    if cell.mode == "dynamic":
-        untrained, no_share = measured["dynamic, untrained"]
-        part = (statistics.mean(shares) - no_share) / max(share - no_share, 1e-9)
-        seconds = untrained + (seconds - untrained) * part
-    return len(shares), len(shares) * seconds
-
-
-def equal_time(cells, measured):
-    """The cells with as many epochs, to a hundredth, as fit into the time that `sft` takes."""
-    _, sft_seconds = training_seconds(cells["sft"][0], measured)
-    timed = {}
-    for mode, of_mode in cells.items():
-        epochs = round(EPOCHS * sft_seconds / training_seconds(of_mode[0], measured)[1], 2)
-        timed[mode] = [Cell(cell.out, mode, cell.world, epochs=epochs) for cell in of_mode]
-    return timed
-
-
-# ------------------------------------------------------------------------------------------- gamma
-
-
-def measure_direct(cell):
-    """How a trained cell answers 200 posts of kinds A to C that follow the training rules.
-
-    Means over the posts, kept in the cell's folder. p: the probability that the answer does not
-    begin with <think>; loss: L(y_s); n: the tokens of y_s with the end of turn; law: exp(-gamma n).
-    """
-    path = cell.folder / "direct.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    import torch
-
-    from model import DynamicCoT, load
-
-    posts = Posts(cell.club_world / "valid.jsonl", for_training=True)
-    chosen = [index for index in range(len(posts)) if posts[index]["kind"] in "ABC"][:200]
-    model, encoder, _ = load(str(cell.folder / "last"))
-    step, found = DynamicCoT(model, "sft").eval(), []
-    with torch.no_grad():
-        for micro_batches, _ in Loader(EncodedPosts(posts, encoder, True), [chosen], 50):
-            for batch in micro_batches:
-                prompt = step.encode_prompt(batch.prompt)
-                first = model.lm_head(prompt.last_hidden[:, 0]).softmax(-1)  # (B, vocabulary)
-                p, loss = 1 - first[:, encoder.think[0]], step.answer_loss(prompt, batch.plain)
-                n = batch.plain.mask.sum(1).float()  # (B,)
-                found.append(torch.stack([p, loss, torch.exp(-cell.gamma * n), n]))
-    values = torch.cat(found, dim=1).mean(1).tolist()
-    result = dict(zip(("p", "loss", "law", "n"), values, strict=True))
-    write_atomic(path, json.dumps(result) + "\n")
-    return result
-
-
-def plot_gamma(rows, path):
-    """Draw p(direct) over gamma as a PNG: the law as a line, the measured values as dots."""
+    command = [*(shlex.split(launch) or [sys.executable]), ROOT / script, *options]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+    handlers = {signal.SIGINT: lambda *_: None}
+    handlers[signal.SIGTERM] = lambda number, _: process.send_signal(number)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        info(f"{path}: not drawn, because matplotlib is missing; pip install matplotlib")
+        printed, _ = process.communicate()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return process.returncode, printed
+
+
+def must(code, what):
+    """Raise UserError unless the exit code is 0."""
+    if code:
+        raise UserError(f"{what} ended with {code}; the same command goes on from here")
+
+
+# ------------------------------------------------------------------------------------ running them
+
+
+def is_trained(args, row, posts):
+    """Whether a row's training is finished. Raises UserError if it had other settings or posts."""
+    options = train.parse_args(train_options(args, row))
+    folder = Path(options.out)
+    if not (folder / "last").is_file():
+        return False
+    if changed := changed_settings(folder, train.run_settings(options, posts)):
+        raise UserError(
+            f"{folder}: was trained with other settings: {', '.join(changed.values())}; choose "
+            "another --out"
+        )
+    steps = train.round_up(options.epochs * math.ceil(len(posts) / options.batch_size))
+    if read_pointer(folder / "last").name != f"step-{steps}":
+        return False
+    evaluated = [line["step"] for line in read(folder / "log.jsonl") if "valid" in line]
+    return not options.valid or steps in evaluated
+
+
+def train_row(args, row, posts):
+    """Train a row, unless that is done; a stopped training is resumed."""
+    if row == "zero-shot" or is_trained(args, row, posts):
         return
-    n = statistics.mean(row["n"] for row in rows)
-    p = {row["gamma"]: row["p"] for row in rows if row["gamma"] < math.inf}
-    xs = [max(p, default=1) * i / 100 for i in range(101)]
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(xs, [math.exp(-x * n) for x in xs], label=f"exp(−gamma · {n:.2f})")
-    axes.plot(p.keys(), p.values(), "o", label="measured p(direct answer)")
-    axes.set(xlabel="gamma", ylim=(0, 1.03))
-    axes.grid(axis="y", alpha=0.4)
-    axes.legend(frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    write_atomic(path, png.getvalue())
+    info(f"{row}: training, in {args.out / row}")
+    resume = ["--resume"] if (args.out / row / "settings.json").exists() else []
+    code, _ = execute("train.py", [*train_options(args, row), *resume], args.launch)
+    must(code, f"the training of {row}")
+
+
+def predict_row(args, row, count):
+    """Predict the `count` test posts, which infer.py continues; adds the time to seconds.json."""
+    out = predictions(args, row)
+    info(f"{row}: predicting, in {out}")
+    before, started = out.exists() and out.stat().st_mtime_ns, time.perf_counter()
+    code, _ = execute("infer.py", infer_options(args, row))
+    if out.exists() and out.stat().st_mtime_ns != before:
+        seconds = time.perf_counter() - started + inference_seconds(args, row)
+        write_atomic(args.out / row / "seconds.json", json.dumps({"infer": seconds}) + "\n")
+    done = len(read(out)) if out.exists() else 0
+    if done < count and args.base_url:
+        info(f"the server must have this model under the name {infer_options(args, row)[3]}")
+    must(done < count and code, f"the inference of {row}")
+
+
+def inference_seconds(args, row):
+    file = args.out / row / "seconds.json"
+    return read_json(file)["infer"] if file.exists() else 0
+
+
+def training_seconds(args, row):
+    """The time of a row's steps, without loading and validation."""
+    file = args.out / row / "log.jsonl"
+    return sum(line.get("seconds", 0) for line in read(file)) if file.exists() else 0
+
+
+def scores_of(args, row, other=None):
+    """evaluate.py's scores of a row, or of its comparison with another one."""
+    code, printed = execute("evaluate.py", score_options(args, row, other))
+    must(code, "evaluate.py")
+    return json.loads(printed)
 
 
 # ------------------------------------------------------------------------------------------ tables
 
-SCORES = ("All", "Absent", "Unseen", "All, thinking forbidden", "Unseen, thinking forbidden")
-REASONED = ("reasoned", "reasoned, unseen", *(f"reasoned, {kind}" for kind in KINDS))
 
-
-class Report:
-    """OUT/tables.md, which grows by a section whenever its tables are ready."""
-
-    def __init__(self, path):
-        self.path, self.sections = path, []
-
-    def add(self, title, *tables):
-        self.sections.append(f"### {title}\n\n" + "\n".join(tables))
-        print(self.sections[-1], flush=True)
-        write_atomic(self.path, "\n".join(self.sections))
-
-
-def markdown(titles, rows):
-    lines = ["| " + " | ".join(row) + " |" for row in (titles, *rows)]
-    lines.insert(1, "|---" * len(titles) + "|")
-    return "\n".join(lines) + "\n"
-
-
-def spread(values, factor=100, digits=1):
-    """Mean and range of a figure over worlds, as text; a dash where the mode lacks the figure."""
-    if None in values:
+def percent(entry, measure):
+    """A score with its 95% interval; a dash where no post has a keyphrase of the class."""
+    if not entry["posts"]:
         return "–"
-    values = [factor * value for value in values]
-    figures = statistics.mean(values), min(values), max(values)
-    mean, low, high = (f"{figure:.{digits}f}" for figure in figures)
-    return mean if low == high else f"{mean} ({low}–{high})"
+    low, high = (100 * end for end in entry["interval"][measure])
+    return f"{100 * entry[measure]:.1f} ({low:.1f}–{high:.1f})"
 
 
-def mode_tables(cells, measured, unit):
-    """Two tables of means and ranges over worlds; training times are in units of `unit` seconds."""
-    scores, reasoned = [], []
-    for mode, of_mode in cells.items():
-        times = [training_seconds(cell, measured) for cell in of_mode]
-        price = [str(times[0][0]), spread([seconds for _, seconds in times], 1 / unit, 2)]
-        column = {}
-        for name in ("tokens", *SCORES, *REASONED):
-            values = [cell.figures.get(name) for cell in of_mode]
-            column[name] = spread(values, 1 if name == "tokens" else 100)
-        scores.append([mode, *price, column["tokens"], *(column[name] for name in SCORES)])
-        reasoned.append([mode, *(column[name] for name in REASONED)])
-    titles = ["mode", "steps", "training time, sft = 1", "tokens a post", *SCORES]
-    return markdown(titles, scores) + "\n" + markdown(["mode", *REASONED], reasoned)
+def minutes(seconds):
+    return f"{seconds / 60:.1f} min" if seconds else "–"
 
 
-def world_table(cells):
-    """Every cell's own F1@1: All / Unseen."""
-    rows = []
-    for mode, of_mode in cells.items():
-        figures = [cell.figures for cell in of_mode]
-        rows.append([mode, *(f"{100 * f['All']:.1f} / {100 * f['Unseen']:.1f}" for f in figures)])
-    worlds = [f"world {cell.world}" for cell in next(iter(cells.values()))]
-    return markdown(["mode", *worlds], rows)
+def score_table(args, scores, paper):
+    """A row of the table for each row of `scores`; the paper's figures stand beside ours."""
+    measure = paper.get("measure", "F1@1")
+    figures = {row: paper.get("figures", {}).get(row, {}) for row in scores}
+    known = [name for name in CLASSES if any(name in figures[row] for row in scores)]
+    titles = [*CLASSES, "tokens a post", "reasoned", "training", "inference"]
+    titles = [measure, *titles, *(f"{name}, paper's {paper['model']}" for name in known)]
+    lines = []
+    for row, of_row in scores.items():
+        every = of_row["all"]
+        cells = [row, *(percent(of_row[name.lower()], measure) for name in CLASSES)]
+        cells += [f"{every['tokens']:.1f}", f"{every['reasoned']:.1%}"]
+        cells += [minutes(training_seconds(args, row)), minutes(inference_seconds(args, row))]
+        lines.append([*cells, *(str(figures[row].get(name, "–")) for name in known)])
+    return markdown(titles, lines)
 
 
-def paired_table(cells):
-    """dynamic minus each other mode on the same posts: F1@1, 95% interval, a star if p < 0.05."""
-    rows = []
-    for mode in (mode for mode in cells if mode != "dynamic"):
-        found = []
-        for cell, other in zip(cells["dynamic"], cells[mode], strict=True):
-            scores = cell.scores(against=other.folder / "test_preds.jsonl")
-            found.append(scores["against"])
-        for name in ("all", "unseen"):
-            row = [f"dynamic − {mode}", name]
-            for difference in (scores[name]["F1@1"] for scores in found):
-                mean = 100 * difference["difference"]
-                low, high = (100 * end for end in difference["interval"])
-                star = " \\*" if difference["p"] < 0.05 else ""
-                row.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){star}")
-            rows.append(row)
-    worlds = [f"world {cell.world}" for cell in cells["dynamic"]]
-    return markdown(["F1@1", "posts", *worlds], rows)
+def paired_table(args, scores, measure):
+    """dynamic minus each other row on the same posts: difference, interval, a star if p < 0.05."""
+    lines = []
+    for row in (row for row in scores if row != "dynamic"):
+        found = scores_of(args, "dynamic", row)
+        cells = [
+            signed(found["against"][name.lower()][measure]) if found[name.lower()]["posts"] else "–"
+            for name in CLASSES
+        ]
+        lines.append([f"dynamic − {row}", *cells])
+    return markdown([measure, *CLASSES], lines)
 
 
-def gamma_table(rows):
-    """A row for each gamma and world; `rows` are dicts of a cell's figures."""
-    columns = {
-        "world": ("world", 1, "d"),
-        "gamma": ("gamma", 1, "g"),
-        "All": ("All", 100, ".1f"),
-        "Unseen": ("Unseen", 100, ".1f"),
-        "tokens a post": ("tokens", 1, ".1f"),
-        "reasoned": ("reasoned", 100, ".1f"),
-        "reasoned, E": ("reasoned, E", 100, ".1f"),
-        "L(y_s), A to C": ("loss", 1, ".3f"),
-        "p(direct), A to C": ("p", 1, ".3f"),
-        "exp(−gamma · n)": ("law", 1, ".3f"),
-    }
-    cells = [
-        [f"{factor * row[name]:{form}}" for name, factor, form in columns.values()] for row in rows
-    ]
-    return markdown(list(columns), cells)
+def study(args, report):
+    """Run what is not finished, then write the tables."""
+    info(f"reading {args.train} and {args.test}")
+    posts, count = data.Posts(args.train, for_training=True), len(data.Posts(args.test))
+    rows = [*args.rows, *(f"dynamic-gamma{gamma:g}" for gamma in args.gammas)]
+    for row in rows:
+        train.check_reasoning(posts, row.partition("-gamma")[0])
+    jobs = [job for row in rows for job in ((train_row, row, posts), (predict_row, row, count))]
+    if args.base_url:  # a server needs the GPUs that trained
+        jobs.sort(key=lambda job: job[0] is predict_row)
+    for job, row, what in jobs:
+        job(args, row, what)
+    scores, paper = {row: scores_of(args, row) for row in rows}, args.paper_data
+    write_atomic(args.out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    table = {row: scores[row] for row in args.rows}
+    report.add(f"{args.model} on {args.test}, {count} posts", score_table(args, table, paper))
+    if args.gammas:
+        gammas = {row: scores[row] for row in rows if row.startswith("dynamic")}
+        report.add("Other gammas", score_table(args, gammas, {}))
+    if "dynamic" in table and len(table) > 1:
+        measure = paper.get("measure", "F1@1")
+        report.add("Paired tests", paired_table(args, table, measure))
+
+
+# -------------------------------------------------------------------------------- the command line
 
 
 def parse_args(arguments=None):
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    gammas = [0, 0.1, 0.2, 0.4, 0.8, math.inf]
-    add("--out", type=Path, default=Path("out/study"), help="the folder of all cells")
-    add("--modes", nargs="*", choices=MODES, default=MODES, help="modes on the test worlds")
-    add(
-        "--worlds",
-        nargs="+",
-        type=non_negative_int,
-        default=[0, 1, 2, 3, 4],
-        help="the test worlds",
-    )
-    gammas_help = "gammas on development worlds"
-    add("--gammas", nargs="*", type=number_in("[0, inf]"), default=gammas, help=gammas_help)
-    worlds_help = "the development worlds"
-    add("--gamma-worlds", nargs="+", type=non_negative_int, default=[100], help=worlds_help)
-    add("--at-once", type=positive_int, default=1, help="runs at the same time, a core or two each")
-    return parser.parse_args(arguments)
+    add("--out", type=Path, default=Path("out/study"), help="the folder of all rows")
+    gammas_help = "also train dynamic with these gammas (default: six on the club worlds)"
+    add("--gammas", nargs="*", type=number_in("[0, inf]"), help=gammas_help)
+    add = parser.add_argument_group("your data").add_argument
+    add("--train", metavar="FILE", help="posts to train on (JSONL)")
+    add("--valid", metavar="FILE", help="posts to validate on; the best checkpoint is then scored")
+    add("--test", metavar="FILE", help="posts to predict and score")
+    add("--model", help="folder or hub name of a Qwen-VL model")
+    add("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows of the table")
+    paper_help = "the paper's figures beside ours, its settings as defaults"
+    add("--paper", choices=read_json(PAPER)["data"], help=paper_help)
+    add("--launch", default="", help="starts train.py, such as 'torchrun --nproc-per-node 8'")
+    add("--base-url", help="predict through the server at this address (see docs/serving.md)")
+    add("--infer", default="", help="more settings of infer.py, such as '--batch-size 64'")
+    clubstudy.add_options(parser.add_argument_group("the club worlds").add_argument)
+    args = parser.parse_args(arguments[:end])
+    args.settings = arguments[end + 1 :]
+    if args.gammas is None:
+        args.gammas = [] if args.train else [0, 0.1, 0.2, 0.4, 0.8, math.inf]
+    return args
 
 
-def compare_modes(args, report):
-    """Every mode on the test worlds, at equal steps and then at equal training time."""
-    cells = {mode: [Cell(args.out, mode, world) for world in args.worlds] for mode in args.modes}
-    run_all(sum(cells.values(), []), args.at_once)
-    timed = {}
-    if "sft" in cells and 0 in args.worlds:
-        measured = step_seconds(args.out, args.modes)
-        _, unit = training_seconds(cells["sft"][0], measured)
-        report.add("Equal steps", mode_tables(cells, measured, unit), world_table(cells))
-        timed = equal_time(cells, measured)
-        run_all(sum(timed.values(), []), args.at_once)
-        report.add("Equal training time", mode_tables(timed, measured, unit), world_table(timed))
-    else:
-        report.add("Equal steps (without times, which need sft and world 0)", world_table(cells))
-    for title, some in (("steps", cells), ("training time", timed)):
-        if "dynamic" in some and len(some) > 1:
-            report.add(f"Paired tests, equal {title}", paired_table(some))
-
-
-def compare_gammas(args, report):
-    """Every gamma on the development worlds."""
-    settings = itertools.product(args.gamma_worlds, args.gammas)
-    cells = [Cell(args.out, "dynamic", world, gamma) for world, gamma in settings]
-    run_all(cells, args.at_once)
-    rows = [cell.figures | measure_direct(cell) for cell in cells]
-    report.add("Gamma", gamma_table(rows))
-    plot_gamma(rows, args.out / "gamma.png")
+def check_args(args):
+    """Raise UserError for what is missing; apply the paper's settings."""
+    for name in ("model", "test"):
+        if getattr(args, name) is None:
+            raise UserError(
+                f"--{name} is missing; without --train, --test and --model: club worlds"
+            )
+    args.paper_data = {}
+    if args.paper:
+        paper = read_json(PAPER)
+        args.paper_data = {"model": paper["model"], **paper["data"][args.paper]}
+    own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume"}
+    if taken := own.intersection(args.settings):
+        raise UserError(f"{min(taken)} can't stand after --: this tool sets it for each row")
+    train.parse_args(train_options(args, args.rows[-1]))
 
 
 def main():
     args = parse_args()
     report = Report(args.out / "tables.md")
+    if args.train:
+        check_args(args)
     with locked(report.path):
-        if args.modes:
-            compare_modes(args, report)
-        if args.gammas:
-            compare_gammas(args, report)
+        if args.train:
+            study(args, report)
+        else:
+            clubstudy.study_club_worlds(args, report)
 
 
 if __name__ == "__main__":
