@@ -88,7 +88,7 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     assert modes == ["multitask", "cot", "dynamic", "dynamic"]
     assert ["--resume" in command for command in trained] == [True, False, False, False]
     for row in ("sft", "multitask", "cot", "dynamic", "dynamic-gammainf"):
-        log = [json.loads(line) for line in open(out / row / "log.jsonl")]
+        log = study.read(out / row / "log.jsonl")
         assert [line["step"] for line in log if "loss" in line] == [*range(1, 6)], row
     scores = json.loads((out / "scores.json").read_text())
     assert [*scores] == [*study.ROWS, "dynamic-gammainf"]
