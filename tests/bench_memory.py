@@ -40,11 +40,7 @@ wide     256      2     4  2  704       2000    1     96      3            4    
 long      64      6     4  1  176        500    1     64      4            4        192
 wordy     96      3     4  2  264      12000    0     64      2            4        192
 """)
-REAL = read_shapes("""
-      hidden layers heads kv   mlp vocabulary tied vision blocks vision_heads vision_mlp
-3B      2048     36    16  2 11008     151936    1   1280     32           16       3420
-7B      3584     28    28  4 18944     152064    0   1280     32           16       3420
-""")
+REAL = {size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B")}
 CASES = [
     dict(),
     dict(passes=1),
@@ -203,7 +199,7 @@ def real():
     print("|---" * (len(parts) + 4) + "|")
     for name, gpus, flags in ROWS:
         args = memory.parse_args([*flags.split(), "--gpus", str(gpus)])
-        needs = memory.estimate(empty(REAL[name]), args, 80)
+        needs = memory.estimate(memory.read_model(REAL[name])[0], args, 80)
         fits = [str(card) for card in memory.CARDS if needs["peak"] <= memory.USABLE * card]
         cells = [name, str(gpus), f"`{flags}`", *(f"{needs[part]:.1f}" for part in parts)]
         print("| " + " | ".join([*cells, fits[0] if fits else "–"]) + " |")

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 import bench_memory
 import published
 from evaluate import UserError
 from model import TokenLoss
+from support.console import read_json
 from tools import memory
 from tools.memory import Step, count_parameters, step_memory
 
 ROOT = Path(__file__).parent.parent
+SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 PEFT = importlib.util.find_spec("peft") is not None
 MEASURED = {
     "wide": [{}, {"passes": 1}, {"bf16": True}],
@@ -73,67 +74,50 @@ def test_the_losses_hold_one_copy_of_the_logits(monkeypatch):
 
 @functools.cache
 def real(name):
-    return bench_memory.empty(bench_memory.REAL[name])
+    return memory.read_model(name)[0]
 
 
-def test_the_published_sizes():
-    """Counted by hand from the shapes: text layers, vision blocks, and what is around them."""
-    for name, billions in (("3B", 3.754622976), ("7B", 8.292166656)):
-        size, trained, *_ = count_parameters(real(name))
-        assert size == trained == round(billions * 1e9)
+# As the hub shows them; Qwen3.5's include a layer that predicts a second token, which isn't loaded.
+PUBLISHED = """
+    Qwen2-VL-2B-Instruct     2208985600    Qwen2-VL-7B-Instruct     8291375616
+    Qwen2.5-VL-3B-Instruct   3754622976    Qwen2.5-VL-7B-Instruct   8292166656
+    Qwen2.5-VL-32B-Instruct 33452718336    Qwen2.5-VL-72B-Instruct         73B
+    Qwen3-VL-2B-Instruct     2127532032    Qwen3-VL-4B-Instruct     4437815808
+    Qwen3-VL-8B-Instruct     8767123696    Qwen3-VL-32B-Instruct   33357390064
+    Qwen3.5-0.8B              873438784    Qwen3.5-2B               2274069824
+    Qwen3.5-4B               4659865088    Qwen3.5-9B               9653104368
+""".split()
+PUBLISHED = dict(zip(PUBLISHED[::2], PUBLISHED[1::2], strict=True))
+
+
+def second_token_layer(config):
+    """Parameters of a layer that predicts a second token, by hand."""
+    hidden, head = config.hidden_size, config.head_dim
+    attention = (3 * config.num_attention_heads + 2 * config.num_key_value_heads) * head * hidden
+    mlp = 3 * hidden * config.intermediate_size
+    return 2 * hidden**2 + attention + 2 * head + mlp + 5 * hidden
+
+
+def test_every_known_shape_has_the_published_number_of_parameters():
+    assert {f"Qwen/{name}" for name in PUBLISHED} == {*read_json(memory.SHAPES)["models"]}
+    for name, published_count in PUBLISHED.items():
+        model = real(f"Qwen/{name}")
+        count = count_parameters(model).total
+        if "3.5" in name:
+            count += second_token_layer(model.config.text_config)
+        rounded = published_count.endswith("B")
+        assert (f"{count / 1e9:.0f}B" if rounded else str(count)) == published_count, name
+
+
+def test_an_adapter_s_parameters_are_counted():
     hidden, mlp, kv, rank = 3584, 18944, 512, 16
     adapter = rank * 28 * (2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp))
-    size, trained, *_ = count_parameters(bench_memory.empty(bench_memory.REAL["7B"]), 16, True)
+    size, trained, *_ = count_parameters(real(SEVEN), 16, True)
     assert trained == adapter and size == 8292166656 + adapter
 
 
-QWEN3_5 = bench_memory.read_shapes("""
-      hidden layers heads kv   mlp value_heads tied vision blocks vision_mlp       weights
-0.8B    1024     24     8  2  3584          16    1    768     12       3072     873438784
-2B      2048     24     8  2  6144          16    1   1024     24       4096    2274069824
-4B      2560     32    16  4  9216          32    1   1024     24       4096    4659865088
-9B      4096     32    16  4 12288          32    0   1152     27       4304    9653104368
-""")
-
-
-def qwen3_5(size):
-    """An empty Qwen3.5 of a published size."""
-    shape = QWEN3_5[size]
-    rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10]}
-    config = transformers.Qwen3_5Config(
-        text_config=dict(
-            hidden_size=shape["hidden"],
-            intermediate_size=shape["mlp"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["kv"],
-            linear_num_value_heads=shape["value_heads"],
-            rope_parameters=rope | {"mrope_interleaved": True, "partial_rotary_factor": 0.25},
-        ),
-        vision_config=dict(
-            depth=shape["blocks"],
-            hidden_size=shape["vision"],
-            intermediate_size=shape["vision_mlp"],
-            out_hidden_size=shape["hidden"],
-        ),
-        tie_word_embeddings=bool(shape["tied"]),
-    )
-    with torch.device("meta"):
-        return transformers.Qwen3_5ForConditionalGeneration(config)
-
-
-@pytest.mark.parametrize("size", QWEN3_5)
-def test_the_published_sizes_of_qwen3_5(size):
-    """The hub's counts. They include a layer that predicts a second token, which is not loaded."""
-    shape = QWEN3_5[size]
-    hidden, head = shape["hidden"], 256
-    attention = (3 * shape["heads"] + 2 * shape["kv"]) * head * hidden + 2 * head
-    second = 2 * hidden**2 + attention + 3 * hidden * shape["mlp"] + 5 * hidden
-    assert count_parameters(qwen3_5(size)).total == shape["weights"] - second
-
-
 def test_what_each_setting_does_to_the_real_model():
-    model = real("7B")
+    model = real(SEVEN)
 
     def bytes_of(**settings):
         lengths = {"posts": 4, "image": 512, "text": 160, "answer": 160}
@@ -154,7 +138,7 @@ def test_what_each_setting_does_to_the_real_model():
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     """From a config alone: there are no weights in the folder."""
-    bench_memory.config(**bench_memory.REAL["7B"]).save_pretrained(tmp_path)
+    real(SEVEN).config.save_pretrained(tmp_path)
 
     def estimate(*options):
         monkeypatch.setattr(sys, "argv", ["memory.py", *options])
@@ -170,8 +154,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == shown
     estimate("--model", str(tmp_path), "--train", "x", "--lora", "16", "--gradient-checkpointing")
     assert " 16 GiB  does not fit\n 24 GiB  fits" in capsys.readouterr().out
+    estimate("--model", SEVEN)  # no folder, no network
+    assert capsys.readouterr().out.replace(SEVEN, str(tmp_path)) == shown
     with pytest.raises(UserError, match="--model is missing"):
         estimate()
+    with pytest.raises(UserError, match=f"known without network: {SEVEN}, "):
+        estimate("--model", "Qwen/Qwen2.5VL-7B-Instruct")
     (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
     with pytest.raises(UserError, match="name the model that the adapter was made for"):
         estimate("--model", str(tmp_path))
@@ -187,7 +175,7 @@ def test_the_command_says_what_it_does_not_know_of_qwen3_5(kind, tmp_path, monke
 
 
 def test_shards_are_estimated_where_auto_would_shard():
-    model = real("3B")
+    model = real("Qwen/Qwen2.5-VL-3B-Instruct")
     args = memory.parse_args(["--gpus", "8"])
     ddp, fsdp = (memory.estimate(model, args, card) for card in (141, 80))
     assert ddp["weights"] == pytest.approx(8 * fsdp["weights"])

@@ -3,20 +3,23 @@
 python -m tools.memory --model Qwen/Qwen2.5-VL-7B-Instruct --micro-batch 2 --gpus 8
 """
 
+import difflib
 import math
 import re
 import sys
 from collections import namedtuple
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import train
 from data import use_own_limits
 from evaluate import UserError, run
 from support.adapters import LORA_TEXT, LORA_VISION
 from support.checkpoint import ENCODER_FILE, find_model
-from support.console import positive_int
+from support.console import positive_int, read_json
 from support.images import MAX_PIXELS
 
+SHAPES = Path(__file__).parent / "shapes.json"  # of published models
 CARDS = (16, 24, 40, 80, 141)  # GiB of common GPUs
 USABLE = 0.92  # share of it; CUDA itself and fragments take the rest
 SAVERS = ["--gradient-checkpointing", "--freeze-vision", "--lora 16", "--micro-batch 1"]
@@ -172,6 +175,31 @@ def count_parameters(model, rank=None, freeze_vision=False):
 # ------------------------------------------------------------------------------- the command line
 
 
+def read_model(name):
+    """(a model on the device "meta", its folder): without weights, and where possible offline.
+
+    The folder is None for a published model whose shape is in shapes.json. Raises UserError.
+    """
+    from transformers import AutoConfig
+
+    from model import check_family, empty_model
+
+    known = read_json(SHAPES)["models"]
+    if name in known:
+        return empty_model(AutoConfig.for_model(**known[name]), device="meta"), None
+    try:
+        folder = find_model(name, ["config.json", ENCODER_FILE])
+    except UserError as error:
+        if Path(name).exists():
+            raise
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        raise UserError(f"{error}; known without network: {', '.join(near)}") from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; name the model that the adapter was made for")
+    check_family(folder)
+    return empty_model(folder, device="meta"), folder
+
+
 def estimate(model, args, card):
     """`step_memory` in GiB for train.py's settings on GPUs of `card` GiB."""
     vision, share = model.config.vision_config, math.ceil(args.batch_size / args.gpus)
@@ -200,17 +228,12 @@ def parse_args(arguments=None):
 
 
 def main():
-    from model import check_family, empty_model
-
     args = parse_args()
     if args.model is None:
         raise UserError("--model is missing: a folder or hub name, whose config.json is read")
-    folder = find_model(args.model, ["config.json", ENCODER_FILE])
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json; name the model that the adapter was made for")
-    check_family(folder)
-    use_own_limits(args, folder)
-    model = empty_model(folder, device="meta")
+    model, folder = read_model(args.model)
+    if folder:
+        use_own_limits(args, folder)
     count = count_parameters(model, args.lora, args.freeze_vision)
     needs = {card: estimate(model, args, card) for card in CARDS}
     fitting = [card for card in CARDS if needs[card]["peak"] <= USABLE * card]
@@ -231,7 +254,7 @@ def main():
             "as much"
         )
     peak = needs[card]["peak"]
-    given = [*sys.argv[1:], "--max-pixels", str(args.max_pixels)]
+    given = [*sys.argv[1:], "--max-pixels", str(args.max_pixels or MAX_PIXELS)]
     changed = {flag: parse_args([*given, *flag.split()]) for flag in SAVERS}
     peaks = {flag: estimate(model, changed[flag], card)["peak"] for flag in SAVERS}
     for flag, less in sorted(peaks.items(), key=lambda item: item[1]):
