@@ -14,17 +14,9 @@ measured in a process of its own:
     python tests/bench_step.py --shape 3b --device cuda    # the real shape, random weights, bf16
     python tests/bench_step.py --shape 3b --layers 2 --rounds 3     # to try that without a GPU
 
-Model FLOPs utilisation is the step's model FLOPs over its time and over the card's dense bf16 peak.
-Model FLOPs are those of the matrix products that the method needs, without padding or
-recomputation:
-
-    2 x weights x tokens                for every linear layer
-    4 x width x tokens x tokens seen    for attention, half of it where attention is causal
-
-A backward pass counts twice (once for the patches' layer: pixels need no gradient). Image, prompt
-and target have both passes, the probe has no backward pass. The embedding is a look-up and costs
-nothing; the head works at answer tokens only. On a machine with other users, CPU time says more
-than the clock: set OMP_WAIT_POLICY=passive then, so that threads that wait don't count as busy.
+Model FLOPs utilisation is the step's model FLOPs over its time and over the card's dense bf16 peak;
+tools/cost.py has their formula. On a machine with other users, CPU time says more than the clock:
+set OMP_WAIT_POLICY=passive then, so that threads that wait don't count as busy.
 """
 
 import argparse
@@ -48,6 +40,7 @@ from support.console import (  # noqa: E402
     positive_int,
     progress,
 )
+from tools.cost import PEAKS, Flops, Lengths  # noqa: E402
 
 # Vocabulary, tied; hidden, layers, heads, kv heads, mlp; vision hidden, depth, heads, mlp.
 SHAPES = {
@@ -55,7 +48,6 @@ SHAPES = {
     "3b": (151936, True, 2048, 36, 16, 2, 11008, 1280, 32, 16, 3420),
     "7b": (152064, False, 3584, 28, 28, 4, 18944, 1280, 32, 16, 3420),
 }
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a part of the card's name
 WAYS = {
     "a": "two passes, logits everywhere",
     "b": "two passes, logits at answers",
@@ -221,38 +213,16 @@ def make_step(way, model, optimizer, batch):
 
 
 def model_flops(model, batch):
-    """{"c": …, "d": …}: model FLOPs of one step, by the formula at the top of this file."""
-    text, vision = model.config.text_config, model.config.vision_config
-    products = (torch.nn.Linear, torch.nn.Conv3d)
-
-    def linear(module):
-        return sum(m.weight.numel() for m in module.modules() if isinstance(m, products))
-
-    tower, merger = model.model.visual, linear(model.model.visual.merger)
-    head = text.hidden_size * text.vocab_size
-
-    def words(before, new):
-        """Text layers of one sample: `new` tokens after `before` ones; causal among themselves."""
-        attention = 4 * text.hidden_size * text.num_hidden_layers * new * (before + new / 2)
-        return 2 * linear(model.model.language_model) * new + attention
-
-    patches = int(batch.prompt["image_grid_thw"][0].prod())
-    in_window = min(patches, (vision.window_size // vision.patch_size) ** 2)
-    full = len(vision.fullatt_block_indexes)
-    seen = full * patches + (vision.depth - full) * in_window
-    image = (2 * (linear(tower) - merger) + 4 * vision.hidden_size * seen) * patches
-    image += 2 * merger * patches / 4
-    prompt = batch.prompt["input_ids"].shape[1]
-
-    def answer(length):
-        return words(prompt, length - 1) + 2 * head * length
-
-    plain, cot = batch.plain.ids.shape[1], batch.cot.ids.shape[1]
-    samples, reasoning = len(batch), int(batch.has_cot.sum())
-    targets = reasoning * answer(cot) + (samples - reasoning) * answer(plain)
-    known = 3 * (samples * (image + words(0, prompt)) + targets)
-    known -= samples * 2 * linear(tower.patch_embed) * patches
-    return {"c": known + samples * answer(plain), "d": known}
+    """{"c": …, "d": …}: model FLOPs of one step, by the formula of tools/cost.py."""
+    merge = model.config.vision_config.spatial_merge_size**2
+    image = int(batch.prompt["image_grid_thw"][0].prod()) // merge
+    text = batch.prompt["input_ids"].shape[1] - image
+    lengths = Lengths(text, image, batch.plain.ids.shape[1], batch.cot.ids.shape[1])
+    flops, samples, reasoning = Flops(model), len(batch), int(batch.has_cot.sum())
+    known = reasoning * flops.training(lengths, "cot")
+    known += (samples - reasoning) * flops.training(lengths, "sft")
+    ours = samples * flops.training(lengths, "dynamic", reasoning / samples)
+    return {"c": ours, "d": known}
 
 
 def peak_memory(way):
