@@ -4,13 +4,17 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
+import re
+import shlex
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+import gen_cot
 import published
 from evaluate import UserError
 from support.log import TrainingLog
@@ -65,6 +69,19 @@ def run_study(monkeypatch, *arguments):
     study.main()
 
 
+def planned(monkeypatch, capsys, arguments):
+    """--dry-run's commands without their interpreter, and {row: tokens of its training}."""
+    split = arguments.index("--")
+    run_study(monkeypatch, *arguments[:split], "--dry-run", *arguments[split:])
+    lines = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if not line.startswith("#") and line]
+    costs = {
+        line: lines[place + 1] for place, line in enumerate(lines) if line.endswith(": training")
+    }
+    tokens = {line[2:].partition(":")[0]: cost.split(", ")[1] for line, cost in costs.items()}
+    return [[os.path.basename(script), *rest] for script, *rest in commands], tokens
+
+
 def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkeypatch, capsys):
     torch.set_num_threads(1)  # for such small matrices
     out, end_step = tmp_path / "out", TrainingLog.end_step
@@ -78,11 +95,15 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     monkeypatch.setattr(TrainingLog, "end_step", stop_multitask)
     everything = [*files, "--out", str(out), "--paper", "mmkp", "--gammas", "inf"]
     everything += ["--", SIZES, *prompt]
+    commands, tokens = planned(monkeypatch, capsys, everything)
     with pytest.raises(UserError, match="training of multitask ended with 143; the same command"):
         run_study(monkeypatch, *everything)
     assert [command[0] for command in scripts] == words("infer.py train.py infer.py train.py")
+    first = scripts[:]
     del scripts[:]
     run_study(monkeypatch, *everything)
+    ran = [[part for part in command if part != "--resume"] for command in first + scripts]
+    assert {*map(tuple, ran)} == {*map(tuple, commands)}
     trained = [command for command in scripts if command[0] == "train.py"]
     modes = [command[command.index("--mode") + 1] for command in trained]
     assert modes == ["multitask", "cot", "dynamic", "dynamic"]
@@ -90,6 +111,8 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     for row in ("sft", "multitask", "cot", "dynamic", "dynamic-gammainf"):
         log = study.read(out / row / "log.jsonl")
         assert [line["step"] for line in log if "loss" in line] == [*range(1, 6)], row
+        if "dynamic" not in row:  # whose probe the log doesn't count
+            assert tokens[row] == f"{sum(line.get('tokens', 0) for line in log):.3g} tokens", row
     scores = json.loads((out / "scores.json").read_text())
     assert [*scores] == [*study.ROWS, "dynamic-gammainf"]
     assert all(entry["all"]["posts"] == 12 for entry in scores.values())
@@ -109,3 +132,52 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     assert (out / "tables.md").read_text() == tables
     with pytest.raises(UserError, match="sft: was trained with other settings: lr was 0.001, is 1"):
         run_study(monkeypatch, *everything, "--lr 1")
+
+
+VISION = 32 * (4 * 1280**2 + 3 * 1280 * 3420)  # weights of the blocks
+TEXT = {"3B": 36 * (2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 11008)}
+TEXT["7B"] = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+
+
+@pytest.mark.parametrize("size, epochs", [("3B", 5), ("7B", 3)])
+def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
+    """Without data, weights or network. FLOPs: six times weights and tokens, and a little more."""
+    launch = ["--launch", "torchrun --nproc-per-node=8"]
+    model = ["--paper mmkp-360k --dry-run --model", f"Qwen/Qwen2.5-VL-{size}-Instruct"]
+    lengths = "--lengths 100 300 10 100 --utilization 0.5 0.02 --price 2 8"
+    monkeypatch.setattr("sys.argv", ["study", *words(*model), *launch, *words(lengths)])
+    study.main()
+    lines = capsys.readouterr().out.splitlines()
+    trained = [place for place, line in enumerate(lines) if "train.py" in line]
+    assert [shlex.split(lines[place])[:3] for place in trained] == 4 * [
+        [*words(launch[1]), "train.py"]
+    ]
+    for place in trained:
+        assert f"--lr 3e-05 --epochs {epochs} --gamma 0.4" in lines[place]
+        assert f"# {math.ceil(330614 / 32) * epochs:,} steps, " in lines[place - 1]
+    sft = lines[trained[0] - 1]
+    flops = float(re.search(r"([\d.e+]+) FLOPs", sft)[1])
+    by_hand = 6 * (TEXT[size] * 410 + VISION * 4 * 300) * 330614 * epochs
+    assert by_hand < flops < 1.07 * by_hand
+    hours = {card: float(re.search(rf"{card} ([\d.]+)", sft)[1]) for card in ("H100", "A100")}
+    assert hours["A100"] == pytest.approx(hours["H100"] * 989 / 312, rel=0.01)
+    assert hours["H100"] == pytest.approx(flops / (0.5 * 989e12) / 3600, rel=0.05)
+    requests = 330614 * 1e-6 * (2 * (len(gen_cot.PROMPT) / 4 + 410) + 8 * 100)
+    assert f"# at 2 and 8 a million tokens: {requests:,.0f}" in lines
+    assert sum("infer.py" in line for line in lines) == 5
+    assert any(line.startswith("# memory of each of 8 GPUs: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--train x", "--model is missing"),
+        ("--dry-run", "--dry-run needs --train, or --paper"),
+        ("--paper mmkp-v2 --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--posts TRAIN TEST is"),
+        ("--paper mmkp --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--lengths TEXT IMAGE"),
+        ("--train x --test y --model z -- --mode sft", "--mode can't stand after --"),
+    ],
+)
+def test_what_is_missing_is_named(arguments, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        run_study(monkeypatch, arguments)

@@ -23,49 +23,25 @@ import data
 import train
 from evaluate import UserError, run
 from support.checkpoint import changed_settings, read_pointer
-from support.console import ArgumentParser, info, number_in, read_json
+from support.console import ArgumentParser, fraction, info, number_in, positive_int, read_json
 from support.jsonl import locked, write_atomic
-from tools import clubstudy
-from tools.clubstudy import MODES, ROOT, Report, markdown, read, signed
+from tools import clubstudy, memory
+from tools.clubstudy import Report, markdown, read, signed
+from tools.plan import (
+    ROOT,
+    ROWS,
+    commands,
+    infer_options,
+    predictions,
+    score_options,
+    train_options,
+)
 
-ROWS = ("zero-shot", *MODES)
 CLASSES = ("All", "Present", "Absent", "Unseen")
 PAPER = Path(__file__).parent / "paper.json"
+LARGE = 4e9  # parameters from which the paper trains 3 epochs, not 5
 
-# --------------------------------------------------------------------------- the commands of a row
-
-
-def train_options(args, row):
-    """train.py's arguments for a row: a mode, or dynamic-gamma0.2."""
-    mode, _, gamma = row.partition("-gamma")
-    options = [*args.settings, "--mode", mode, *(["--gamma", gamma] if gamma else [])]
-    files = {"model": args.model, "train": args.train, "valid": args.valid, "out": args.out / row}
-    options += [part for name, file in files.items() if file for part in (f"--{name}", str(file))]
-    return options
-
-
-def infer_options(args, row):
-    """infer.py's arguments for a row; how posts are read is the same as in training."""
-    model = args.model if row == "zero-shot" else args.out / row
-    options = ["--data", args.test, "--model", model, "--out", predictions(args, row)]
-    parser = ArgumentParser()
-    data.add_reading_options(parser)
-    for name, value in vars(parser.parse_known_args(args.settings)[0]).items():
-        if value != parser.get_default(name):
-            options += [f"--{name.replace('_', '-')}", value]
-    options += ["--base-url", args.base_url] if args.base_url else []
-    return options + shlex.split(args.infer)
-
-
-def score_options(args, row, other=None):
-    """evaluate.py's arguments for a row, or for its comparison with another one."""
-    files = [predictions(args, row), args.test, "--train", args.train]
-    against = ["--against", predictions(args, other)] if other else []
-    return [*files, *against, "--bootstrap", 1000, "--json"]
-
-
-def predictions(args, row):
-    return args.out / row / "preds.jsonl"
+# ------------------------------------------------------------------------------------ running them
 
 
 def execute(script, options, launch=""):
@@ -90,9 +66,6 @@ def must(code, what):
     """Raise UserError unless the exit code is 0."""
     if code:
         raise UserError(f"{what} ended with {code}; the same command goes on from here")
-
-
-# ------------------------------------------------------------------------------------ running them
 
 
 def is_trained(args, row, posts):
@@ -201,11 +174,10 @@ def paired_table(args, scores, measure):
     return markdown([measure, *CLASSES], lines)
 
 
-def study(args, report):
+def study(args, rows, report):
     """Run what is not finished, then write the tables."""
     info(f"reading {args.train} and {args.test}")
     posts, count = data.Posts(args.train, for_training=True), len(data.Posts(args.test))
-    rows = [*args.rows, *(f"dynamic-gamma{gamma:g}" for gamma in args.gammas)]
     for row in rows:
         train.check_reasoning(posts, row.partition("-gamma")[0])
     jobs = [job for row in rows for job in ((train_row, row, posts), (predict_row, row, count))]
@@ -248,11 +220,39 @@ def parse_args(arguments=None):
     add("--base-url", help="predict through the server at this address (see docs/serving.md)")
     add("--infer", default="", help="more settings of infer.py, such as '--batch-size 64'")
     clubstudy.add_options(parser.add_argument_group("the club worlds").add_argument)
+    add_plan_options(parser.add_argument_group("on paper").add_argument)
     args = parser.parse_args(arguments[:end])
     args.settings = arguments[end + 1 :]
+    if args.paper and args.dry_run and args.train is None:
+        args.train, args.valid, args.test = "train.jsonl", "valid.jsonl", "test.jsonl"
     if args.gammas is None:
         args.gammas = [] if args.train else [0, 0.1, 0.2, 0.4, 0.8, math.inf]
     return args
+
+
+def add_plan_options(add):
+    """The settings of --dry-run."""
+    add("--dry-run", action="store_true", help="print all commands and what they cost; run none")
+    names = ("TRAIN", "TEST")
+    add(
+        "--posts", nargs=2, metavar=names, type=positive_int, help="posts, where there are no files"
+    )
+    names = ("TEXT", "IMAGE", "PLAIN", "COT")
+    lengths_help = "average tokens of prompts without image, images, plain and reasoning answers"
+    add("--lengths", nargs=4, metavar=names, type=positive_int, help=lengths_help)
+    add("--cot-share", type=fraction, default=1, help="share of dynamic's posts that reason")
+    share_help = "assumed share of a GPU's peak in training and in generating"
+    names = ("TRAIN", "GENERATE")
+    some = number_in("(0, 1]")
+    add("--utilization", nargs=2, metavar=names, type=some, default=[0.4, 0.01], help=share_help)
+    names = ("IN", "OUT")
+    add(
+        "--price",
+        nargs=2,
+        metavar=names,
+        type=number_in("[0, inf)"),
+        help="a million tokens' price",
+    )
 
 
 def check_args(args):
@@ -262,10 +262,13 @@ def check_args(args):
             raise UserError(
                 f"--{name} is missing; without --train, --test and --model: club worlds"
             )
-    args.paper_data = {}
+    args.paper_data, args.defaults = {}, []
     if args.paper:
         paper = read_json(PAPER)
         args.paper_data = {"model": paper["model"], **paper["data"][args.paper]}
+        size = memory.count_parameters(memory.read_model(args.model)[0]).total
+        epochs = "5" if size < LARGE else "3"
+        args.defaults = ["--lr", str(args.paper_data["lr"]), "--epochs", epochs, "--gamma", "0.4"]
     own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume"}
     if taken := own.intersection(args.settings):
         raise UserError(f"{min(taken)} can't stand after --: this tool sets it for each row")
@@ -277,9 +280,15 @@ def main():
     report = Report(args.out / "tables.md")
     if args.train:
         check_args(args)
+    rows = [*args.rows, *(f"dynamic-gamma{gamma:g}" for gamma in args.gammas)]
+    if args.dry_run:
+        if not args.train:
+            raise UserError("--dry-run needs --train, or --paper")
+        print(*commands(args, rows), sep="\n")
+        return
     with locked(report.path):
         if args.train:
-            study(args, report)
+            study(args, rows, report)
         else:
             clubstudy.study_club_worlds(args, report)
 

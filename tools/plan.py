@@ -1,0 +1,223 @@
+"""The commands of a study (see tools/study.py), and on paper what they compute.
+
+FLOPs are those of tools/cost.py; GPU-hours follow from a card's peak and `--utilization`; memory is
+that of tools/memory.py.
+"""
+
+import math
+import os
+import random
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import data
+import gen_cot
+import train
+from evaluate import UserError
+from support.checkpoint import find_model
+from support.console import ArgumentParser, plural
+from tools import memory
+from tools.cost import PEAKS, Flops, Lengths
+
+ROOT = Path(__file__).parent.parent
+ROWS = ("zero-shot", "sft", "multitask", "cot", "dynamic")
+SAMPLE = 200  # posts whose lengths are measured
+CHARACTERS = 4  # of a token, where there is no tokenizer to count with
+GPUS = r"--(?:nnodes|nproc[-_]per[-_]node)[= ](\d+)"  # in torchrun's arguments
+COT = 160  # tokens of an answer that reasons, where no post has one: tools.memory's default
+
+# --------------------------------------------------------------------------- the commands of a row
+
+
+def train_options(args, row):
+    """train.py's arguments for a row: a mode, or dynamic-gamma0.2."""
+    mode, _, gamma = row.partition("-gamma")
+    options = [
+        *args.defaults,
+        *args.settings,
+        "--mode",
+        mode,
+        *(["--gamma", gamma] if gamma else []),
+    ]
+    files = {"model": args.model, "train": args.train, "valid": args.valid, "out": args.out / row}
+    options += [part for name, file in files.items() if file for part in (f"--{name}", str(file))]
+    return options
+
+
+def infer_options(args, row):
+    """infer.py's arguments for a row; how posts are read is the same as in training."""
+    model = args.model if row == "zero-shot" else args.out / row
+    options = ["--data", args.test, "--model", model, "--out", predictions(args, row)]
+    parser = ArgumentParser()
+    data.add_reading_options(parser)
+    for name, value in vars(parser.parse_known_args(args.settings)[0]).items():
+        if value != parser.get_default(name):
+            options += [f"--{name.replace('_', '-')}", value]
+    options += ["--base-url", args.base_url] if args.base_url else []
+    return options + shlex.split(args.infer)
+
+
+def score_options(args, row, other=None):
+    """evaluate.py's arguments for a row, or for its comparison with another one."""
+    files = [predictions(args, row), args.test, "--train", args.train]
+    against = ["--against", predictions(args, other)] if other else []
+    return [*files, *against, "--bootstrap", 1000, "--json"]
+
+
+def predictions(args, row):
+    return args.out / row / "preds.jsonl"
+
+
+# ---------------------------------------------------------------------------- what they compute
+
+
+def shell(script, options, launch=""):
+    """A command as one types it in the current folder."""
+    start = shlex.split(launch) or ["python"]
+    return shlex.join([*start, os.path.relpath(ROOT / script), *map(str, options)])
+
+
+def measured_lengths(args, posts, model):
+    """(Lengths, tokens of the teacher's instruction) of some posts, by the model's tokenizer."""
+    from model import make_encoder, read_image_processor, read_tokenizer
+
+    try:
+        folder = find_model(args.model, ["*.json", "*.txt", "*.jinja"])
+        tokenizer, processor = read_tokenizer(folder), read_image_processor(folder)
+    except UserError as error:
+        raise UserError(f"--lengths is missing: no tokenizer to measure with ({error})") from None
+    options = data.encoder_options(train.parse_args(train_options(args, "sft")))
+    encoder = make_encoder(folder, model, tokenizer, processor, options)
+    chosen = random.Random(0).sample(range(len(posts)), min(SAMPLE, len(posts)))
+    records = [posts[index] for index in chosen]
+    samples = [encoder.encode(post, posts.image_path(post), with_answers=True) for post in records]
+    samples = [sample for sample in samples if isinstance(sample, data.Sample)]
+    images = [sample.prompt.count(encoder.image_token_id) for sample in samples]
+    cots = [len(sample.cot) for sample in samples if sample.cot]
+    return Lengths(
+        statistics.mean(len(sample.prompt) for sample in samples) - statistics.mean(images),
+        statistics.mean(images),
+        statistics.mean(len(sample.plain) for sample in samples),
+        statistics.mean(cots or [COT]),
+    ), len(tokenizer.encode(gen_cot.PROMPT))
+
+
+class Plan:
+    """What the commands of one study compute, from averages over its posts.
+
+    counts: the numbers of posts of "train" and "test"; lengths: Lengths; model: on "meta".
+    """
+
+    def __init__(self, args, counts, lengths, model):
+        self.args, self.counts, self.lengths = args, counts, lengths
+        self.model, self.flops = model, Flops(model)
+
+    def answer(self, row):
+        """Generated tokens of a row's answer; zero-shot is taken to reason."""
+        share = {"sft": 0, "dynamic": self.args.cot_share}.get(row, 1)
+        return share * self.lengths.cot + (1 - share) * self.lengths.plain
+
+    def training(self, row):
+        """A comment on the training of a row, validation included."""
+        options = train.parse_args(train_options(self.args, row))
+        lengths, mode, batch = self.lengths, options.mode, options.batch_size
+        share = {"sft": 0, "dynamic": self.args.cot_share * (options.gamma > 0)}.get(mode, 1)
+        share = 1 if options.gamma == math.inf else share
+        steps = train.round_up(options.epochs * math.ceil(self.counts["train"] / batch))
+        posts = options.epochs * self.counts["train"]
+        target = share * lengths.cot + (1 - share) * lengths.plain
+        more = lengths.plain if mode in ("multitask", "dynamic") else 0
+        flops = posts * self.flops.training(lengths, mode, share, options)
+        valid = math.ceil(options.epochs) * options.valid_posts if options.valid else 0
+        read, generate = self.flops.inference(lengths, target)
+        tokens = posts * (lengths.prompt + target + more)
+        return self.comment(f"{steps:,} steps, ", tokens, flops + valid * read, valid * generate)
+
+    def inference(self, row):
+        """A comment on the inference of a row."""
+        tokens, posts = self.answer(row.partition("-gamma")[0]), self.counts["test"]
+        read, generate = self.flops.inference(self.lengths, tokens)
+        return self.comment(
+            "", posts * (self.lengths.prompt + tokens), posts * read, posts * generate
+        )
+
+    def comment(self, steps, tokens, read, generate):
+        """Tokens, FLOPs, and the hours of one GPU of each kind."""
+        shares = self.args.utilization
+        seconds = read / shares[0] + generate / shares[1]
+        hours = ", ".join(f"{card} {seconds / peak / 3600:,.1f}" for card, peak in PEAKS.items())
+        return f"# {steps}{tokens:.3g} tokens, {read + generate:.3g} FLOPs; GPU-hours: {hours}"
+
+    def memory(self):
+        """A comment on the memory of a training step, by the size of the cards."""
+        gpus = math.prod(map(int, re.findall(GPUS, self.args.launch)))
+        options = [*train_options(self.args, "dynamic"), "--gpus", str(gpus)]
+        needs = {}
+        for card in (80, 141):
+            need = memory.estimate(self.model, memory.parse_args(options), card)["peak"]
+            fits = "" if need <= memory.USABLE * card else ", does not fit"
+            needs[card] = f"{need:.1f} GiB ({card} GiB cards{fits})"
+        return f"# memory of each of {plural(gpus, 'GPU')}: {', '.join(needs.values())}"
+
+    def teacher(self, missing, instruction):
+        """Comments on the teacher's work, and its command; the rows then train on its file."""
+        sent = missing * (instruction + self.lengths.prompt + self.lengths.plain) / 1e6
+        received, args = missing * self.lengths.cot / 1e6, self.args
+        yield f"# {missing:,} requests, about {sent:,.1f} million tokens in, {received:,.1f} out"
+        if args.price:
+            cost = sent * args.price[0] + received * args.price[1]
+            yield f"# at {args.price[0]} and {args.price[1]} a million tokens: {cost:,.0f}"
+        out = f"{Path(args.train).with_suffix('')}_cot.jsonl"
+        options = [args.train, "--out", out, "--model", args.paper_data.get("teacher", "gpt-4o")]
+        yield shell("gen_cot.py", options)
+        args.train = out
+
+
+def commands(args, rows):
+    """The lines of a shell script that does the whole study; what they cost stands in comments."""
+    model, _ = memory.read_model(args.model)
+    counts, missing, instruction = dict(args.paper_data.get("posts", {})), None, None
+    posts = data.Posts(args.train, for_training=True) if Path(args.train).exists() else None
+    if posts:
+        counts["train"], missing = len(posts), posts.without_cot
+    if Path(args.test).exists():
+        counts["test"] = len(data.Posts(args.test))
+    counts |= dict(zip(("train", "test"), args.posts or [], strict=False))
+    if counts.keys() != {"train", "test"}:
+        raise UserError("--posts TRAIN TEST is missing: there are no files to count posts in")
+    instruction = len(gen_cot.PROMPT) / CHARACTERS
+    if args.lengths:
+        lengths = Lengths(*args.lengths)
+    elif posts:
+        lengths, instruction = measured_lengths(args, posts, model)
+    else:
+        raise UserError("--lengths TEXT IMAGE PLAIN COT is missing: there are no posts to measure")
+    plan = Plan(args, counts, lengths, model)
+    average = ", ".join(f"{value:.0f} {name}" for name, value in vars(lengths).items())
+    yield f"# {args.model}: {memory.count_parameters(model).total / 1e9:.3f} billion parameters"
+    yield f"# {counts['train']:,} posts to train on, {counts['test']:,} to predict"
+    yield f"# tokens of an average post: {average} ({'given' if args.lengths else 'measured'})"
+    yield f"# {args.cot_share:.0%} of dynamic's posts reason, and all that zero-shot predicts"
+    share, generating = args.utilization
+    yield f"# utilization: {share:.0%} in training and reading, {generating:.1%} in generating"
+    missing = counts["train"] if missing is None else missing
+    if missing and any(row not in ("zero-shot", "sft") for row in rows):
+        yield "\n# reasoning by a teacher"
+        yield from plan.teacher(missing, instruction)
+    yield f"\n{plan.memory()}"
+    jobs = [job for row in rows for job in ((plan.training, row), (plan.inference, row))]
+    if args.base_url:
+        jobs.sort(key=lambda job: job[0] == plan.inference)
+    for job, row in [job for job in jobs if job != (plan.training, "zero-shot")]:
+        yield f"\n# {row}: {job.__name__}"
+        yield job(row)
+        if job == plan.training:
+            yield shell("train.py", train_options(args, row), args.launch)
+        else:
+            yield shell("infer.py", infer_options(args, row))
+    yield "\n# scores"
+    others = [row for row in rows if row in ROWS and row != "dynamic"] if "dynamic" in rows else []
+    for pair in [(row,) for row in rows] + [("dynamic", row) for row in others]:
+        yield shell("evaluate.py", score_options(args, *pair))
