@@ -175,34 +175,48 @@ class Plan:
         args.train = out
 
 
-def commands(args, rows):
-    """The lines of a shell script that does the whole study; what they cost stands in comments."""
-    model, _ = memory.read_model(args.model)
-    counts, missing, instruction = dict(args.paper_data.get("posts", {})), None, None
+def make_plan(args):
+    """(Plan, posts without reasoning, tokens of the teacher's instruction, lines that say of what).
+
+    Posts are counted and measured where their files exist. Raises UserError.
+    """
+    model, counts = memory.read_model(args.model)[0], dict(args.paper_data.get("posts", {}))
+    without_cot, instruction, source = 1.0, len(gen_cot.PROMPT) / CHARACTERS, "given"
     posts = data.Posts(args.train, for_training=True) if Path(args.train).exists() else None
     if posts:
-        counts["train"], missing = len(posts), posts.without_cot
+        counts["train"], without_cot = len(posts), posts.without_cot / len(posts)
     if Path(args.test).exists():
         counts["test"] = len(data.Posts(args.test))
     counts |= dict(zip(("train", "test"), args.posts or [], strict=False))
-    if counts.keys() != {"train", "test"}:
+    if len(counts) < 2:
         raise UserError("--posts TRAIN TEST is missing: there are no files to count posts in")
-    instruction = len(gen_cot.PROMPT) / CHARACTERS
     if args.lengths:
         lengths = Lengths(*args.lengths)
     elif posts:
         lengths, instruction = measured_lengths(args, posts, model)
+        source = "measured" if without_cot < 1 else f"measured; no post has reasoning: {COT} taken"
     else:
         raise UserError("--lengths TEXT IMAGE PLAIN COT is missing: there are no posts to measure")
-    plan = Plan(args, counts, lengths, model)
     average = ", ".join(f"{value:.0f} {name}" for name, value in vars(lengths).items())
-    yield f"# {args.model}: {memory.count_parameters(model).total / 1e9:.3f} billion parameters"
-    yield f"# {counts['train']:,} posts to train on, {counts['test']:,} to predict"
-    yield f"# tokens of an average post: {average} ({'given' if args.lengths else 'measured'})"
-    yield f"# {args.cot_share:.0%} of dynamic's posts reason, and all that zero-shot predicts"
     share, generating = args.utilization
-    yield f"# utilization: {share:.0%} in training and reading, {generating:.1%} in generating"
-    missing = counts["train"] if missing is None else missing
+    return (
+        Plan(args, counts, lengths, model),
+        round(counts["train"] * without_cot),
+        instruction,
+        [
+            f"# {args.model}: {memory.count_parameters(model).total / 1e9:.3f} billion parameters",
+            f"# {counts['train']:,} posts to train on, {counts['test']:,} to predict",
+            f"# tokens of an average post: {average} ({source})",
+            f"# {args.cot_share:.0%} of dynamic's posts reason, and all that zero-shot predicts",
+            f"# utilization: {share:.0%} in training and reading, {generating:.1%} in generating",
+        ],
+    )
+
+
+def commands(args, rows):
+    """The lines of a shell script that does the whole study; what they cost stands in comments."""
+    plan, missing, instruction, lines = make_plan(args)
+    yield from lines
     if missing and any(row not in ("zero-shot", "sft") for row in rows):
         yield "\n# reasoning by a teacher"
         yield from plan.teacher(missing, instruction)
