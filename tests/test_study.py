@@ -17,6 +17,7 @@ import torch
 import gen_cot
 import published
 from evaluate import UserError
+from server import Server, error
 from support.log import TrainingLog
 from tiny import words
 from tools import study
@@ -65,7 +66,7 @@ def scripts(monkeypatch):
 
 
 def run_study(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["study", *words(*arguments)])
+    monkeypatch.setattr("sys.argv", ["study", *arguments])
     study.main()
 
 
@@ -93,8 +94,7 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(TrainingLog, "end_step", stop_multitask)
-    everything = [*files, "--out", str(out), "--paper", "mmkp", "--gammas", "inf"]
-    everything += ["--", SIZES, *prompt]
+    everything = words(*files, "--out", out, "--paper mmkp --gammas inf --", SIZES, *prompt)
     commands, tokens = planned(monkeypatch, capsys, everything)
     with pytest.raises(UserError, match="training of multitask ended with 143; the same command"):
         run_study(monkeypatch, *everything)
@@ -131,7 +131,32 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     assert "train.py" not in [command[0] for command in scripts]
     assert (out / "tables.md").read_text() == tables
     with pytest.raises(UserError, match="sft: was trained with other settings: lr was 0.001, is 1"):
-        run_study(monkeypatch, *everything, "--lr 1")
+        run_study(monkeypatch, *everything, "--lr", "1")
+
+
+def test_rows_are_predicted_through_a_server_after_all_are_trained(
+    files, tmp_path, scripts, monkeypatch
+):
+    torch.set_num_threads(1)
+    out, served = tmp_path / "out", {files[-1]}
+
+    def reply(request, tries):
+        if request["model"] not in served:
+            return error(404, "no such model", code="model_not_found")
+        return "foxes new kit"
+
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with Server(reply) as server:
+        arguments = [*files, "--out", out, "--rows zero-shot sft --base-url", server.url]
+        arguments = [*words(*arguments), "--infer", "--batch-size 1", "--", *words(SIZES)]
+        with pytest.raises(UserError, match=rf"\(the server must have the model as {out}/sft\)"):
+            run_study(monkeypatch, *arguments)
+        served.add(str(out / "sft"))
+        run_study(monkeypatch, *arguments)
+    ran = [command[0] for command in scripts]
+    assert ran[:3] == ["train.py", "infer.py", "infer.py"] and ran.count("train.py") == 1
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["sft"]["all"]["tokens"] == scores["zero-shot"]["all"]["tokens"] == 20
 
 
 VISION = 32 * (4 * 1280**2 + 3 * 1280 * 3420)  # weights of the blocks
@@ -145,8 +170,7 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
     launch = ["--launch", "torchrun --nproc-per-node=8"]
     model = ["--paper mmkp-360k --dry-run --model", f"Qwen/Qwen2.5-VL-{size}-Instruct"]
     lengths = "--lengths 100 300 10 100 --utilization 0.5 0.02 --price 2 8"
-    monkeypatch.setattr("sys.argv", ["study", *words(*model), *launch, *words(lengths)])
-    study.main()
+    run_study(monkeypatch, *words(*model), *launch, *words(lengths))
     lines = capsys.readouterr().out.splitlines()
     trained = [place for place, line in enumerate(lines) if "train.py" in line]
     assert [shlex.split(lines[place])[:3] for place in trained] == 4 * [
@@ -180,4 +204,4 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
 )
 def test_what_is_missing_is_named(arguments, message, monkeypatch):
     with pytest.raises(UserError, match=message):
-        run_study(monkeypatch, arguments)
+        run_study(monkeypatch, *words(arguments))

@@ -115,33 +115,30 @@ class Plan:
         self.model, self.flops = model, Flops(model)
 
     def answer(self, row):
-        """Generated tokens of a row's answer; zero-shot is taken to reason."""
-        share = {"sft": 0, "dynamic": self.args.cot_share}.get(row, 1)
-        return share * self.lengths.cot + (1 - share) * self.lengths.plain
+        """(share that reasons, mean tokens) of a row's answers; zero-shot is taken to reason."""
+        mode, _, gamma = row.partition("-gamma")
+        dynamic = {"0": 0, "inf": 1}.get(gamma, self.args.cot_share)
+        share = {"sft": 0, "dynamic": dynamic}.get(mode, 1)
+        return share, share * self.lengths.cot + (1 - share) * self.lengths.plain
 
     def training(self, row):
         """A comment on the training of a row, validation included."""
-        options = train.parse_args(train_options(self.args, row))
-        lengths, mode, batch = self.lengths, options.mode, options.batch_size
-        share = {"sft": 0, "dynamic": self.args.cot_share * (options.gamma > 0)}.get(mode, 1)
-        share = 1 if options.gamma == math.inf else share
-        steps = train.round_up(options.epochs * math.ceil(self.counts["train"] / batch))
+        options, (share, answer) = train.parse_args(train_options(self.args, row)), self.answer(row)
+        batches = math.ceil(self.counts["train"] / options.batch_size)
         posts = options.epochs * self.counts["train"]
-        target = share * lengths.cot + (1 - share) * lengths.plain
-        more = lengths.plain if mode in ("multitask", "dynamic") else 0
-        flops = posts * self.flops.training(lengths, mode, share, options)
+        both = options.mode in ("multitask", "dynamic")
+        tokens = posts * (self.lengths.prompt + answer + both * self.lengths.plain)
+        flops = posts * self.flops.training(self.lengths, options.mode, share, options)
         valid = math.ceil(options.epochs) * options.valid_posts if options.valid else 0
-        read, generate = self.flops.inference(lengths, target)
-        tokens = posts * (lengths.prompt + target + more)
-        return self.comment(f"{steps:,} steps, ", tokens, flops + valid * read, valid * generate)
+        read, generate = (valid * part for part in self.flops.inference(self.lengths, answer))
+        steps = f"{train.round_up(options.epochs * batches):,} steps, "
+        return self.comment(steps, tokens, flops + read, generate)
 
     def inference(self, row):
         """A comment on the inference of a row."""
-        tokens, posts = self.answer(row.partition("-gamma")[0]), self.counts["test"]
-        read, generate = self.flops.inference(self.lengths, tokens)
-        return self.comment(
-            "", posts * (self.lengths.prompt + tokens), posts * read, posts * generate
-        )
+        posts, (_, answer) = self.counts["test"], self.answer(row)
+        read, generate = (posts * part for part in self.flops.inference(self.lengths, answer))
+        return self.comment("", posts * (self.lengths.prompt + answer), read, generate)
 
     def comment(self, steps, tokens, read, generate):
         """Tokens, FLOPs, and the hours of one GPU of each kind."""

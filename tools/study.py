@@ -39,6 +39,7 @@ from tools.plan import (
 
 CLASSES = ("All", "Present", "Absent", "Unseen")
 PAPER = Path(__file__).parent / "paper.json"
+GOES_ON = "the same command goes on from here"
 LARGE = 4e9  # parameters from which the paper trains 3 epochs, not 5
 
 # ------------------------------------------------------------------------------------ running them
@@ -60,12 +61,6 @@ def execute(script, options, launch=""):
         for number, handler in before.items():
             signal.signal(number, handler)
     return process.returncode, printed
-
-
-def must(code, what):
-    """Raise UserError unless the exit code is 0."""
-    if code:
-        raise UserError(f"{what} ended with {code}; the same command goes on from here")
 
 
 def is_trained(args, row, posts):
@@ -93,7 +88,8 @@ def train_row(args, row, posts):
     info(f"{row}: training, in {args.out / row}")
     resume = ["--resume"] if (args.out / row / "settings.json").exists() else []
     code, _ = execute("train.py", [*train_options(args, row), *resume], args.launch)
-    must(code, f"the training of {row}")
+    if code:
+        raise UserError(f"the training of {row} ended with {code}; {GOES_ON}")
 
 
 def predict_row(args, row, count):
@@ -106,9 +102,10 @@ def predict_row(args, row, count):
         seconds = time.perf_counter() - started + inference_seconds(args, row)
         write_atomic(args.out / row / "seconds.json", json.dumps({"infer": seconds}) + "\n")
     done = len(read(out)) if out.exists() else 0
-    if done < count and args.base_url:
-        info(f"the server must have this model under the name {infer_options(args, row)[3]}")
-    must(done < count and code, f"the inference of {row}")
+    if done < count:
+        name = infer_options(args, row)[3]
+        server = f" (the server must have the model as {name})" if args.base_url else ""
+        raise UserError(f"the inference of {row} ended with {code}{server}; {GOES_ON}")
 
 
 def inference_seconds(args, row):
@@ -125,7 +122,8 @@ def training_seconds(args, row):
 def scores_of(args, row, other=None):
     """evaluate.py's scores of a row, or of its comparison with another one."""
     code, printed = execute("evaluate.py", score_options(args, row, other))
-    must(code, "evaluate.py")
+    if code:
+        raise UserError(f"the scores of {row} failed; {GOES_ON}")
     return json.loads(printed)
 
 
