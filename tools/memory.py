@@ -192,7 +192,7 @@ def read_model(name):
     except UserError as error:
         if Path(name).exists():
             raise
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0)
         raise UserError(f"{error}; known without network: {', '.join(near)}") from None
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; name the model that the adapter was made for")

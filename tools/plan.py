@@ -26,7 +26,7 @@ ROWS = ("zero-shot", "sft", "multitask", "cot", "dynamic")
 SAMPLE = 200  # posts whose lengths are measured
 CHARACTERS = 4  # of a token, where there is no tokenizer to count with
 GPUS = r"--(?:nnodes|nproc[-_]per[-_]node)[= ](\d+)"  # in torchrun's arguments
-COT = 160  # tokens of an answer that reasons, where no post has one: tools.memory's default
+COT = 160  # tokens of an answer that reasons where no post has one, and of the longest at least
 
 # --------------------------------------------------------------------------- the commands of a row
 
@@ -150,10 +150,11 @@ class Plan:
     def memory(self):
         """A comment on the memory of a training step, by the size of the cards."""
         gpus = math.prod(map(int, re.findall(GPUS, self.args.launch)))
-        options = [*train_options(self.args, "dynamic"), "--gpus", str(gpus)]
-        needs = {}
+        longest = [max(COT, math.ceil(most)) for most in (self.lengths.text, self.lengths.cot)]
+        options = [*train_options(self.args, "dynamic"), "--gpus", gpus, "--lengths", *longest]
+        needs, settings = {}, memory.parse_args([*map(str, options)])
         for card in (80, 141):
-            need = memory.estimate(self.model, memory.parse_args(options), card)["peak"]
+            need = memory.estimate(self.model, settings, card)["peak"]
             fits = "" if need <= memory.USABLE * card else ", does not fit"
             needs[card] = f"{need:.1f} GiB ({card} GiB cards{fits})"
         return f"# memory of each of {plural(gpus, 'GPU')}: {', '.join(needs.values())}"
