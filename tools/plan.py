@@ -160,17 +160,11 @@ class Plan:
         return f"# memory of each of {plural(gpus, 'GPU')}: {', '.join(needs.values())}"
 
     def teacher(self, missing, instruction):
-        """Comments on the teacher's work, and its command; the rows then train on its file."""
+        """A comment on the teacher's work for `missing` posts."""
         sent = missing * (instruction + self.lengths.prompt + self.lengths.plain) / 1e6
-        received, args = missing * self.lengths.cot / 1e6, self.args
-        yield f"# {missing:,} requests, about {sent:,.1f} million tokens in, {received:,.1f} out"
-        if args.price:
-            cost = sent * args.price[0] + received * args.price[1]
-            yield f"# at {args.price[0]} and {args.price[1]} a million tokens: {cost:,.0f}"
-        out = f"{Path(args.train).with_suffix('')}_cot.jsonl"
-        options = [args.train, "--out", out, "--model", args.paper_data.get("teacher", "gpt-4o")]
-        yield shell("gen_cot.py", options)
-        args.train = out
+        received, price = missing * self.lengths.cot / 1e6, self.args.price
+        cost = f"; it costs {sent * price[0] + received * price[1]:,.0f}" if price else ""
+        return f"# {missing:,} requests, {sent:,.1f} million tokens in, {received:,.1f} out{cost}"
 
 
 def make_plan(args):
@@ -216,8 +210,11 @@ def commands(args, rows):
     plan, missing, instruction, lines = make_plan(args)
     yield from lines
     if missing and any(row not in ("zero-shot", "sft") for row in rows):
+        name, file = args.paper_data.get("teacher", "gpt-4o"), Path(args.train).with_suffix("")
         yield "\n# reasoning by a teacher"
-        yield from plan.teacher(missing, instruction)
+        yield plan.teacher(missing, instruction)
+        yield shell("gen_cot.py", [args.train, "--out", f"{file}_cot.jsonl", "--model", name])
+        args.train = f"{file}_cot.jsonl"  # that the rows train on
     yield f"\n{plan.memory()}"
     jobs = [job for row in rows for job in ((plan.training, row), (plan.inference, row))]
     if args.base_url:

@@ -231,35 +231,24 @@ def parse_args(arguments=None):
 def add_plan_options(add):
     """The settings of --dry-run."""
     add("--dry-run", action="store_true", help="print all commands and what they cost; run none")
-    names = ("TRAIN", "TEST")
-    add(
-        "--posts", nargs=2, metavar=names, type=positive_int, help="posts, where there are no files"
-    )
-    names = ("TEXT", "IMAGE", "PLAIN", "COT")
-    lengths_help = "average tokens of prompts without image, images, plain and reasoning answers"
-    add("--lengths", nargs=4, metavar=names, type=positive_int, help=lengths_help)
     add("--cot-share", type=fraction, default=1, help="share of dynamic's posts that reason")
-    share_help = "assumed share of a GPU's peak in training and in generating"
-    names = ("TRAIN", "GENERATE")
-    some = number_in("(0, 1]")
-    add("--utilization", nargs=2, metavar=names, type=some, default=[0.4, 0.01], help=share_help)
-    names = ("IN", "OUT")
-    add(
-        "--price",
-        nargs=2,
-        metavar=names,
-        type=number_in("[0, inf)"),
-        help="a million tokens' price",
-    )
+    share, price = number_in("(0, 1]"), number_in("[0, inf)")
+    several = [
+        ("--posts", "TRAIN TEST", positive_int, None, "posts, where there are no files"),
+        ("--lengths", "TEXT IMAGE PLAIN COT", positive_int, None, "average tokens of their parts"),
+        ("--utilization", "TRAIN GENERATE", share, [0.4, 0.01], "assumed shares of a GPU's peak"),
+        ("--price", "IN OUT", price, None, "the teacher's prices of a million tokens"),
+    ]
+    for flag, names, kind, default, text in several:
+        names = tuple(names.split())
+        add(flag, nargs=len(names), metavar=names, type=kind, default=default, help=text)
 
 
 def check_args(args):
     """Raise UserError for what is missing; apply the paper's settings."""
     for name in ("model", "test"):
         if getattr(args, name) is None:
-            raise UserError(
-                f"--{name} is missing; without --train, --test and --model: club worlds"
-            )
+            raise UserError(f"--{name} is missing: with --train it is needed, too")
     args.paper_data, args.defaults = {}, []
     if args.paper:
         paper = read_json(PAPER)
@@ -279,9 +268,9 @@ def main():
     if args.train:
         check_args(args)
     rows = [*args.rows, *(f"dynamic-gamma{gamma:g}" for gamma in args.gammas)]
+    if not args.train and (args.dry_run or args.test or args.model or args.paper):
+        raise UserError("--train is missing; without it, --test, --model and --paper: club worlds")
     if args.dry_run:
-        if not args.train:
-            raise UserError("--dry-run needs --train, or --paper")
         print(*commands(args, rows), sep="\n")
         return
     with locked(report.path):
