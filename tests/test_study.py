@@ -200,9 +200,14 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
         ("--model x --test y", "--train is missing"),
         ("--paper mmkp-v2 --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--posts TRAIN TEST is"),
         ("--paper mmkp --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--lengths TEXT IMAGE"),
+        ("--train NO_IMAGES --test NO_IMAGES --model MODEL --dry-run", "no image can be read"),
         ("--train x --test y --model z -- --mode sft", "--mode can't stand after --"),
     ],
 )
-def test_what_is_missing_is_named(arguments, message, monkeypatch):
+def test_what_is_missing_is_named(arguments, message, files, tmp_path, monkeypatch):
+    post = {"id": "1", "text": "", "image": "none.jpg", "keyphrases": ["foxes"]}
+    (tmp_path / "posts.jsonl").write_text(json.dumps(post) + "\n")
+    arguments = arguments.replace("NO_IMAGES", str(tmp_path / "posts.jsonl"))
+    arguments = arguments.replace("MODEL", files[-1])
     with pytest.raises(UserError, match=message):
         run_study(monkeypatch, *words(arguments))

@@ -34,13 +34,8 @@ COT = 160  # tokens of an answer that reasons where no post has one, and of the 
 def train_options(args, row):
     """train.py's arguments for a row: a mode, or dynamic-gamma0.2."""
     mode, _, gamma = row.partition("-gamma")
-    options = [
-        *args.defaults,
-        *args.settings,
-        "--mode",
-        mode,
-        *(["--gamma", gamma] if gamma else []),
-    ]
+    options = [*args.defaults, *args.settings, "--mode", mode]
+    options += ["--gamma", gamma] if gamma else []
     files = {"model": args.model, "train": args.train, "valid": args.valid, "out": args.out / row}
     options += [part for name, file in files.items() if file for part in (f"--{name}", str(file))]
     return options
@@ -91,9 +86,10 @@ def measured_lengths(args, posts, model):
     options = data.encoder_options(train.parse_args(train_options(args, "sft")))
     encoder = make_encoder(folder, model, tokenizer, processor, options)
     chosen = random.Random(0).sample(range(len(posts)), min(SAMPLE, len(posts)))
-    records = [posts[index] for index in chosen]
-    samples = [encoder.encode(post, posts.image_path(post), with_answers=True) for post in records]
-    samples = [sample for sample in samples if isinstance(sample, data.Sample)]
+    encoded = data.EncodedPosts(posts, encoder, with_answers=True)
+    samples = [sample for sample in map(encoded.__getitem__, chosen) if hasattr(sample, "prompt")]
+    if not samples:
+        raise UserError(f"{posts.path}: no image can be read; see python -m tools.dataset check")
     images = [sample.prompt.count(encoder.image_token_id) for sample in samples]
     cots = [len(sample.cot) for sample in samples if sample.cot]
     return Lengths(
