@@ -49,18 +49,19 @@ class DynamicCoT(nn.Module):
 
     mode: sft -> L(y_s); cot -> L(y_c); multitask -> (L(y_s) + L(y_c)) / 2;
         dynamic -> L(y_c) where L(y_s) < gamma, else L(y_s).
-    share_prompt: both answers follow the same prompt and attention is causal, so the model reads
-        image and prompt once, and each answer goes on from what the layers keep of them: keys and
-        values, or a recurrent state. Without it each answer is a full pass of its own, as the
-        method is written: the same gradient at a higher price, and the only way under gradient
-        checkpointing, which keeps no cache.
+    share_prompt: where a mode reads two answers, both follow the same prompt and attention is
+        causal, so the model reads image and prompt once, and each answer goes on from what the
+        layers keep of them: keys and values, or a recurrent state. Without it each answer is a
+        full pass of its own, as the method is written: the same gradient at a higher price, and
+        the only way under gradient checkpointing, which keeps no cache.
     """
 
     def __init__(self, model, mode="dynamic", gamma=0.4, share_prompt=True):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        self.model, self.mode, self.gamma, self.share_prompt = model, mode, gamma, share_prompt
+        self.model, self.mode, self.gamma = model, mode, gamma
+        self.share_prompt = share_prompt and mode in ("multitask", "dynamic")
 
     def forward(self, batch):
         """Per-sample losses of a Batch of B posts.

@@ -3,7 +3,7 @@
     python tests/bench_step.py
 
 Four ways to do the same optimizer step, timed in turns in one process; the peak memory of each is
-measured in a process of its own:
+measured in a process of its own, and so is that of each mode:
 
     a  the loop written the obvious way: two full passes, logits at every token
     b  two full passes, logits at answer tokens only
@@ -21,6 +21,7 @@ set OMP_WAIT_POLICY=passive then, so that threads that wait don't count as busy.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Answers, Batch  # noqa: E402
-from model import DynamicCoT  # noqa: E402
+from model import MODES, DynamicCoT  # noqa: E402
 from support.console import (  # noqa: E402
     HelpFormatter,
     fraction,
@@ -69,6 +70,7 @@ def parse_args():
     add("--cot", type=positive_int, default=120, help="tokens of the answer that reasons")
     add("--cot-share", type=fraction, default=1.0, help="share of the posts that reason")
     add("--ways", default="abcd", help="which of the four")
+    add("--modes", nargs="*", choices=MODES, default=MODES, help="modes whose memory is measured")
     add("--rounds", type=positive_int, default=7, help="steps of each way, after one to warm up")
     add("--threads", type=positive_int, default=2, help="torch's threads on a CPU")
     add("--device", default="cpu", help="cpu or cuda; on cuda under bf16 autocast")
@@ -79,7 +81,7 @@ def parse_args():
         help="bfloat16 halves the memory of weights, gradients and AdamW's state",
     )
     add("--profile", action="store_true", help="only show c's ten slowest operators")
-    add("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
+    add("--memory-of", choices=[*WAYS, *MODES], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -187,17 +189,18 @@ def make_step(way, model, optimizer, batch):
     """A function that does one optimizer step and returns the per-sample losses before it."""
     targets = batch.cot.where(batch.has_cot, batch.plain)
     known = Batch(batch.ids, batch.prompt, targets, None, batch.has_cot, truncated=0)
-    losses_of = {
+    losses_of = {mode: lambda m=mode: DynamicCoT(model, m, torch.inf)(batch)[0] for mode in MODES}
+    losses_of |= {
         "a": lambda: obvious(model, batch),
         "b": lambda: DynamicCoT(model, "dynamic", torch.inf, share_prompt=False)(batch)[0],
         "c": lambda: DynamicCoT(model, "dynamic", torch.inf)(batch)[0],
         "d": lambda: DynamicCoT(model, "sft")(known)[0],
-    }[way]
+    }
 
     def step():
         device = batch.has_cot.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            losses = losses_of()
+            losses = losses_of[way]()
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -226,9 +229,11 @@ def model_flops(model, batch):
 
 
 def peak_memory(way):
-    """Peak memory in GB of a process that does two steps of one way."""
+    """Peak memory in GB of a process that does two steps of a way or mode."""
     arguments = [sys.executable, *sys.argv, "--memory-of", way]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    # Blocks that are freed go back to the system at once, else the peak varies by a tenth.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{way}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
     return json.loads(done.stdout)
@@ -315,7 +320,7 @@ def main():
     if args.memory_of:
         return print_memory(args)
     # Before anything is made here: on Linux, a process's peak begins with its parent's.
-    ways = "" if args.profile else args.ways
+    ways = [] if args.profile else [*args.ways, *args.modes]
     memory = {way: peak_memory(way) for way in progress(ways, len(ways), "memory", "process")}
     model, optimizer = build(args)
     batch = random_batch(args, model)
@@ -336,6 +341,9 @@ def main():
     tokens = batch.prompt["input_ids"].numel() + int(targets.mask.sum())
     peak = next((value for part, value in PEAKS.items() if part in name), None)
     print_table(seconds, busy, memory, tokens, flops, peak)
+    if args.modes:
+        print(f"\n| mode | {' | '.join(args.modes)} |\n|---" + "|---" * len(args.modes) + "|")
+        print(f"| peak memory, GB | {' | '.join(f'{memory[m]:.2f}' for m in args.modes)} |")
 
 
 if __name__ == "__main__":

@@ -53,14 +53,13 @@ def median_gamma(model, posts):
     return (losses[2] + losses[3]) / 2
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["multitask", "dynamic"])  # the others have nothing to share
 def test_the_shared_prompt_step_equals_the_literal_one(model, posts, median_gamma, mode):
     batch = batch_of(posts)
     shared = gradients(DynamicCoT(model, mode, median_gamma, share_prompt=True), batch)
     literal = gradients(DynamicCoT(model, mode, median_gamma, share_prompt=False), batch)
     torch.testing.assert_close(shared[0], literal[0], rtol=0, atol=1e-5)
-    if mode != "cot":
-        torch.testing.assert_close(shared[1], literal[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(shared[1], literal[1], rtol=0, atol=1e-5)
     assert torch.equal(shared[2], literal[2])
     if mode == "dynamic":
         assert 0 < shared[2].sum() < len(posts)
@@ -102,29 +101,41 @@ def test_gamma_just_above_and_below_one_samples_loss(model, posts):
                 assert bool(chosen[1]) is reasons
 
 
-def test_the_gradient_is_the_literal_two_pass_loop_written_with_transformers_alone(
-    model, posts, median_gamma
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_is_the_literal_loop_written_with_transformers_alone(
+    model, posts, median_gamma, mode
 ):
-    """As the paper writes it: probe without gradient, pick, then one training pass a sample."""
+    """As the paper writes it: probe without gradient, pick, then train on each answer."""
     literal = copy.deepcopy(model)
     for post in posts:
         with torch.no_grad():
             easy = single_loss(literal, post, post["plain"]) < median_gamma
-        target = post["cot"] if easy and post["cot"] else post["plain"]
-        (single_loss(literal, post, target) / len(posts)).backward()
-    step = DynamicCoT(model, "dynamic", median_gamma)
+        plain, cot = post["plain"], post["cot"] or post["plain"]
+        targets = {"sft": [plain], "cot": [cot], "multitask": [plain, cot]}
+        targets = targets.get(mode, [cot if easy else plain])
+        for target in targets:
+            (single_loss(literal, post, target) / len(posts) / len(targets)).backward()
+    step = DynamicCoT(model, mode, median_gamma)
     _, _, _, ours = gradients(step, batch_of(posts))
+    close = 2e-5 if mode == "dynamic" else 5e-5  # Qwen3.5's vision tower rounds more in the others
     for name, parameter in literal.named_parameters():
-        assert (ours[f"model.{name}"] - parameter.grad).norm() <= 2e-5 * parameter.grad.norm(), name
+        error = (ours[f"model.{name}"] - parameter.grad).norm()
+        assert error <= close * parameter.grad.norm(), name
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_vision_tower_runs_once_a_step(model, posts, mode):
+    """So does the language model where there is one answer; two answers follow one prompt."""
     calls = []
-    hook = model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    towers = {"image": model.model.visual, "text": model.model.language_model}
+    hooks = [
+        tower.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, tower in towers.items()
+    ]
     DynamicCoT(model, mode, gamma=4.0)(batch_of(posts))
-    hook.remove()
-    assert len(calls) == 1
+    for hook in hooks:
+        hook.remove()
+    assert calls == ["image"] + ["text"] * (1 if mode in ("sft", "cot") else 3)
 
 
 def test_logits_are_made_at_answer_tokens_only(model, posts):
