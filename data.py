@@ -297,8 +297,8 @@ class Sample:
     truncated: bool = False
 
     def length(self):
-        """Tokens of the prompt and the longer of its answers."""
-        return len(self.prompt) + len(self.cot or self.plain)
+        """Tokens of the prompt and the longer of its answers, if it has any."""
+        return len(self.prompt) + len(self.cot or self.plain or [])
 
 
 @dataclass
@@ -634,6 +634,11 @@ def epoch_order(count, batch_size, seed, epoch):
 
     order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+
+
+def window(batch_size):
+    """Posts that are prepared at once, a few batches: sorted by length, they are padded little."""
+    return max(1, 32 // batch_size) * batch_size
 
 
 def by_length(samples, parts):

@@ -131,10 +131,22 @@ def all_here(args, posts, todo):
     vlm, encoder = load_model(args)
     import model
 
-    size = args.batch_size
+    size = data.window(args.batch_size)
     steps = [todo[start : start + size] for start in range(0, len(todo), size)]
-    loader = data.Loader(data.EncodedPosts(posts, encoder, False), steps, size, args.workers)
-    return model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
+    encoded = data.EncodedPosts(posts, encoder, with_answers=False)
+    loader = data.Loader(encoded, steps, args.batch_size, args.workers)
+    predictions = model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
+    return in_order(predictions, (posts[index]["id"] for index in todo))
+
+
+def in_order(predictions, ids):
+    """Iterate over predictions in the order of their `ids`; those that come early wait."""
+    early = {}
+    for identity in ids:
+        while identity not in early:
+            prediction = next(predictions)
+            early[prediction["id"]] = prediction
+        yield early.pop(identity)
 
 
 def all_served(args, posts, todo):

@@ -22,7 +22,7 @@ from support.adapters import (
 )
 from support.checkpoint import base_of, find_model, read_own
 from support.console import first_line, hide_loading_report, read_json, reading
-from support.decoding import NoThink, continue_cache
+from support.decoding import Answer, Greedy, Rows, continue_cache
 from support.distributed import compute_dtype, full_tensor, parameters_and_buffers
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
@@ -210,80 +210,92 @@ class TokenLoss(torch.autograd.Function):
 # ------------------------------------------------------------------------------------- generation
 
 
-@torch.no_grad()
 def generate(model, encoder, batch, think="auto", max_new_tokens=512):
-    """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended).
+    """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended)."""
+    answers = dict(write_answers(model, encoder, [batch], think, max_new_tokens))
+    return [answers[identity] for identity in batch.ids]
+
+
+@torch.no_grad()
+def write_answers(model, encoder, batches, think="auto", max_new_tokens=512):
+    """Yield (id, (text, generated tokens, whether it ended)) of each post as it becomes known.
+
+    Greedy decoding with continuous batching: prompts are read a Batch at a time, and as many
+    answers are written at once as the largest Batch has posts. A finished answer leaves its row of
+    the cache to the next prompt.
 
     think: auto lets the model decide; always starts the answer with <think>; never keeps <think>
     out of the whole answer. Where the chat template has opened <think>, always bans </think> at the
     first position, and never starts with it.
     """
-    from transformers import GenerationConfig
-
-    inputs = dict(batch.prompt)
-    begun, banned = encoder.start(think)
-    if begun:
-        added = {"input_ids": begun, "attention_mask": [1] * len(begun)}
-        added["mm_token_type_ids"] = [0] * len(begun)
-        for name, values in added.items():
-            columns = inputs[name].new_tensor(values).expand(len(batch), -1)
-            inputs[name] = torch.cat([inputs[name], columns], dim=1)
-    width, vocabulary = inputs["input_ids"].shape[1], model.config.text_config.vocab_size
-    processors = [NoThink(encoder, vocabulary, width)] if think == "never" else []
-    was_training, inherited = model.training, model.generation_config
-    # Published models may end with a second token. No other field is inherited: they ask for
-    # sampling and a repetition penalty.
-    ends = inherited.eos_token_id
-    ends = {encoder.end_of_turn, *(ends if isinstance(ends, list) else [ends])} - {None}
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=encoder.pad,
-        begin_suppress_tokens=None if banned is None else [banned],
-    )
+    greedy, rows = Greedy(model, encoder, think, max_new_tokens), Rows()
+    prompts = read_prompts(model, batches, greedy)
+    was_training = model.training
     model.eval()
-    model.generation_config = settings
     try:
-        with bf16_on_cuda(model.device):
-            output = model.generate(
-                **inputs, generation_config=settings, logits_processor=processors
-            )
+        with bf16_on_cuda(model.device):  # around all passes: it casts the weights once
+            while rows.fill(prompts):
+                hidden = model.model(**rows.inputs(model)).last_hidden_state
+                greedy.extend(rows.answers, hidden)
+                for answer in rows.pop_finished():
+                    text = encoder.decode(answer.tokens[: len(answer.tokens) - answer.ended])
+                    yield answer.id, (text, len(answer.tokens), answer.ended)
     finally:
-        model.generation_config = inherited
         model.train(was_training)
-    answers = []
-    for row in output[:, width:].tolist():
-        length = next((place for place, token in enumerate(row) if token in ends), len(row))
-        ended = length < len(row)
-        tokens = begun + row[:length]
-        answers.append((encoder.decode(tokens), len(tokens) + ended, ended))
-    return answers
+
+
+def read_prompts(model, batches, greedy):
+    """Yield (Answer with its first token, cache, its row in it) of each post of some Batches."""
+    for batch in batches:
+        inputs = batch.to(model.device).prompt
+        if begun := greedy.begun:
+            added = {"input_ids": begun, "attention_mask": [1] * len(begun)}
+            added["mm_token_type_ids"] = [0] * len(begun)
+            for name, values in added.items():
+                columns = inputs[name].new_tensor(values).expand(len(batch), -1)
+                inputs[name] = torch.cat([inputs[name], columns], dim=1)
+        prompt = DynamicCoT(model).encode_prompt(inputs)
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        positions = (prompt.positions.amax((0, 2)) + 1).tolist()
+        answers = [
+            Answer(identity, list(begun), length, position)
+            for identity, length, position in zip(batch.ids, lengths, positions, strict=True)
+        ]
+        greedy.extend(answers, prompt.last_hidden)
+        yield from ((answer, prompt.cache, row) for row, answer in enumerate(answers))
 
 
 def predict(model, encoder, loader, think="auto", max_new_tokens=512):
-    """Yield a prediction for every post of a `data.Loader` without answers.
+    """Yield a prediction for every post of a `data.Loader` without answers, as they are made.
 
     A prediction: {"id", "keyphrases", "think", "output", "tokens"}, with "cut" where the answer
     ran out of tokens, and with "error" (and no keyphrases) where the image could not be read.
     """
-    for micro_batches, skipped in loader:
-        for post in skipped:
+    failed = []
+
+    def batches():
+        for micro_batches, skipped in loader:
+            failed.extend(skipped)
+            yield from micro_batches
+
+    def failures():
+        while failed:
+            post = failed.pop(0)
             yield failed_prediction(post.id, f"image {post.image}: {post.reason}")
-        for batch in micro_batches:
-            answers = generate(model, encoder, batch.to(model.device), think, max_new_tokens)
-            for identity, (output, tokens, ended) in zip(batch.ids, answers, strict=True):
-                keyphrases, reasoning = parse_answer(output)
-                prediction = {
-                    "id": identity,
-                    "keyphrases": keyphrases,
-                    "think": reasoning,
-                    "output": output,
-                    "tokens": tokens,
-                }
-                yield prediction if ended else prediction | {"cut": True}
+
+    for identity, answer in write_answers(model, encoder, batches(), think, max_new_tokens):
+        output, tokens, ended = answer
+        keyphrases, reasoning = parse_answer(output)
+        prediction = {
+            "id": identity,
+            "keyphrases": keyphrases,
+            "think": reasoning,
+            "output": output,
+            "tokens": tokens,
+        }
+        yield from failures()
+        yield prediction if ended else prediction | {"cut": True}
+    yield from failures()
 
 
 def failed_prediction(identity, error):

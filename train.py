@@ -326,7 +326,8 @@ def predict_and_score(model, encoder, posts, most, args, ranks):
     batch_size = 4 * args.micro_batch  # without gradients there is room for more
     count = min(most, len(posts))
     share = range(ranks.rank, count, ranks.world_size)
-    steps = [list(share[i : i + batch_size]) for i in range(0, len(share), batch_size)]
+    size = data.window(batch_size)
+    steps = [list(share[i : i + size]) for i in range(0, len(share), size)]
     encoded = data.EncodedPosts(posts, encoder, with_answers=False)
     loader = data.Loader(encoded, steps, batch_size, args.workers)
     limit = args.max_new_tokens

@@ -166,13 +166,43 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch):
     assert infer_file(*arguments, "--out", out) == 0
     kept = out.read_text(encoding="utf-8").splitlines(keepends=True)[:5]
     out.write_text("".join(kept) + '{"id": "torn', encoding="utf-8")
-    asked = []
-    one_batch = model_file.generate
-    monkeypatch.setattr(model_file, "generate", lambda *a: asked.extend(a[2].ids) or one_batch(*a))
+    asked, encode = [], data.Encoder.encode
+    monkeypatch.setattr(
+        data.Encoder, "encode", lambda *a, **k: asked.append(a[1]["id"]) or encode(*a, **k)
+    )
     assert infer_file(*arguments, "--out", out) == 0
     assert lines(out) == whole and len(asked) == 7 and not {p["id"] for p in whole[:5]} & set(asked)
     with pytest.raises(UserError, match="something else.*think"):
         infer_file(*arguments, "--out", out, "--think", "never")
+
+
+def test_predictions_come_in_the_order_of_the_file(world, thinker, tmp_path, monkeypatch):
+    """Though prompts are sorted by length in windows of 6, and answers end at different times."""
+    monkeypatch.setattr(data, "window", lambda batch_size: 3 * batch_size)
+    records = lines(world / "train.jsonl")[:20]
+    for record in records:
+        record["image"] = str(world / record["image"])
+    records[7]["image"] = str(tmp_path / "lost.png")
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    options = ["--data", posts, "--out", "unused", "--model", thinker, "--max-new-tokens", 40]
+    options += ["--batch-size", 2, "--workers", 0]
+    args = infer.parse_args(list(map(str, options)))
+    read, finished = [], []
+    encode, one = data.Encoder.encode, model_file.parse_answer
+    monkeypatch.setattr(
+        data.Encoder, "encode", lambda *a, **k: read.append(a[1]["id"]) or encode(*a, **k)
+    )
+    monkeypatch.setattr(model_file, "parse_answer", lambda text: finished.append(text) or one(text))
+    todo = [*range(1, 20), 0]
+    predictions = infer.all_here(args, data.Posts(posts), todo)
+    first = next(predictions)
+    assert len(read) < len(todo)  # not all of the file, whose first prediction is known
+    predictions = [first, *predictions]
+    assert [p["id"] for p in predictions] == [records[index]["id"] for index in todo]
+    assert "no such file" in predictions[6]["error"] and len(read) == len(todo)
+    outputs = [p["output"] for p in predictions if "error" not in p]
+    assert sorted(outputs) == sorted(finished) and outputs != finished
 
 
 def test_an_unreadable_post_is_recorded_and_tried_again(world, tmp_path):

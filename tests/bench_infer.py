@@ -1,0 +1,183 @@
+"""What predictions cost, against transformers' `generate`. By hand; minutes on two CPU cores:
+
+    python tests/bench_infer.py                 # the default run's model on its 1,000 test posts
+    python tests/bench_infer.py --random        # random weights, the real vocabulary
+
+Two ways to the same greedy answers, in turns in one process, both from posts that are encoded
+before and in batches of the same size:
+
+    plain   `generate` on one batch after the other, in the order of the file
+    ours    continuous batching, posts sorted by prompt length within a window
+
+With --random, half of the answers have 4 tokens and half 120, at random; so short prompts that
+generation outweighs reading, as it does in a large model on a GPU.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import model as model_file  # noqa: E402
+from support.checkpoint import checkpoint_of  # noqa: E402
+from support.console import HelpFormatter, positive_int, progress  # noqa: E402
+from support.decoding import Greedy  # noqa: E402
+
+SHORT, LONG = 4, 120  # tokens of an answer with --random
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--model", default="out/run/last", help="a trained model; python train.py makes one")
+    add("--data", default="out/clubworld-0/test.jsonl", help="posts to predict (JSONL)")
+    add("--random", action="store_true", help="a larger model with random weights instead")
+    add("--posts", type=positive_int, help="the first N posts only")
+    add("--batch-size", type=positive_int, default=8, help="posts of a batch")
+    add("--max-new-tokens", type=positive_int, default=LONG, help="tokens of an answer at most")
+    add("--rounds", type=positive_int, default=3, help="runs of each way")
+    add("--threads", type=positive_int, default=1, help="torch's threads on a CPU")
+    args = parser.parse_args()
+    if not args.random and not (Path(args.model).exists() and Path(args.data).exists()):
+        sys.exit(f"{args.model} or {args.data} is missing: run `python train.py` (minutes)")
+    return args
+
+
+def trained(args):
+    """(model, encoder, encoded posts) of --model and --data."""
+    model, encoder, _ = model_file.load(checkpoint_of(args.model))
+    posts = data.Posts(args.data)
+    encoded = data.EncodedPosts(posts, encoder, with_answers=False)
+    count = min(args.posts or len(posts), len(posts))
+    return model, encoder, [encoded[index] for index in progress(range(count), count, "encoding")]
+
+
+class Counter:
+    """An encoder for random weights: answers are token ids, which end after their post's length."""
+
+    image_token_id, end_of_turn, pad = 5, 0, 0
+
+    def start(self, think):
+        return [], None
+
+    def decode(self, tokens):
+        return tuple(tokens)
+
+
+def random_posts(args):
+    """(model, encoder, posts) with weights, texts and lengths of answers drawn at random.
+
+    An answer's length stands in its post's id.
+    """
+    from bench_step import build
+
+    sys.argv[1:] = []
+    options = argparse.Namespace(shape="small", layers=None, vocabulary=None, weights="float32")
+    options.device = "cpu"
+    model, _ = build(options)
+    draw, samples = random.Random(0), []
+    lengths = [SHORT, LONG] * ((args.posts or 64) // 2)
+    draw.shuffle(lengths)
+    for index, length in enumerate(lengths):
+        text = [draw.randrange(10, 150_000) for _ in range(draw.randint(20, 60))]
+        samples.append(data.Sample(f"{index} {length}", [5] * 16 + text))
+        samples[-1].pixel_values = torch.randn(64, 3 * 2 * 14 * 14)
+        samples[-1].grid = torch.tensor([[1, 8, 8]])
+    return model, Counter(), samples
+
+
+def limit(identity):
+    """The length of an answer that the id of a random post says."""
+    return int(identity.partition(" ")[2] or 10**9)
+
+
+class EndsAtLength(Greedy):
+    """Greedy decoding that ends the answers of random posts at their lengths."""
+
+    def extend(self, answers, hidden):
+        super().extend(answers, hidden)
+        for answer in answers:
+            if len(answer.tokens) == limit(answer.id):
+                answer.ended = False
+
+
+def plain(model, encoder, samples, args):
+    from transformers import StoppingCriteriaList
+
+    found = {}
+    for start in range(0, len(samples), args.batch_size):
+        batch = data.collate(samples[start : start + args.batch_size], encoder)
+        width = batch.prompt["input_ids"].shape[1]
+        limits = torch.tensor([limit(identity) for identity in batch.ids])
+
+        def stop(ids, _, width=width, limits=limits, **__):
+            return ids.shape[1] - width >= limits
+
+        rows = model.generate(
+            **batch.prompt,
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=args.max_new_tokens,
+            eos_token_id=encoder.end_of_turn,
+            pad_token_id=encoder.pad,
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )[:, width:].tolist()
+        for identity, row in zip(batch.ids, rows, strict=True):
+            row = row[: limit(identity)]
+            ended = encoder.end_of_turn in row
+            length = row.index(encoder.end_of_turn) if ended else len(row)
+            found[identity] = encoder.decode(row[:length]), length + ended, ended
+    return found
+
+
+def ours(model, encoder, samples, args):
+    def batches():
+        window = data.window(args.batch_size)
+        for start in range(0, len(samples), window):
+            posts = samples[start : start + window]
+            for chunk in data.by_length(posts, -(-len(posts) // args.batch_size)):
+                yield data.collate(chunk, encoder)
+
+    options = {"max_new_tokens": args.max_new_tokens}
+    return dict(model_file.write_answers(model, encoder, batches(), **options))
+
+
+def main():
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    model, encoder, samples = random_posts(args) if args.random else trained(args)
+    model.eval()
+    if args.random:
+        model_file.Greedy = EndsAtLength
+    ways, seconds = {"plain": plain, "ours": ours}, {"plain": [], "ours": []}
+    for turn in progress(range(2 * args.rounds), 2 * args.rounds, "timing", "run"):
+        way = ("plain", "ours", "ours", "plain")[turn % 4]
+        start = time.process_time()
+        found = ways[way](model, encoder, samples, args)
+        seconds[way].append(time.process_time() - start)
+        if turn == 0:
+            expected = found
+        equal = sum(found[identity] == expected[identity] for identity in expected)
+        assert equal == len(samples), f"{way}: {equal} of {len(samples)} answers equal plain's"
+    lengths = [tokens for _, tokens, _ in expected.values()]
+    print(
+        f"{len(samples)} posts, batches of {args.batch_size}, CPU, {args.threads} threads; answers "
+        f"of {statistics.mean(lengths):.1f} tokens on average, {min(lengths)} to {max(lengths)}; "
+        f"all {len(samples)} answers equal in all {args.rounds} rounds"
+    )
+    print("\n| | posts per CPU second, median (range) |\n|---|---|")
+    for way, times in seconds.items():
+        low, middle, high = (len(samples) / f(times) for f in (max, statistics.median, min))
+        print(f"| {way} | {middle:.1f} ({low:.1f}–{high:.1f}) |")
+    ratios = [one / other for one, other in zip(seconds["plain"], seconds["ours"], strict=True)]
+    print(f"\nours / plain: {statistics.median(ratios):.2f} (median over the rounds)")
+
+
+if __name__ == "__main__":
+    main()
