@@ -102,7 +102,8 @@ class Posts:
 
     Opening reads the file once and checks every record. Only byte offsets, line numbers and
     checksums stay in memory (20 bytes a record), so that hundreds of thousands of posts open in
-    seconds and DataLoader workers share them.
+    seconds and DataLoader workers share them. `with_image` and `without_cot` count posts,
+    `keyphrases` those of all posts.
 
     Raises UserError naming the line and id of a record that can't be used, or has changed since.
     """
@@ -112,7 +113,7 @@ class Posts:
         self.path = Path(path)
         self.folder = self.path.parent
         self.offsets, self.lines, self.checksums = array("Q"), array("Q"), array("I")
-        self.without_cot = 0
+        self.with_image = self.without_cot = self.keyphrases = 0
         first_lines = {}  # hash of an id -> its line: a tenth of the memory of the ids themselves
         for line, offset, raw in read_lines(path):
             if not raw.removeprefix(BYTE_ORDER_MARK).strip():
@@ -128,7 +129,9 @@ class Posts:
             self.offsets.append(offset)
             self.lines.append(line)
             self.checksums.append(crc32(raw.removesuffix(b"\n")))
+            self.with_image += bool(record.get("image"))
             self.without_cot += not has_cot(record)
+            self.keyphrases += len(record.get("keyphrases", ()))
         if not self.offsets:
             raise UserError(f"{path}: no posts in it")
         self.size = os.stat(path).st_size
