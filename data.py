@@ -9,23 +9,30 @@ A record is one JSON object a line; other fields are kept and ignored:
 absent.
 """
 
-import hashlib
 import os
 import re
 import signal
 import time
-from array import array
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from zlib import crc32
 
 from evaluate import BYTE_ORDER_MARK, UserError, parse_line, read_lines, shown
 from support.checkpoint import read_own
 from support.console import info, positive_int, reading, whole_number
 from support.images import MAX_PIXELS, Unreadable, fit, load_image
+from support.jsonl import IndexedLines
 from support.phrases import WORDS_ONLY, split_keyphrases
+from support.records import (
+    add_map_option,
+    check_file,
+    look_over,
+    no_keyphrases,
+    problem,
+    renamed,
+    wrong_field,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,29 +45,32 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NOT_IN_KEYPHRASE = re.compile(r"[;；؛\n\r]|</?(?:think|answer)>", re.IGNORECASE)
 
 
-def check_record(record, where, for_training=False):
-    """Raise UserError, its text beginning with `where`, unless `record` is a usable post."""
+def check_record(record, where, for_training=False, names=None):
+    """Raise UserError, its text beginning with `where`, unless `record` is a usable post.
+
+    It has the attributes `kind` and `mend` (see `support.records.problem`).
+    """
     identity = record.get("id")
     if not isinstance(identity, str) or not identity:
-        raise UserError(f"{where}: the field 'id' must be a string that is not empty")
+        raise wrong_field(where, record, names, "id", "a string that is not empty")
     where = f"{where} (id {shown(identity)})"
     if not isinstance(record.get("text"), str):
-        raise UserError(f"{where}: the field 'text' must be a string (empty if there is none)")
+        raise wrong_field(where, record, names, "text", "a string (empty if there is none)")
     if not isinstance(record.get("image"), str | None):
-        raise UserError(f"{where}: the field 'image' must be a file name or null")
+        raise wrong_field(where, record, names, "image", "one file name or null")
     if not isinstance(record.get("cot"), str | None):
-        raise UserError(f"{where}: the field 'cot' must be a string or null")
+        raise wrong_field(where, record, names, "cot", "a string or null")
     keyphrases = record.get("keyphrases", [])
     if not isinstance(keyphrases, list) or not all(isinstance(item, str) for item in keyphrases):
-        raise UserError(f"{where}: the field 'keyphrases' must be a list of strings")
+        raise wrong_field(where, record, names, "keyphrases", "a list of strings")
     if not for_training:
         return
     if not keyphrases:
-        raise UserError(f"{where}: a training post needs at least one keyphrase")
+        raise no_keyphrases(where, record, names)
     check_keyphrases(keyphrases, where)
     cot = record.get("cot") or ""
     if ("<" in cot or "＜" in cot) and (TAG.search(cot) or CHAT_TOKEN.search(cot)):
-        raise UserError(f"{where}: 'cot' is the reasoning alone; remove the tags from it")
+        raise problem(where, "'cot' is the reasoning alone", "remove the tags from it")
 
 
 def check_keyphrases(keyphrases, where):
@@ -68,13 +78,11 @@ def check_keyphrases(keyphrases, where):
     seen = set()
     for phrase in keyphrases:
         if not phrase.strip() or NOT_IN_KEYPHRASE.search(phrase):
-            raise UserError(
-                f"{where}: the keyphrase {shown(phrase)} is empty or holds a semicolon, line break "
-                "or tag"
-            )
+            kind = "is empty or holds a semicolon, line break or tag"
+            raise wrong_keyphrase(where, phrase, kind, "split or remove it")
         folded = " ".join(phrase.split()).casefold()
         if folded in seen:
-            raise UserError(f"{where}: the keyphrase {shown(phrase)} is there twice; keep only one")
+            raise wrong_keyphrase(where, phrase, "is there twice", "keep only one")
         seen.add(folded)
     answer = plain_answer(keyphrases)
     if WORDS_ONLY.fullmatch(answer):
@@ -82,53 +90,51 @@ def check_keyphrases(keyphrases, where):
     phrases, found = [" ".join(phrase.split()) for phrase in keyphrases], parse_answer(answer)[0]
     if found != phrases:
         lost = next((phrase for phrase in phrases if phrase not in found), phrases[0])
-        raise UserError(
-            f"{where}: the keyphrase {shown(lost)} would be lost, because the answer "
-            f"{shown(answer)} is read as {shown('; '.join(found))}; remove quotes, hash signs, "
-            "brackets, bullets, numbers or labels from it"
-        )
+        kind = "begins with a hash sign" if lost[0] in "#＃" else "would be lost"
+        why = f", because the answer {shown(answer)} is read as {shown('; '.join(found))}"
+        mend = "remove quotes, hash signs, brackets, bullets, numbers or labels from it"
+        raise wrong_keyphrase(where, lost, kind, mend, why)
 
 
-def refuse_streams(path):
-    """Raise UserError for a pipe or a device, which can't be read twice."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(
-            f"{path}: not a regular file; it is read more than once, so save it to a file first"
-        )
+def wrong_keyphrase(where, phrase, kind, mend, why=""):
+    """The UserError for a keyphrase that can't be used."""
+    what = f"the keyphrase {shown(phrase)} {kind}{why}"
+    if not re.search("[<＜]", phrase):
+        mend += " (--map keyphrases=keyphrases does)"
+    return problem(where, f"a keyphrase {kind}", mend, what)
 
 
-class Posts:
+class Posts(IndexedLines):
     """The records of a JSONL file, read from disk one by one.
 
-    Opening reads the file once and checks every record. Only byte offsets, line numbers and
-    checksums stay in memory (20 bytes a record), so that hundreds of thousands of posts open in
-    seconds and DataLoader workers share them. `with_image` and `without_cot` count posts,
+    Opening reads the file once and checks every record, so that hundreds of thousands of posts open
+    in seconds; then `records.look_over` warns of what seems wrong. `names` says which of the
+    file's fields are ours ({"text": "caption"}). `with_image` and `without_cot` count posts,
     `keyphrases` those of all posts.
 
     Raises UserError naming the line and id of a record that can't be used, or has changed since.
     """
 
-    def __init__(self, path, for_training=False):
-        refuse_streams(path)
-        self.path = Path(path)
-        self.folder = self.path.parent
-        self.offsets, self.lines, self.checksums = array("Q"), array("Q"), array("I")
+    def __init__(self, path, for_training=False, names=None):
+        check_file(path)
+        super().__init__(path)
+        self.folder, self.names = self.path.parent, names or {}
         self.with_image = self.without_cot = self.keyphrases = 0
         first_lines = {}  # hash of an id -> its line: a tenth of the memory of the ids themselves
         for line, offset, raw in read_lines(path):
             if not raw.removeprefix(BYTE_ORDER_MARK).strip():
                 continue
             record = parse_line(path, line, raw)
-            check_record(record, f"{path} line {line}", for_training)
+            if names:
+                record = renamed(record, names)
+            check_record(record, f"{path} line {line}", for_training, names)
             first = first_lines.setdefault(hash(record["id"]), line)
             if first != line:
                 raise UserError(
                     f"{path} line {line} (id {shown(record['id'])}): this id was already used on "
                     f"line {first}"
                 )
-            self.offsets.append(offset)
-            self.lines.append(line)
-            self.checksums.append(crc32(raw.removesuffix(b"\n")))
+            self.add(line, offset, raw)
             self.with_image += bool(record.get("image"))
             self.without_cot += not has_cot(record)
             self.keyphrases += len(record.get("keyphrases", ()))
@@ -136,47 +142,16 @@ class Posts:
             raise UserError(f"{path}: no posts in it")
         self.size = os.stat(path).st_size
         self.open()
+        look_over(self, for_training)
 
-    def __len__(self):
-        return len(self.offsets)
+    def original(self, index):
+        """The record as the file has it."""
+        return parse_line(self.path, self.lines[index], self.raw(index))
 
     def __getitem__(self, index):
         """The record as a dict."""
-        start = self.offsets[index]
-        end = self.offsets[index + 1] if index + 1 < len(self) else self.size
-        raw = self.read(start, end - start).partition(b"\n")[0]
-        if crc32(raw) != self.checksums[index]:
-            raise UserError(
-                f"{self.path} line {self.lines[index]}: the file was changed while it was in use; "
-                "start again"
-            )
-        return parse_line(self.path, self.lines[index], raw)
-
-    def open(self):
-        """Open the file for `read`. Raises UserError."""
-        if hasattr(os, "pread"):
-            with reading(self.path, "every machine of a run must see it"):
-                self.file = os.open(self.path, os.O_RDONLY)
-
-    def read(self, start, size):
-        """A part of the file, as bytes."""
-        if hasattr(os, "pread"):  # it moves no position, so that forked workers can share the file
-            return os.pread(self.file, size, start)
-        with open(self.path, "rb") as file:  # Windows
-            file.seek(start)
-            return file.read(size)
-
-    def __getstate__(self):  # a spawned worker and another rank open the file themselves
-        return {name: value for name, value in self.__dict__.items() if name != "file"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.open()
-
-    def digest(self):
-        """A fingerprint of the file's content."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+        record = self.original(index)
+        return renamed(record, self.names) if self.names else record
 
     def image_path(self, record):
         """Where the record's image is, or None for a text-only post."""
@@ -772,6 +747,7 @@ def ignore_signals(_):
 def add_reading_options(parser):
     """The settings by which a model reads posts and answers."""
     add = parser.add_argument
+    add_map_option(add)
     add("--prompt-file", help="the prompt, with {text} where the post goes (default: the model's)")
     pixels_help = "larger images are scaled down; a token is 28 x 28 pixels (Qwen3: 32 x 32)"
     model_s = "(default: the model's own, else"

@@ -72,6 +72,11 @@ def shown(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def plural(count, noun):
+    """`1 post`, `2 posts`, `330,000 posts`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def first_few(items):
     """The first three strings of a list and how many more there are, for an error message."""
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
@@ -274,10 +279,10 @@ def align(predictions, references, allow_missing=False, names=("predictions", "r
     known = set(wanted)
     unknown = [shown(key) for key in made if key not in known]
     missing = [shown(key) for key in wanted if key not in made]
-    (ours, theirs), posts = names, f"{len(wanted)} posts"
+    (ours, theirs), posts = names, plural(len(wanted), "post")
     if unknown:
         raise UserError(
-            f"{ours}: {len(unknown)} of {len(made)} {kind}s are not in {theirs} ({posts}): "
+            f"{ours}: {len(unknown)} of {plural(len(made), kind)} not in {theirs} ({posts}): "
             f"{kind} {first_few(unknown)}; were these predictions made for another file?"
         )
     if missing and not allow_missing:
@@ -616,11 +621,25 @@ def compare(parts, others, posts, rounds, seed):
 # -------------------------------------------------------------------------------------- the table
 
 
-def table(scores):
-    """`score`'s dict, with what `main` adds to it, as text; fractions are shown in percent."""
+def table(scores, everything=False):
+    """`score`'s dict, with what `main` adds to it, as text; fractions are shown in percent.
+
+    A comparison with another system comes first, its headline alone unless `everything` is asked.
+    """
     names = [name for name in scores if name not in ("posts", "against")]
     titles = [name.replace("_", "+") for name in names]
     entries = [scores[name] for name in names]
+    blocks = []
+    if "against" in scores:
+        blocks.append([["", "measure", "ours", "other", "difference", "95% interval", "p"]])
+        for title, entry, against in zip(titles, entries, scores["against"].values(), strict=True):
+            for name in (HEADLINES if everything else ("F1@1", "F1@M")) if entry["posts"] else ():
+                pair = against[name]
+                cells = [title, name, percent(entry[name]), percent(pair["score"])]
+                cells += [f"{100 * pair['difference']:+.2f}", span(pair["interval"])]
+                blocks[-1].append([*cells, f"{pair['p']:.4f}"])
+        if not everything:
+            return lay_out(blocks[0])
 
     def row(key, show):
         """A line of each class's `key`; `-` where there is nothing to show."""
@@ -633,20 +652,12 @@ def table(scores):
     for key, show in (("tokens", "{:.1f}".format), ("reasoned", percent)):
         if any(key in entry for entry in entries):
             rows.append(row(key, show))
-    blocks = [rows]
+    blocks.append(rows)
     if "interval" in scores["all"]:
         blocks.append([["95% interval", *titles]])
         for name in HEADLINES:
             cells = [span(entry["interval"][name]) if entry["posts"] else "-" for entry in entries]
             blocks[-1].append([name, *cells])
-    if "against" in scores:
-        blocks.append([["", "measure", "this", "other", "difference", "95% interval", "p"]])
-        for title, entry, against in zip(titles, entries, scores["against"].values(), strict=True):
-            for name in HEADLINES if entry["posts"] else ():
-                pair = against[name]
-                cells = [title, name, percent(entry[name]), percent(pair["score"])]
-                cells += [f"{100 * pair['difference']:+.2f}", span(pair["interval"])]
-                blocks[-1].append([*cells, f"{pair['p']:.4f}"])
     return "\n\n".join(map(lay_out, blocks))
 
 
@@ -675,14 +686,22 @@ def non_negative_int(text):
     return int(text)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Prints a usage error as one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def parse_args(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("predictions", help="file of predictions, JSONL or text")
     add("references", help="file of posts, JSONL or text")
     add("--train", metavar="FILE", help="training posts: scores seen and unseen keyphrases")
     add("--against", metavar="FILE", help="another system's predictions: compares the two")
+    add("--all", action="store_true", help="with --against: every measure, not F1@1 and F1@M alone")
     rounds = f"rounds of resampling for 95%% intervals (default: 0, or {ROUNDS} with --against)"
     add("--bootstrap", metavar="N", type=non_negative_int, default=0, help=rounds)
     add("--seed", type=non_negative_int, default=0, help="seed of the resampling (default: 0)")
@@ -720,7 +739,7 @@ def main():
                 other = others[0][name][key]
                 pair = {"score": other, "difference": scores[name][key] - other}
                 against[key] = {**pair, "interval": interval[key], "p": p}
-    print(json.dumps(scores, indent=2) if args.json else table(scores))
+    print(json.dumps(scores, indent=2) if args.json else table(scores, args.all))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ from functools import partial
 from pathlib import Path
 
 import data
-from evaluate import CJK, UserError, non_negative_int, normalize, run
+from evaluate import CJK, UserError, non_negative_int, normalize, plural, run
 from support.chat import Failed, chat_request
 from support.client import Client
 from support.connection import OPENAI, add_server_options, endpoint, without_query
-from support.console import ArgumentParser, info, plural, positive_int, progress, writing
+from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.images import Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, write_atomic
+from support.records import add_map_option
 
 PROMPT = """\
 You help to make training data for a model that predicts the keyphrases (hashtags) of a social \
@@ -115,9 +116,9 @@ def accepted(reply, keyphrases, min_words, max_words):
     if wanted(answer) != wanted(keyphrases):
         reason = f"other keyphrases: {data.plain_answer(answer)}"
     elif words < min_words:
-        reason = f"too short: {words} words"
+        reason = f"too short: {plural(words, 'word')}"
     elif words > max_words:
-        reason = f"too long: {words} words"
+        reason = f"too long: {plural(words, 'word')}"
     elif found := GIVE_AWAY.search(plain):
         reason = f"gives away: {found[0]}"
     if reason:
@@ -265,7 +266,7 @@ def request_for(posts, record, prompt, args):
 
 def write_reasoning(args, first_wait=2):
     """The whole run; returns 0 if every post asked for has its reasoning, else 1."""
-    posts = data.Posts(args.data, for_training=True)
+    posts = data.Posts(args.data, for_training=True, names=args.map)
     fields = ("{text}", "{keyphrases}")
     prompt = data.read_prompt(args.prompt_file, *fields) if args.prompt_file else PROMPT
     results = Results(posts, args.out)
@@ -280,7 +281,9 @@ def write_reasoning(args, first_wait=2):
             if index not in results.good and (args.retry_failed or index not in results.failed)
         )
         if args.dry_run:
-            return dry_run(args, posts, prompt, todo, f"{done} posts done, {skipped} failed before")
+            return dry_run(
+                args, posts, prompt, todo, f"{plural(done, 'post')} done, {skipped} failed before"
+            )
         if replaced := len(posts) - posts.without_cot:
             info(
                 f"{plural(replaced, 'post')} of {args.data} have reasoning already; {args.out} "
@@ -310,15 +313,15 @@ def ask_teacher(args, client, results, answers, counts):
                 done += failed is None
                 bar.set_postfix_str(
                     f"{done} done, {failures} failed, {client.rate():.1f} requests/s, "
-                    f"{client.prompt_tokens + client.reply_tokens:,} tokens",
+                    f"{plural(client.prompt_tokens + client.reply_tokens, 'token')}",
                     refresh=False,
                 )
                 bar.update()
         except KeyboardInterrupt:
             bar.close()
             info(
-                f"stopped: {done} of {total} posts are in {args.out}; the same command goes on "
-                "from there"
+                f"stopped: {args.out} has {done} of {plural(total, 'post')}; the same command goes "
+                "on from there"
             )
             raise
 
@@ -339,7 +342,7 @@ def dry_run(args, posts, prompt, todo, before):
             image["url"] = f"data:image/jpeg;base64,… ({len(image['url']):,} characters)"
         print(f"POST {without_query(endpoint(args.base_url))}")
         print(json.dumps(shown, indent=2, ensure_ascii=False).encode("utf-8", "replace").decode())
-    print(f"{count} requests to come ({before}); more where a reply is asked for again")
+    print(f"{plural(count, 'request')} to come ({before}); more where a reply is asked for again")
 
 
 def summary(args, results, asked, skipped, client):
@@ -348,17 +351,17 @@ def summary(args, results, asked, skipped, client):
     words = ""
     if lengths:
         words = f"; {min(lengths)} to {max(lengths)} words, median {statistics.median(lengths):g}"
-    info(f"{args.out}: {done} of {len(asked)} posts have reasoning{words}")
+    info(f"{args.out}: {done} of {plural(len(asked), 'post')} with reasoning{words}")
     if client:
         info(
-            f"{client.requests} requests, {client.rate():.1f} a second; "
-            f"{client.prompt_tokens:,} tokens sent, {client.reply_tokens:,} received"
+            f"{plural(client.requests, 'request')}, {client.rate():.1f} a second; "
+            f"{plural(client.prompt_tokens, 'token')} sent, {client.reply_tokens:,} received"
         )
     if done == len(asked):
         return 0
     kinds = results.reasons()
     reasons = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    info(f"{results.failed.path}: {kinds.total()} posts failed: {reasons}")
+    info(f"{results.failed.path}: {plural(kinds.total(), 'post')} failed: {reasons}")
     if skipped:
         info(f"{skipped} of them in an earlier run; --retry-failed asks for them again")
     return 1
@@ -368,6 +371,7 @@ def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("data", metavar="FILE", help="posts with keyphrases (JSONL)")
+    add_map_option(add)
     add("--out", metavar="FILE", required=True, help="file for the posts with reasoning (JSONL)")
     add("--model", required=True, help="the teacher's name on the server")
     add("--base-url", help="the server's address; without it OPENAI_BASE_URL, else OpenAI's own")

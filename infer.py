@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import data
-from evaluate import UserError, one_line, parse_prediction, reasoned, run, shown
+from evaluate import UserError, one_line, parse_prediction, plural, reasoned, run, shown
 from support.chat import Failed, chat_request
 from support.checkpoint import checkpoint_of, find_model
 from support.connection import add_server_options
@@ -71,7 +71,8 @@ def infer_one(args):
     if prediction["think"]:
         print(f"\nReasoning: {prediction['think']}")
     if prediction.get("cut"):
-        info(f"the answer was cut off after {args.max_new_tokens} tokens; see --max-new-tokens")
+        tokens = plural(args.max_new_tokens, "token")
+        info(f"the answer was cut off after {tokens}; see --max-new-tokens")
 
 
 def predict_here(args, record, image):
@@ -99,7 +100,7 @@ def predict_served(args, record, image):
 
 def infer_file(args):
     """Predict the posts of --data that --out lacks; returns 1 if a post failed, else 0."""
-    posts, out = data.Posts(args.data), Path(args.out)
+    posts, out = data.Posts(args.data, names=args.map), Path(args.out)
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: not a file on a disk; --out is the file for the predictions")
     data.use_own_limits(args, model_folder(args))
@@ -199,6 +200,7 @@ def identity(args):
     """What predictions depend on, which a resumed run must match: settings, and files' states."""
     names = ("think", "max_pixels", "max_new_tokens", "model" if args.base_url else "max_length")
     now = {name: value for name, value in vars(args).items() if name in names}
+    now |= {"map": args.map} if args.map else {}
     model = model_folder(args)
     weights = sorted(model.glob("*.safetensors"))
     files = [Path(file) for file in (args.data, *weights, args.prompt_file or model / "prompt.txt")]
@@ -245,9 +247,9 @@ def summary(args, writer):
         if "error" in prediction:
             failed.append((prediction["id"], prediction["error"]))
     info(
-        f"{args.out}: {posts} posts, {tokens / posts:.1f} tokens per post, "
+        f"{args.out}: {plural(posts, 'post')}, {tokens / posts:.1f} tokens per post, "
         f"{with_reasoning / posts:.1%} reasoned about, {cut} cut off after "
-        f"{args.max_new_tokens} tokens, {len(failed)} failed"
+        f"{plural(args.max_new_tokens, 'token')}, {len(failed)} failed"
     )
     for identity, error in failed[:3]:
         info(f"  (id {shown(identity)}) {one_line(error)}")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from data import PROMPT, Encoder, EncoderOptions, parse_answer, read_prompt
-from evaluate import UserError, first_few
+from evaluate import UserError, first_few, plural
 from support.adapters import (
     ADAPTER,
     adapter_config,
@@ -445,7 +445,7 @@ def read_weights(folder, dtype):
     wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if wrong:
         raise UserError(
-            f"{folder}: {len(wrong)} weights are missing or of another shape, the first "
+            f"{folder}: {plural(len(wrong), 'weight')} missing or of another shape, the first "
             f"{min(wrong)}; is the copy whole?"
         )
     tied = model.lm_head.weight is model.get_input_embeddings().weight

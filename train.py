@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import data
-from evaluate import UserError, non_negative_int, run, score, table, train_keyphrases
+from evaluate import UserError, non_negative_int, plural, run, score, table
 from support.checkpoint import Checkpoints, Stop, checkpoint_of, find_model, is_local, open_run
 from support.console import (
     ArgumentParser,
@@ -30,6 +30,7 @@ from support.console import (
 from support.distributed import Ranks, compute_dtype, full_tensor
 from support.jsonl import locked, to_line, write_atomic
 from support.log import TrainingLog, tensorboard_writer
+from support.records import train_keyphrases
 
 # The toy model's own defaults; a setting on the command line takes precedence.
 TOY = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=1)
@@ -227,10 +228,10 @@ def make_optimizer(parameters, args):
 
 def open_files(args, ranks):
     """(posts, validation posts or None, run folder, whether to resume from its last checkpoint)."""
-    posts = ranks.from_rank0(data.Posts, args.train, for_training=True)
+    posts = ranks.from_rank0(data.Posts, args.train, True, args.map)
     valid = None
     if args.valid:
-        valid = ranks.from_rank0(data.Posts, args.valid, for_training=True)
+        valid = ranks.from_rank0(data.Posts, args.valid, True, args.map)
     ranks.on_rank0(check_reasoning, posts, args.mode)
     folder, settings = Path(args.out), ranks.on_rank0(run_settings, args, posts)
     ranks.on_rank0(open_run, folder, settings, args.resume, args.force)
@@ -252,9 +253,9 @@ def check_reasoning(posts, mode):
     missing = posts.without_cot
     if missing and mode in ("cot", "multitask"):
         raise UserError(
-            f"{posts.path}: {missing} of {len(posts)} posts have no 'cot'; --mode {mode} needs it "
-            "for all: let gen_cot.py write it, or use --mode dynamic, which trains those posts on "
-            "their plain answers"
+            f"{posts.path}: {missing} of {plural(len(posts), 'post')} without a 'cot'; --mode "
+            f"{mode} needs it for all: let gen_cot.py write it, or use --mode dynamic, which "
+            "trains those posts on their plain answers"
         )
     if missing == len(posts) and mode == "dynamic":
         raise UserError(
@@ -338,7 +339,7 @@ def predict_and_score(model, encoder, posts, most, args, ranks):
         return None, None
     references = [posts[index] for index in range(count)]
     predictions = [by_id[reference["id"]] for reference in references]
-    scores = score(predictions, references, train_keyphrases(args.train))
+    scores = score(predictions, references, train_keyphrases(args.train, args.map))
     scores["cut"] = sum("cut" in prediction for prediction in predictions)
     scores["unreadable"] = sum("error" in prediction for prediction in predictions)
     return predictions, scores
@@ -357,10 +358,10 @@ def report(model, encoder, folder, posts, args, ranks):
     cut, unreadable = scores.pop("cut"), scores.pop("unreadable")
     print(table(scores))
     if cut:
-        print(f"{cut} answers were cut off after {args.max_new_tokens} tokens")
+        print(f"{plural(cut, 'answer')} cut off after {plural(args.max_new_tokens, 'token')}")
     if unreadable:
         file = folder / "test_preds.jsonl"
-        print(f"{unreadable} images could not be read: see the errors in {file}")
+        print(f"{plural(unreadable, 'image')} could not be read: see the errors in {file}")
     pairs = [(posts[index], prediction) for index, prediction in enumerate(predictions)]
     reasoned = [pair for pair in pairs if pair[1]["think"]]
     direct = [pair for pair in pairs if not pair[1]["think"]]
@@ -421,7 +422,7 @@ def main():
         ranks.on_rank0(stack.enter_context, locked(Path(args.out) / "log.jsonl"))
         if args.train is None:
             use_club_world(args, ranks)
-        test = ranks.from_rank0(data.Posts, args.test, for_training=True) if args.test else None
+        test = ranks.from_rank0(data.Posts, args.test, True, args.map) if args.test else None
         model, encoder, folder = train(args, ranks)
         code = report(model, encoder, folder, test, args, ranks) if test else 0
         if ranks.rank == 0:

@@ -2,7 +2,7 @@
 
 import copy
 
-from evaluate import UserError
+from evaluate import UserError, plural
 from support.console import first_line, read_json
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -96,8 +96,8 @@ def read_adapter(folder, model, weights=True):
         ) from None
     if wrong:
         raise UserError(
-            f"{folder}: {len(wrong)} weights of the adapter are missing or have no place in the "
-            f"base, the first {min(wrong)}; is the base that it names the right one?"
+            f"{folder}: {plural(len(wrong), 'weight')} of the adapter missing or without a place "
+            f"in the base, the first {min(wrong)}; is the base that it names the right one?"
         )
     return model.eval()
 

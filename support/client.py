@@ -12,7 +12,7 @@ import signal
 import time
 from itertools import islice
 
-from evaluate import UserError
+from evaluate import UserError, plural
 from support.chat import (
     Failed,
     Fault,
@@ -259,8 +259,8 @@ class Client:
             raise UserError(f"{self.server}: {reason}; {mend}")
         if stop or self.unanswered >= GIVE_UP_AFTER:
             raise UserError(
-                f"{self.server}: no reply for {self.unanswered} posts in a row, the last: "
-                f"{reason}; mend this and run the same command again (gen_cot.py: with "
+                f"{self.server}: no reply for {plural(self.unanswered, 'post')} in a row, the last:"
+                f" {reason}; mend this and run the same command again (gen_cot.py: with "
                 "--retry-failed for those posts)"
             )
         raise Failed(reason)

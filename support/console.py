@@ -8,6 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from evaluate import ArgumentParser as OneLineParser
 from evaluate import UserError, shown
 
 
@@ -20,17 +21,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Prints a usage error as one line; names a tool by the command that starts it."""
+class ArgumentParser(OneLineParser):
+    """Shows defaults in --help; names a tool by the command that starts it."""
 
     def __init__(self, **kwargs):
         module = getattr(sys.modules["__main__"].__spec__, "name", "")  # of python -m tools.NAME
         if module.startswith("tools."):
             kwargs.setdefault("prog", f"python -m {module}")
         super().__init__(**{"formatter_class": HelpFormatter} | kwargs)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def number_in(interval):
@@ -94,11 +92,6 @@ def progress(iterable, total, desc, unit="post", initial=0, disable=False):
         mininterval=0.5,
         disable=disable,
     )
-
-
-def plural(count, noun):
-    """`1 post`, `2 posts`, `330,000 posts`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def first_line(error):

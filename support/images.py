@@ -11,6 +11,7 @@ MOST_PIXELS = 64_000_000  # of a decoded image: about 1 GB of memory, and 4 s
 LONGEST_SIDE = 200  # times the shorter one; image processors refuse thinner pictures
 TOKEN_SIDE = 28  # pixels of one image token's side (Qwen2-VL, Qwen2.5-VL)
 MAX_PIXELS = 512 * TOKEN_SIDE * TOKEN_SIDE
+NO_FILE = "no such file"
 
 
 class Unreadable(Exception):
@@ -27,9 +28,9 @@ def load_image(path, max_pixels):
     from PIL import Image, UnidentifiedImageError
 
     if not os.path.exists(path):
-        raise Unreadable("no such file")
+        raise Unreadable(NO_FILE)
     if not os.path.isfile(path):  # reading a FIFO would block for ever
-        raise Unreadable("not a regular file")
+        raise Unreadable(f"not a regular file{', but a folder' * os.path.isdir(path)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; errors still raise

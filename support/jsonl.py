@@ -1,16 +1,18 @@
-"""Files that are written whole or not at all, and JSONL files that a stopped run goes on with."""
+"""Files that are written whole or not at all, JSONL that is read by offset, or goes on growing."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import socket
 import tempfile
 from array import array
 from pathlib import Path
+from zlib import crc32
 
 from evaluate import UserError, parse_line, read_lines
-from support.console import writing
+from support.console import reading, writing
 
 BLOCKED = (BlockingIOError, PermissionError)
 
@@ -113,6 +115,65 @@ def open_lock(lock_path, path):
     file.flush()
     os.register_at_fork(after_in_child=file.close)  # a worker may outlive the run, not its lock
     return file
+
+
+class IndexedLines:
+    """Lines of a file, each read from disk when it is asked for.
+
+    Only byte offsets, line numbers and checksums stay in memory (20 bytes a line). Forked processes
+    share the file, others open it anew. It must not be changed meanwhile.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.offsets, self.lines, self.checksums = array("Q"), array("Q"), array("I")
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def add(self, line, offset, raw):
+        """Add the line that `evaluate.read_lines` yielded."""
+        self.offsets.append(offset)
+        self.lines.append(line)
+        self.checksums.append(crc32(raw.removesuffix(b"\n")))
+
+    def raw(self, index):
+        """The bytes of a line without its end. Raises UserError where they have changed."""
+        start = self.offsets[index]
+        end = self.offsets[index + 1] if index + 1 < len(self) else self.size
+        raw = self.read(start, end - start).partition(b"\n")[0]
+        if crc32(raw) != self.checksums[index]:
+            raise UserError(
+                f"{self.path} line {self.lines[index]}: the file was changed while it was in use; "
+                "start again"
+            )
+        return raw
+
+    def open(self):
+        """Open the file for `read`. Raises UserError."""
+        if hasattr(os, "pread"):
+            with reading(self.path, "every machine of a run must see it"):
+                self.file = os.open(self.path, os.O_RDONLY)
+
+    def read(self, start, size):
+        """A part of the file, as bytes."""
+        if hasattr(os, "pread"):  # it moves no position, so that forked workers can share the file
+            return os.pread(self.file, size, start)
+        with open(self.path, "rb") as file:  # Windows
+            file.seek(start)
+            return file.read(size)
+
+    def __getstate__(self):  # a spawned worker and another rank open the file themselves
+        return {name: value for name, value in self.__dict__.items() if name != "file"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.open()
+
+    def digest(self):
+        """A fingerprint of the file's content."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 class JsonlWriter:

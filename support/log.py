@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 
-from evaluate import UserError
+from evaluate import UserError, plural
 from support.checkpoint import write_pointer
 from support.console import progress, writing
 from support.jsonl import JsonlWriter
@@ -164,8 +164,8 @@ class TrainingLog:
             self.write("skipped.jsonl", line)
         if len(self.skipped) > self.most_skipped:
             raise self.ranks.error(
-                f"{len(self.skipped)} images could not be read, more than 1% of the training "
-                f"posts; they are listed in {self.folder / 'skipped.jsonl'}, the last: "
+                f"{plural(len(self.skipped), 'image')} could not be read, more than 1% of the "
+                f"training posts; they are listed in {self.folder / 'skipped.jsonl'}, the last: "
                 f"{post.image} (id {post.id}): {post.reason}"
             )
 

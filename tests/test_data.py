@@ -117,6 +117,7 @@ def test_posts_are_read_from_disk_one_by_one(tmp_path):
 
 
 def test_posts_count_images_reasonings_and_keyphrases(tmp_path):
+    (tmp_path / "a.jpg").touch()
     records = [post(id="a", image="a.jpg", cot="why"), post(id="b", image="b.jpg", cot=" ")]
     records += [post(id="c", keyphrases=["x", "y"]), {"id": "d", "text": ""}]
     posts = Posts(write(tmp_path / "posts.jsonl", *records))

@@ -377,15 +377,68 @@ def test_split_says_what_it_cannot_do(corpus, tmp_path):
     assert "not as asked: test overlap, valid overlap" in message
     assert not (tmp_path / "x").exists()
     many = flags(test=2000, valid=1000, out=tmp_path)
-    assert "nothing to train on" in error("split", *corpus, *many)
+    for options in (many, [*many, "--overlap", 0.5]):
+        assert "nothing to train on" in error("split", *corpus, *options)
     bare = write(tmp_path / "bare.jsonl", [post(str(n), f"text {n}", []) for n in range(20)])
     few = flags(test=3, valid=3, out=tmp_path)
-    assert "has a keyphrase" in error("split", bare, *few)
+    assert "has a keyphrase" in error("split", bare, *few, "--overlap", 0.5)
     own = write(tmp_path / "train.jsonl", read(corpus[0]))
     options = flags(test=300, valid=0, out=tmp_path)
     assert "choose another --out" in error("split", own, *options)
     assert read(own) == read(corpus[0])
     assert "in [0, 1]" in tool("split", bare, "--overlap", 45, *few, code=2).stderr
+
+
+def test_split_says_how_to_relax_the_likeness(tmp_path):
+    # Rare keyphrases have long posts, so that few of test's can be common and its posts as short.
+    posts = [post(f"c{n}", f"text {n}", [f"common {n % 20}"]) for n in range(300)]
+    posts += [post(f"r{n}", f"text {n} " + "word " * 30, [f"rare {n}"]) for n in range(100)]
+    path, options = write(tmp_path / "in.jsonl", posts), flags(overlap=0.2, test=40, valid=0)
+    message = error("split", path, *options, "--out", tmp_path / "x")
+    assert (
+        "the overlap is met with --test 40 and --valid 0 of 400 posts (20.00% in test)" in message
+    )
+    assert "not --likeness 0.1" in message and not (tmp_path / "x").exists()
+    differs = float(message.partition("test words a post by ")[2].partition("%")[0]) / 100
+    enough = message.partition("Try --likeness ")[2].partition(" ")[0]
+    assert 0.1 < differs <= float(enough) < differs + 0.011
+    tool("split", path, *options, "--likeness", enough, "--out", tmp_path / "x")
+    train, _, test = written(tmp_path / "x")
+    words, of_test = (
+        sum(len(record["text"].split()) for record in part) / len(part) for part in (posts, test)
+    )
+    assert 0.1 < of_test / words - 1 <= float(enough)
+    assert abs(len(phrases(test) & phrases(train)) / len(phrases(test)) - 0.2) <= 0.005
+
+
+def test_split_at_random_keeps_retweets_together(corpus, tmp_path):
+    before = [record for path in corpus for record in read(path)]
+    sides = []
+    for name, files, seed in (
+        ("a", corpus, 0),
+        ("b", [write(corpus[1].parent / "turned.jsonl", read(corpus[1])[::-1]), corpus[0]], 0),
+        ("c", corpus, 1),
+    ):
+        options = flags(test=300, valid=200, seed=seed, out=tmp_path / name)
+        tool("split", *files, *options)
+        train, valid, test = written(tmp_path / name)
+        assert [len(part) for part in (train, valid, test)] == [2500, 200, 300]
+        sides.append({r["mine"]: n for n, part in enumerate((train, valid, test)) for r in part})
+        assert sides[-1].keys() == {record["mine"] for record in before}
+    assert sides[0] == sides[1] != sides[2]
+    together = {}
+    for record in before:
+        for key in (normalize(record["text"]), record["image"].rpartition("/")[2]):
+            if key:
+                assert (
+                    together.setdefault(key, sides[0][record["mine"]]) == sides[0][record["mine"]]
+                )
+    assert len(together) < 6000  # some are retweets
+    # A random split has the posts' own overlap and means.
+    assert likeness(test) == pytest.approx(likeness(before), rel=0.1)
+    many = [post(str(n), "the same") for n in range(20)]
+    message = error("split", write(tmp_path / "one.jsonl", many), *flags(test=3, valid=0, out="x"))
+    assert "--test 3 leaves no test posts" in message and "stay together" in message
 
 
 def test_split_tells_where_groups_do_not_add_up(tmp_path):
@@ -394,7 +447,7 @@ def test_split_tells_where_groups_do_not_add_up(tmp_path):
     ]
     options = flags(overlap=0.5, test=100, valid=0, out=tmp_path / "x")
     done = tool("split", write(tmp_path / "in.jsonl", triples), *options)
-    assert "99 posts where 100 were asked for" in done.stderr
+    assert "99 posts where 100 asked for" in done.stderr
     assert len(read(tmp_path / "x" / "test.jsonl")) == 99
 
 
@@ -403,7 +456,7 @@ def test_ids_used_in_two_files_become_unique(corpus, tmp_path):
     twice = write(tmp_path / "again.jsonl", again)
     options = flags(overlap=0.5, test=300, valid=0, out=tmp_path / "x")
     done = tool("split", corpus[0], twice, *options)
-    assert "1700 ids" in done.stderr
+    assert "ids used more than once: 1700 of them" in done.stderr
     ids = [record["id"] for part in written(tmp_path / "x") for record in part]
     assert len(set(ids)) == len(ids) == 3400
 
@@ -474,9 +527,10 @@ def test_check_is_content_with_good_posts(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
     path = write(tmp_path / "posts.jsonl", [post("1", image="good.png"), post("2")])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert as_json("check", "posts.jsonl", cwd=tmp_path) == {"posts": 2, "problems": []}
+    counts = {"posts": 2, "with_image": 1, "with_text": 2, "with_cot": 0, "keyphrases": 2}
+    assert as_json("check", "posts.jsonl", cwd=tmp_path) == counts | {"problems": []}
     text = write(tmp_path / "src.txt", ["a<sep>b<sep>x/c.jpg", "again<sep>b<sep>x/c.jpg"])
-    assert as_json("check", text) == {"posts": 2, "problems": []}
+    assert as_json("check", text) == counts | {"with_image": 0, "problems": []}
     write(text, ["a<sep>b<sep>x/c.jpg", "nothing"])
     assert [p["line"] for p in as_json("check", text, code=1)["problems"]] == [2]
     assert "no such file" in error("check", tmp_path / "nothing.jsonl")
@@ -486,7 +540,7 @@ def test_check_is_content_with_good_posts(tmp_path):
 
 def test_help_is_quick_and_shows_defaults():
     assert "split" in tool("--help").stdout
-    assert "(default: 0.4492)" in tool("split", "--help").stdout
+    assert "(default: 0.1)" in tool("split", "--help").stdout
     slow = "('torch', 'transformers', 'numpy')"
     for module in ("data", "tools.dataset"):
         code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {slow}))"

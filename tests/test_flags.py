@@ -31,6 +31,8 @@ TAKEN = {
     **dict.fromkeys(words("--gamma --gammas --clip"), INFINITE),
     "--weight-decay": FINITE,
     "--lr": FINITE - {"0"},
+    "--likeness": INFINITE - {"0"},
+    "--map": set(),
     "--epochs": ABOVE_0,
     "--beta2": SHARE - {"1"},
     **dict.fromkeys(words("--warmup --final-lr --overlap --cot-share"), SHARE),

@@ -308,11 +308,14 @@ class Fuzz:
                 posts = None
                 self.one_line(error, "posts.jsonl")
         for line, offset, _ in evaluate.read_lines(path) if posts else ():
-            _, problems = dataset.check_line(str(path), False, line, offset)
-            assert all(isinstance(problem, str) for problem in problems)
+            _, problems, _ = dataset.check_line(str(path), False, None, line, offset)
+            for problem in problems:
+                self.one_line(UserError(f"posts.jsonl: {problem.what}; {problem.mend}"), "")
         if draw.random() < 0.03:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
-                code = dataset.check(argparse.Namespace(file=str(path), workers=1, json=False))
+                code = dataset.check(
+                    argparse.Namespace(file=str(path), workers=1, json=False, map=None)
+                )
                 assert code == 1 or posts is not None
         if posts is None:
             return

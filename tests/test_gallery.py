@@ -333,7 +333,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     for arguments, message in (
         ([tmp_path / "none.jsonl", good], "none.jsonl: no such file"),
         ([one, posts], "no prediction for 1 of 2 posts .*--allow-missing"),
-        ([preds, good], "1 of 2 ids are not in"),
+        ([preds, good], "1 of 2 ids not in"),
         ([preds, posts], "test.jsonl line 2 .id 2.: the field 'image'"),
         ([one, good, "--out", good], "good.jsonl: one of the files to read"),
         ([one, good, "--out", tmp_path], "a folder; --out"),

@@ -191,7 +191,7 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tmp_path, capsys):
     (tmp_path / "0.jpg").write_bytes(b"no image")
     with Server() as server:
         gen(posts, server, "--dry-run")
-    assert "1 requests to come (3 posts done" in capsys.readouterr().out
+    assert "1 request to come (3 posts done" in capsys.readouterr().out
 
 
 def test_a_dry_run_leaves_the_image_out(tmp_path, capsys):
@@ -652,7 +652,7 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     tries = Counter(server.asked())
     assert [used for used, _ in fates] == [tries[identity] for identity in ids(records)]
     told = capsys.readouterr().err
-    assert f"{len(good)} of 500 posts have reasoning; 23 to 23 words, median 23" in told
+    assert f"{len(good)} of 500 posts with reasoning; 23 to 23 words, median 23" in told
     assert f"{len(failed)} posts failed: " in told and f"{len(server.log)} requests" in told
     assert re.search(r"\d+ done, \d+ failed, \d+\.\d requests/s, [\d,]+ tokens", told)
     kinds = Counter(record["reason"].partition(":")[0] for record in failed)
@@ -894,7 +894,7 @@ def test_ctrl_c_ends_the_process(tmp_path, answer, times):
             time.sleep(0.5)
         _, told = process.communicate(timeout=100)  # the server's own patience is 300 s
     assert process.returncode == 130
-    assert "Traceback" not in told and "stopped: 5 of 50 posts are in cot.jsonl" in told
+    assert "Traceback" not in told and "stopped: cot.jsonl has 5 of 50 posts" in told
     with Server() as server:
         assert gen(posts, server, "--model", "m") == 0
     assert sorted(server.asked()) == sorted(ids(lines(posts))[5:])

@@ -374,7 +374,7 @@ FILES = {
     "gzip": (b"\x1f\x8b\x08" + GOOD, "gunzip"),
     "empty": (b"", "no posts"),
     "blank": (b"\n\r\n \n", "no posts"),
-    "UTF-16": (GOOD.decode().encode("utf-16"), "line 1: not UTF-8"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "line 1: not UTF-8, but text in UTF-16"),
     "UTF-16, no mark": (GOOD.decode().encode("utf-16-le"), "line 1"),
     "Latin-1": (second(b'{"id": "b", "text": "\xe9"}'), "line 2: not UTF-8"),
     "NUL": (second(bytes(99)), "line 2"),
@@ -384,7 +384,7 @@ FILES = {
     "deep": (second(b"[" * 100_000), "line 2: JSON nested too deeply"),
     "deep text": (second(b'{"id": "b", "text": ' + b"[" * 900 + b"]" * 900 + b"}"), "'text'"),
     "a string": (b'"x"\n', "line 1: a JSON object"),
-    "Parquet": (b"PAR1\xff\xd8", "line 1: not UTF-8"),
+    "Parquet": (b"PAR1\xff\xd8", "line 1: not UTF-8, but a Parquet file"),
 }
 
 
@@ -598,7 +598,7 @@ FOLDERS = {
     "torn header": (cut("model.safetensors", 500), "model.safetensors: can't be read"),
     "torn data": (cut("model.safetensors", -9), "model.safetensors: can't be read"),
     "other shape": (other_weights(smaller_weight), "1 weights.*embed_tokens"),
-    "a weight less": (other_weights(dict.pop), "weights are missing"),
+    "a weight less": (other_weights(dict.pop), "1 weight missing"),
     "config a list": (replaced("config.json", b"[]"), "a JSON object"),
     "config not UTF-8": (replaced("config.json", b"\xff{}"), "config.json: can't be read"),
     "bare config": (replaced("config.json", BARE), "describes .* weights"),

@@ -4,16 +4,20 @@
     python -m tools.dataset stats train.jsonl test.jsonl
     python -m tools.dataset split all.jsonl --overlap 0.4492 --test 5000 --valid 5000 --out split
     python -m tools.dataset check train.jsonl
+    python -m tools.dataset rename theirs.jsonl --map text=caption --out ours.jsonl
 
 A file of posts is JSONL, or CMKP's text, text<sep>a;b<sep>address on each line.
 """
 
 import hashlib
 import json
+import math
 import os
 import random
+import re
 import signal
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -21,20 +25,39 @@ from pathlib import Path
 from typing import NamedTuple
 
 import evaluate
-from data import check_record, refuse_streams, relative_path
-from evaluate import UserError, first_few, non_negative_int, normalize, percent, read_rows, shown
+from data import check_record, relative_path
+from evaluate import (
+    UserError,
+    first_few,
+    non_negative_int,
+    normalize,
+    percent,
+    plural,
+    read_rows,
+    shown,
+)
 from support.console import (
     ArgumentParser,
     fraction,
     info,
+    number_in,
     positive_int,
     progress,
     reading,
     whole_number,
     writing,
 )
-from support.images import Unreadable, load_image
+from support.images import NO_FILE, Unreadable, load_image
 from support.jsonl import locked, to_line, write_atomic
+from support.records import (
+    ADDRESS,
+    SAVE,
+    add_map_option,
+    check_file,
+    likely_mistakes,
+    renamed,
+    where_images_are,
+)
 
 # ----------------------------------------------------------------------------------- reading posts
 
@@ -51,14 +74,15 @@ class Entry(NamedTuple):
     present: int  # those of them that stand in the text
 
 
-def to_record(path, line, row):
+def to_record(path, line, row, names=None):
     """A row of a file of posts, a dict or a line of CMKP's text, as a record. Raises UserError.
 
     A record made of CMKP's text has no image yet, but keeps the image's "address". Its id is the
     image's name, else a digest: a line number would change with the order of the posts.
     """
     if isinstance(row, dict):
-        check_record(row, f"{path} line {line}")
+        row = renamed(row, names) if names else row
+        check_record(row, f"{path} line {line}", names=names)
         return row
     post = evaluate.parse_cmkp(path, line, row)
     identity = post["id"] or hashlib.blake2b(row.encode(), digest_size=8).hexdigest()
@@ -83,37 +107,64 @@ def to_entry(record, folder):
     )
 
 
-def read_entries(path):
+def read_entries(path, names=None):
     """The posts of a JSONL or CMKP file as a list of Entry. Raises UserError."""
+    check_file(path, cmkp=True)
     folder = os.path.realpath(Path(path).parent)
     rows = progress(read_rows(path), None, Path(path).name)
-    entries = [to_entry(to_record(path, line, row), folder) for line, row in rows]
+    entries = [to_entry(to_record(path, line, row, names), folder) for line, row in rows]
     if not entries:
         raise UserError(f"{path}: no posts in it")
     return entries
 
 
-# -------------------------------------------------------------------------------------------- cmkp
+# ------------------------------------------------------------------------------------ rename, cmkp
+
+
+def refuse_input(out, *files):
+    """Raise UserError where the file to write is one to read."""
+    if Path(out).resolve() in {Path(file).resolve() for file in files}:
+        raise UserError(f"{out}: this is a file to read; choose another --out")
+
+
+def rename(args):
+    """Write posts that have other field names with ours, for the commands without --map."""
+    refuse_input(args.out, args.source)
+    check_file(args.source)
+    folder, out, count = os.path.realpath(Path(args.source).parent), Path(args.out), 0
+
+    def lines():
+        nonlocal count
+        for line, _, row in evaluate.read_jsonl(args.source):
+            record, count = to_record(args.source, line, row, args.map), count + 1
+            if record.get("image") and not os.path.isabs(record["image"]):
+                path = os.path.join(folder, record["image"])
+                record["image"] = relative_path(path, out.parent)
+            yield to_line(record).encode()
+
+    with writing(out):
+        write_atomic(out, lines())
+    print(json.dumps({"posts": count}) if args.json else f"{out}: {plural(count, 'post')}")
 
 
 def make_ids_unique(records):
     """Rename every id that an earlier record has, `x` to `x-2`; returns how many were renamed."""
-    taken, seen, renamed = {record["id"] for record in records}, {}, 0
+    taken, seen, count = {record["id"] for record in records}, {}, 0
     for record in records:
         identity = record["id"]
         number = seen[identity] = seen.get(identity, 0) + 1
         while number > 1 and record["id"] in taken:
             record["id"] = f"{identity}-{number}"
             number += 1
-        renamed += record["id"] != identity
+        count += record["id"] != identity
         taken.add(record["id"])
-    return renamed
+    return count
 
 
 def cmkp(args):
     """Write CMKP's text as JSONL."""
-    if Path(args.out).resolve() == Path(args.source).resolve():
-        raise UserError(f"{args.out}: this is the file to read; choose another --out")
+    refuse_input(args.out, args.source)
+    check_file(args.source, cmkp=True)
     images = ()
     if args.images:
         with reading(args.images, "--images must be a folder"):
@@ -147,9 +198,10 @@ def cmkp(args):
     }
     with writing(args.out):
         write_atomic(args.out, "".join(map(to_line, records)))
-    for what, items in (("images are missing", missing), ("posts can't be trained on", unusable)):
-        if items:
-            info(f"{len(items)} {what}: {first_few(items)}")
+    if missing:
+        info(f"{plural(len(missing), 'image')} missing: {first_few(missing)}")
+    if unusable:
+        info(f"{plural(len(unusable), 'post')} of no use for training: {first_few(unusable)}")
     rows = [[name.replace("_", " "), str(value)] for name, value in result.items()]
     print(json.dumps(result, indent=2) if args.json else evaluate.lay_out(rows))
 
@@ -221,7 +273,7 @@ def print_stats(names, parts, as_json):
 
 def stats(args):
     """Count posts and keyphrases, and how many of a file's keyphrases the train file has."""
-    print_stats(args.files, [read_entries(path) for path in args.files], args.json)
+    print_stats(args.files, [read_entries(path, args.map) for path in args.files], args.json)
 
 
 # ------------------------------------------------------------------------------------------- split
@@ -229,7 +281,7 @@ def stats(args):
 SIDES = TRAIN, VALID, TEST = range(3)
 SIDE_NAMES = ("train", "valid", "test")
 OVERLAP_TOLERANCE = 0.005
-LIKENESS_TOLERANCE = 0.10  # relative difference of a side's means from those of all posts
+LIKENESS = 0.1  # default: relative difference of a side's means from those of all posts
 PATIENCE = 5000  # swaps in vain before the search gives up
 
 
@@ -399,8 +451,9 @@ class Swaps:
     The counts are lists: a swap changes a few numbers, for which arrays are slow.
     """
 
-    def __init__(self, groups, side, overlap):
-        self.overlap, self.side, self.rows = overlap, side.tolist(), groups.sums.tolist()
+    def __init__(self, groups, side, overlap, likeness):
+        self.overlap, self.likeness = overlap, likeness
+        self.side, self.rows = side.tolist(), groups.sums.tolist()
         self.checked = [which for which in (TEST, VALID) if which in self.side]
         self.whole = means(groups.sums.sum(axis=0).tolist())
         self.sums = [groups.sums[side == which].sum(axis=0).tolist() for which in SIDES]
@@ -440,14 +493,14 @@ class Swaps:
             overlap = share(self.shared[which], self.distinct[which])
             yield abs(overlap - self.overlap) / OVERLAP_TOLERANCE
             for mean, target in zip(means(self.sums[which]), self.whole, strict=True):
-                yield abs(mean / target - 1) / LIKENESS_TOLERANCE if target else 0
+                yield abs(mean / target - 1) / self.likeness if target else 0
 
     def badness(self):
         """0 where every figure is well within its tolerance."""
         return sum(max(0, misfit - 0.5) for misfit in self.misfits())
 
     def search(self, seed):
-        """Try random swaps and keep those that help; returns {name: misfit}, good up to 1."""
+        """Try random swaps and keep those that help."""
         rng, same_size = random.Random(seed), {}
         for group, row in enumerate(self.rows):
             same_size.setdefault(row[0], []).append(group)
@@ -469,64 +522,107 @@ class Swaps:
             else:
                 self.move(one, here)
                 self.move(other, there)
+
+    def named_misfits(self, likeness):
+        """{name: misfit} of a side's figures, good up to 1, with this likeness."""
+        self.likeness = likeness
         figures = ("overlap", "words a post", "keyphrases a post", "share present")
         names = [f"{SIDE_NAMES[which]} {figure}" for which in self.checked for figure in figures]
         return dict(zip(names, self.misfits(), strict=True))
 
 
-def resplit(entries, overlap, test, valid, seed):
+def resplit(entries, overlap, test, valid, seed, likeness=LIKENESS):
     """Split posts so that few of the keyphrases of test and valid are in train: MMKP-V2's idea.
 
-    Returns an array with TRAIN, VALID or TEST for each entry. Of the orders in which keyphrases
+    Returns a list with TRAIN, VALID or TEST for each entry. Of the orders in which keyphrases
     can be held out, the one that favours rare keyphrases least is taken: rare ones cost few posts,
     and so reach lower overlaps, but test should have unseen keyphrases of all sorts.
 
     Raises UserError where no split found has this overlap (within OVERLAP_TOLERANCE) and sides that
-    are like the whole (within LIKENESS_TOLERANCE).
+    are like the whole (within `likeness`).
     """
-    if test + valid >= len(entries):
-        raise UserError(
-            f"--test {test} and --valid {valid} leave nothing to train on of {len(entries)} posts"
-        )
-    groups, attempts = Groups(entries), []
-    wanted = [TEST, VALID] if valid else [TEST]
-    for sharpness in (1, 2, 4, 8):
-        side = HoldOut(groups, (0, valid, test), sharpness, seed).split(overlap)
-        swaps = Swaps(groups, side, overlap)
-        misfits = swaps.search(seed)
-        side[:] = swaps.side
-        for which in wanted:
-            if not (side == which).any():  # all the posts that fit there must stay together
-                misfits[f"{SIDE_NAMES[which]} posts"] = float("inf")
-        worst = max(misfits.values())
-        if worst <= 1:
-            return side[groups.of_post]
-        attempts.append((worst, side, misfits))
-    _, side, misfits = min(attempts, key=lambda attempt: attempt[0])
+    groups, sizes, attempts = Groups(entries), (0, valid, test), []
+    for bound in (likeness, math.inf):  # without one, to say which likeness this overlap has
+        for sharpness in (1, 2, 4, 8):
+            side = HoldOut(groups, sizes, sharpness, seed).split(overlap)
+            swaps = Swaps(groups, side, overlap, bound)
+            swaps.search(seed)
+            side[:] = swaps.side
+            misfits = swaps.named_misfits(likeness)
+            for which in (TEST, VALID):
+                if sizes[which] and not (side == which).any():  # all that fit must stay together
+                    misfits[f"{SIDE_NAMES[which]} posts"] = math.inf
+            worst = max(misfits.values())
+            if worst <= 1:
+                return side[groups.of_post].tolist()
+            broken = {name: misfit for name, misfit in misfits.items() if misfit > 1}
+            overlap_met = not any(name.endswith((" overlap", " posts")) for name in broken)
+            attempts.append((not overlap_met, worst, side, broken))
+        not_met, _, side, broken = min(attempts, key=lambda attempt: attempt[:2])
+        if not not_met:
+            break
     reached = " and ".join(
-        f"{percent(groups.overlap(side, which))}% in {SIDE_NAMES[which]}" for which in wanted
+        f"{percent(groups.overlap(side, which))}% in {SIDE_NAMES[which]}"
+        for which in (TEST, VALID)
+        if sizes[which]
     )
-    broken = ", ".join(name for name, misfit in misfits.items() if misfit > 1)
+    asked = f"--test {test} and --valid {valid} of {plural(len(entries), 'post')}"
+    if not_met:
+        raise UserError(
+            f"an overlap of {percent(overlap)}% can't be reached with {asked}; the closest found "
+            f"is {reached} (not as asked: {', '.join(broken)}). Ask for that overlap or other "
+            "sizes; nothing was written"
+        )
+    off = ", ".join(f"{name} by {misfit * likeness:.1%}" for name, misfit in broken.items())
+    enough = math.ceil(100 * max(broken.values()) * likeness) / 100
     raise UserError(
-        f"an overlap of {percent(overlap)}% can't be reached with --test {test} and --valid {valid}"
-        f" of {len(entries)} posts; the closest found is {reached} (not as asked: {broken}). Ask "
-        "for that overlap or other sizes; nothing was written"
+        f"the overlap is met with {asked} ({reached}), but not --likeness {likeness:g}; from all "
+        f"posts' mean differ {off}. Try --likeness {enough:g} or other sizes; nothing was written"
     )
+
+
+def random_split(entries, test, valid, seed):
+    """Split posts at random; those that share an image or a text stay on one side.
+
+    Returns a list with TRAIN, VALID or TEST for each entry. Raises UserError where no post fits.
+    """
+    of_post, side = group_posts(entries), {}
+    size = Counter(of_post)
+    order = random.Random(seed).sample(sorted(size), len(size))
+    for which, room in ((TEST, test), (VALID, valid)):
+        asked = room
+        for group in order:
+            if group not in side and size[group] <= room:
+                side[group], room = which, room - size[group]
+        if asked and room == asked:
+            raise UserError(
+                f"not as asked: --{SIDE_NAMES[which]} {asked} leaves no {SIDE_NAMES[which]} posts, "
+                "because those of the same text or image stay together; ask for more"
+            )
+    return [side.get(group, TRAIN) for group in of_post]
 
 
 def split(args):
-    """Split posts anew so that few keyphrases of test and valid are in train (as MMKP-V2 does)."""
+    """Split posts at random, or with --overlap so that few keyphrases are in train, as MMKP-V2."""
     out = Path(args.out)
     paths = [out / f"{name}.jsonl" for name in SIDE_NAMES]
     for path in paths:
-        if path.resolve() in {Path(file).resolve() for file in args.files}:
-            raise UserError(f"{path}: one of the files to split; choose another --out")
-    entries = [entry for path in args.files for entry in read_entries(path)]
+        refuse_input(path, *args.files)
+    entries = [entry for path in args.files for entry in read_entries(path, args.map)]
     # Sorted, so that the split does not depend on the order of the input.
     entries.sort(key=lambda e: (e.record["id"], e.record["text"], to_line(e.record)))
-    if renamed := make_ids_unique([entry.record for entry in entries]):
-        info(f"{renamed} ids were used more than once; the later ones now end in a number")
-    side = resplit(entries, args.overlap, args.test, args.valid, args.seed).tolist()
+    if count := make_ids_unique([entry.record for entry in entries]):
+        info(f"ids used more than once: {count} of them, the later ones, now end in a number")
+    asked = args.test, args.valid, args.seed
+    if args.test + args.valid >= len(entries):
+        raise UserError(
+            f"--test {args.test} and --valid {args.valid} leave nothing to train on of "
+            f"{plural(len(entries), 'post')}"
+        )
+    if args.overlap is None:
+        side = random_split(entries, *asked)
+    else:
+        side = resplit(entries, args.overlap, *asked, args.likeness)
     parts = [[], [], []]
     for entry, which in zip(entries, side, strict=True):
         parts[which].append(entry)
@@ -536,7 +632,7 @@ def split(args):
     for which, size in ((TEST, args.test), (VALID, args.valid)):
         if len(parts[which]) != size:
             info(
-                f"{SIDE_NAMES[which]}: {len(parts[which])} posts where {size} were asked for, "
+                f"{SIDE_NAMES[which]}: {plural(len(parts[which]), 'post')} where {size} asked for, "
                 "because posts that stay together don't add up to it"
             )
     with (
@@ -554,9 +650,32 @@ def split(args):
 
 # ------------------------------------------------------------------------------------------- check
 
+COUNTED = ("with_image", "with_text", "with_cot", "keyphrases")
+MISSING = f"an image: {NO_FILE}"
 
-def check_line(path, is_text, line, offset):
-    """(id or None, list of problems) of a line of a file of posts and its image."""
+
+class Problem(NamedTuple):
+    """One thing that is wrong with a line: its kind, what it is here, and the mend.
+
+    With `field` it is no problem unless the whole file lacks that field.
+    """
+
+    kind: str
+    what: str
+    mend: str
+    field: str | None = None
+
+
+def typed(record, field, kind):
+    """A field's value if it is of a type, else the type's empty value."""
+    return value if isinstance(value := record.get(field), kind) else kind()
+
+
+def check_line(path, is_text, names, line, offset):
+    """(id or None, list of Problem, counts) of a line of a file of posts and its image.
+
+    counts: how many images, texts, cots and keyphrases the post has.
+    """
     with open(path, "rb") as file:
         file.seek(offset)
         raw = file.readline()
@@ -564,30 +683,46 @@ def check_line(path, is_text, line, offset):
         if is_text:
             record = to_record(path, line, evaluate.decode(path, line, raw))
         else:
-            record = evaluate.parse_line(path, line, raw)
+            record = renamed(evaluate.parse_line(path, line, raw), names or {})
     except UserError as error:
-        return None, [str(error).removeprefix(f"{path} line {line}: ")]
-    fields = (record.get(field) for field in ("id", "text", "image"))
-    identity, text, image = (value if isinstance(value, str) else None for value in fields)
-    problems = []
+        what, _, mend = str(error).removeprefix(f"{path} line {line}: ").partition("; ")
+        return None, [Problem(re.split(r" \(|, not ", what)[0], what, mend)], [0, 0, 0, 0]
+    image, text, problems = typed(record, "image", str), typed(record, "text", str).strip(), []
     try:
-        check_record(record, "", for_training=True)
+        check_record(record, "", for_training=True, names=names)
+        found = likely_mistakes(record, names)
+        problems += [Problem(kind, kind, mend, field) for field, kind, mend in found]
     except UserError as error:
-        problem = str(error).removeprefix(f" (id {shown(identity)})")
-        problems.append(problem.removeprefix(": "))
+        problems.append(Problem(error.kind, error.what, error.mend))
     if image:
-        try:
-            load_image(Path(path).parent / image, 512 * 28 * 28)
-        except Unreadable as error:
-            problems.append(f"the image {shown(image)}: {error}")
-    elif text is not None and not text.strip():
-        problems.append("neither text nor image")
-    return identity, problems
+        problems += image_problem(Path(path).parent, image)
+    elif not text and isinstance(record.get("text"), str):
+        problems.append(Problem("neither text nor image", "neither text nor image", "remove it"))
+    has = image, text, typed(record, "cot", str).strip()
+    counts = [*map(bool, has), len(typed(record, "keyphrases", list))]
+    return typed(record, "id", str) or None, problems, counts
+
+
+def image_problem(folder, image):
+    """A list of the Problem with a post's image, empty where there is none."""
+    if ADDRESS.match(image):
+        kind = "is an address or data, not a file name"
+        return [Problem(f"an image {kind}", f"the image {shown(image)} {kind}", SAVE)]
+    try:
+        load_image(folder / image, 512 * 28 * 28)
+    except Unreadable as error:
+        reason = str(error)
+        mend = "save it as JPEG or PNG, or write null"
+        if not os.path.isfile(folder / image):
+            mend = where_images_are(folder, image)
+        kind = re.sub(r"^\d+ x \d+ pixels", "its pixels", reason.partition(": ")[0])
+        return [Problem(f"an image: {kind}", f"the image {shown(image)}: {reason}", mend)]
+    return []
 
 
 def check(args):
     """Read every record and image and print all that is wrong; exit with 1 if anything is."""
-    refuse_streams(args.file)
+    check_file(args.file, cmkp=True)
     lines, head = [], b""
     for line, offset, raw in evaluate.read_lines(args.file):
         if raw := raw.removeprefix(evaluate.BYTE_ORDER_MARK).strip():
@@ -596,18 +731,14 @@ def check(args):
     if not lines:
         raise UserError(f"{args.file}: no posts in it")
     is_json = args.file.endswith((".jsonl", ".json")) or evaluate.LOOKS_LIKE_JSON.match(head)
-    wrong, first = [], {}
     # multiprocessing.Pool would wait for ever for a worker that the system has killed.
     ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     pool = ProcessPoolExecutor(args.workers, **ignore_ctrl_c)
     try:
-        check_one = partial(check_line, args.file, not is_json)
+        check_one = partial(check_line, args.file, not is_json, args.map)
         results = pool.map(check_one, *zip(*lines, strict=True), chunksize=8)
         results = progress(results, len(lines), "check")
-        for (line, _), (identity, problems) in zip(lines, results, strict=True):
-            if is_json and identity is not None and first.setdefault(identity, line) != line:
-                problems.append(f"this id was already used on line {first[identity]}")
-            wrong += [{"line": line, "id": identity, "problem": problem} for problem in problems]
+        counts, found = collect(lines, results, is_json)
     except BrokenProcessPool:
         raise UserError(
             f"{args.file}: a worker process was killed, perhaps because the memory was full; "
@@ -615,14 +746,58 @@ def check(args):
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    if args.json:
-        print(json.dumps({"posts": len(lines), "problems": wrong}, indent=2))
-    else:
-        for problem in wrong:
-            named = f" (id {shown(problem['id'])})" if problem["id"] is not None else ""
-            print(f"line {problem['line']}{named}: {problem['problem']}")
-        print(f"{len(lines)} posts, {len(wrong)} problems")
-    return 1 if wrong else 0
+    print_check(len(lines), counts, found, args.json)
+    return 1 if found else 0
+
+
+def collect(lines, results, is_json):
+    """(counts of the file, its problems), a dict and a list of (line, id, Problem).
+
+    lines: (line, offset) of each post; results: what `check_line` found in it.
+    """
+    found, first, counts = [], {}, [0, 0, 0, 0]
+    for (line, _), (identity, problems, has) in zip(lines, results, strict=True):
+        if is_json and identity is not None and first.setdefault(identity, line) != line:
+            what = f"this id was already used on line {first[identity]}"
+            problems.append(Problem("an id is used twice", what, "ids must differ"))
+        found += [(line, identity, problem) for problem in problems]
+        counts = [a + b for a, b in zip(counts, has, strict=True)]
+    counts = dict(zip(COUNTED, counts, strict=True))
+    return counts, [row for row in found if not counts.get(f"with_{row[2].field}")]
+
+
+def print_check(posts, counts, found, as_json):
+    """Print what `check` found: (line, id, Problem) each; by kind, unless as JSON."""
+    if as_json:
+        rows = [
+            {
+                "line": line,
+                "id": identity,
+                "kind": p.kind,
+                "problem": "; ".join(filter(None, p[1:3])),
+            }
+            for line, identity, p in found
+        ]
+        print(json.dumps({"posts": posts, **counts, "problems": rows}, indent=2))
+        return
+    groups = {}
+    for row in found:
+        groups.setdefault(row[2].kind, []).append(row)
+    images, texts, cots, keyphrases = counts.values()
+    having = f"{images:,} with an image, {texts:,} with a text, {cots:,} with a cot"
+    print(f"{plural(posts, 'post')}: {having}; {plural(keyphrases, 'keyphrase')}")
+    for kind, rows in sorted(groups.items(), key=lambda group: -len(group[1])):
+        if kind == MISSING and len(rows) == images:
+            kind = "none of the images is there"
+        print(f"\n{len(rows):,} x {kind}")
+        for line, identity, problem in rows[:3]:
+            named = f" (id {shown(identity)})" if identity is not None else ""
+            what = f": {problem.what}" if problem.what != problem.kind else ""
+            print(f"  line {line}{named}{what}")
+        if mend := rows[0][2].mend:
+            print(f"  -> {evaluate.one_line(mend)}")
+    kinds = f" of {len(groups)} kinds" if len(groups) > 1 else ""
+    print(f"\n{plural(posts, 'post')}, {plural(len(found), 'problem')}{kinds}")
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -630,7 +805,7 @@ def check(args):
 
 def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
-    tools = parser.add_subparsers(required=True, metavar="cmkp | stats | split | check")
+    tools = parser.add_subparsers(required=True, metavar="cmkp | stats | split | check | rename")
 
     def add_tool(function):
         options = {"help": function.__doc__, "description": function.__doc__}
@@ -644,13 +819,25 @@ def parse_args(arguments=None):
     add("--images", metavar="DIR", help="images, named like the last part of the addresses")
     add("--out", metavar="FILE", help="the JSONL file to write", required=True)
 
+    add = add_tool(rename)
+    add("source", metavar="FILE", help="posts")
+    add_map_option(add, required=True)
+    add("--out", metavar="FILE", help="the JSONL file to write", required=True)
+
     add = add_tool(stats)
     add("files", metavar="FILE", nargs="+", help="posts; the first is the train file")
+    add_map_option(add)
 
     add = add_tool(split)
     add("files", metavar="FILE", nargs="+", help="posts")
-    overlap = "share of the distinct keyphrases of test, and of valid, that train has, to 0.005"
-    add("--overlap", type=fraction, default=0.4492, help=overlap)
+    add_map_option(add)
+    overlap = (
+        "share of the distinct keyphrases of test, and of valid, that train has, to 0.005; without "
+        "it the split is random"
+    )
+    add("--overlap", type=fraction, help=overlap)
+    likeness = "with --overlap: how much test's and valid's means may differ from all posts'"
+    add("--likeness", type=number_in("(0, inf]"), default=LIKENESS, help=likeness)
     add("--test", metavar="N", type=positive_int, help="posts in test.jsonl", required=True)
     valid = "posts in valid.jsonl, 0 for none"
     add("--valid", metavar="N", type=non_negative_int, help=valid, required=True)
@@ -659,6 +846,7 @@ def parse_args(arguments=None):
 
     add = add_tool(check)
     add("file", metavar="FILE", help="posts")
+    add_map_option(add)
     cores = os.cpu_count() or 1
     add(
         "--workers", type=whole_number(1, 1024), default=cores, help="processes that read the posts"

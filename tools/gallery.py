@@ -25,6 +25,7 @@ from evaluate import (
     UserError,
     align,
     normalize,
+    plural,
     read_predictions,
     read_references,
     read_rows,
@@ -32,7 +33,7 @@ from evaluate import (
     score,
     train_keyphrases,
 )
-from support.console import ArgumentParser, info, plural, positive_int, progress, writing
+from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.images import Unreadable, load_image
 from support.jsonl import locked, write_atomic
 
