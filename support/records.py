@@ -11,7 +11,7 @@ from evaluate import BYTE_ORDER_MARK, UserError, one_line, read_jsonl, read_line
 from support.console import info
 from support.phrases import split_keyphrases
 
-FIELDS = ("id", "text", "image", "keyphrases", "cot")
+FIELDS = {"id", "text", "image", "keyphrases", "cot"}
 
 # What a field is often called, searched for in names like `tweet_id`.
 LOOKALIKES = {
@@ -45,10 +45,9 @@ def parse_map(text):
     for part in text.split(","):
         ours, _, theirs = (side.strip() for side in part.partition("="))
         if ours not in FIELDS or not theirs or ours in names:
-            fields = ", ".join(FIELDS)
             raise argparse.ArgumentTypeError(
-                f"{shown(part)} must be OURS=THEIRS, such as text=caption, each of ours "
-                f"({fields}) at most once"
+                f"{shown(part)} must be OURS=THEIRS, such as text=caption, each of ours (id, text, "
+                "image, keyphrases, cot) at most once"
             )
         names[ours] = theirs
     return names
@@ -269,8 +268,8 @@ def likely_mistakes(record, names=None):
 
     The record may be used. What concerns a field only matters where no post of the file has it.
     """
-    guesses = {} if all(map(record.get, FIELDS)) else lookalikes(record)
-    for field in ("image", "cot", "text"):
+    guesses = lookalikes(record) if record.keys() - FIELDS else {}
+    for field in ("image", "cot", "text") if guesses else ():
         if name := guesses.get(field):
             mend = f"try {map_option((names or {}) | {field: name})}"
             if field == "image" and is_address(record, name):

@@ -23,6 +23,8 @@ def main():
     count, draw = int(sys.argv[1]) if sys.argv[1:] else 330_000, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "posts.jsonl"
+        (Path(folder) / "images").mkdir()
+        (Path(folder) / "images" / "0.jpg").touch()  # training needs one that is there
         with open(path, "w") as file:
             for number in range(count):
                 words = " ".join(f"word{draw.randrange(9999)}" for _ in range(28))

@@ -125,6 +125,16 @@ def test_every_number_flag_takes_its_range_and_nothing_else(command, monkeypatch
         assert taken == TAKEN.get(name, TAKEN.get(option)), name
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_shows_a_default_that_is_none(command, monkeypatch):
+    parsers = [parser_of(importlib.import_module(command), monkeypatch)]
+    for action in parsers[0]._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers += action.choices.values()
+    for parser in parsers:
+        assert "default: None" not in parser.format_help()
+
+
 def test_a_server_s_flags_are_among_them(monkeypatch):
     flags = flags_of(parser_of(importlib.import_module("gen_cot"), monkeypatch))
     assert {"--timeout", "--max-retries"} <= {flag.option_strings[0] for _, _, flag in flags}

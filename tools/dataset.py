@@ -683,10 +683,11 @@ def check_line(path, is_text, names, line, offset):
         if is_text:
             record = to_record(path, line, evaluate.decode(path, line, raw))
         else:
-            record = renamed(evaluate.parse_line(path, line, raw), names or {})
+            record = evaluate.parse_line(path, line, raw)
+            record = renamed(record, names) if names else record
     except UserError as error:
         what, _, mend = str(error).removeprefix(f"{path} line {line}: ").partition("; ")
-        return None, [Problem(re.split(r" \(|, not ", what)[0], what, mend)], [0, 0, 0, 0]
+        return None, [Problem(re.split(r" \(|, not ", what)[0], what, mend)], (0, 0, 0, 0)
     image, text, problems = typed(record, "image", str), typed(record, "text", str).strip(), []
     try:
         check_record(record, "", for_training=True, names=names)
@@ -698,8 +699,8 @@ def check_line(path, is_text, names, line, offset):
         problems += image_problem(Path(path).parent, image)
     elif not text and isinstance(record.get("text"), str):
         problems.append(Problem("neither text nor image", "neither text nor image", "remove it"))
-    has = image, text, typed(record, "cot", str).strip()
-    counts = [*map(bool, has), len(typed(record, "keyphrases", list))]
+    has_cot = bool(typed(record, "cot", str).strip())
+    counts = (bool(image), bool(text), has_cot, len(typed(record, "keyphrases", list)))
     return typed(record, "id", str) or None, problems, counts
 
 
@@ -755,14 +756,18 @@ def collect(lines, results, is_json):
 
     lines: (line, offset) of each post; results: what `check_line` found in it.
     """
-    found, first, counts = [], {}, [0, 0, 0, 0]
+    found, first, tally = [], {}, Counter()
     for (line, _), (identity, problems, has) in zip(lines, results, strict=True):
         if is_json and identity is not None and first.setdefault(identity, line) != line:
             what = f"this id was already used on line {first[identity]}"
             problems.append(Problem("an id is used twice", what, "ids must differ"))
-        found += [(line, identity, problem) for problem in problems]
-        counts = [a + b for a, b in zip(counts, has, strict=True)]
-    counts = dict(zip(COUNTED, counts, strict=True))
+        if problems:
+            found += [(line, identity, problem) for problem in problems]
+        tally[has] += 1
+    counts = {
+        name: sum(has[number] * posts for has, posts in tally.items())
+        for number, name in enumerate(COUNTED)
+    }
     return counts, [row for row in found if not counts.get(f"with_{row[2].field}")]
 
 
