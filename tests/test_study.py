@@ -202,6 +202,7 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
         ("--paper mmkp --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--lengths TEXT IMAGE"),
         ("--train NO_IMAGES --test NO_IMAGES --model MODEL --dry-run", "no image can be read"),
         ("--train x --test y --model z -- --mode sft", "--mode can't stand after --"),
+        ("--train x --test y --model z -- --map text=a", "--map can't stand after --.*rename"),
     ],
 )
 def test_what_is_missing_is_named(arguments, message, files, tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ class Plan:
         flops = posts * self.flops.training(self.lengths, options.mode, share, options)
         valid = math.ceil(options.epochs) * options.valid_posts if options.valid else 0
         read, generate = (valid * part for part in self.flops.inference(self.lengths, answer))
-        steps = f"{train.round_up(options.epochs * batches):,} steps, "
+        steps = f"{plural(train.round_up(options.epochs * batches), 'step')}, "
         return self.comment(steps, tokens, flops + read, generate)
 
     def inference(self, row):
@@ -160,7 +160,8 @@ class Plan:
         sent = missing * (instruction + self.lengths.prompt + self.lengths.plain) / 1e6
         received, price = missing * self.lengths.cot / 1e6, self.args.price
         cost = f"; it costs {sent * price[0] + received * price[1]:,.0f}" if price else ""
-        return f"# {missing:,} requests, {sent:,.1f} million tokens in, {received:,.1f} out{cost}"
+        tokens = f"{sent:,.1f} million tokens in, {received:,.1f} out"
+        return f"# {plural(missing, 'request')}, {tokens}{cost}"
 
 
 def make_plan(args):
@@ -193,7 +194,7 @@ def make_plan(args):
         instruction,
         [
             f"# {args.model}: {memory.count_parameters(model).total / 1e9:.3f} billion parameters",
-            f"# {counts['train']:,} posts to train on, {counts['test']:,} to predict",
+            f"# {plural(counts['train'], 'post')} to train on, {counts['test']:,} to predict",
             f"# tokens of an average post: {average} ({source})",
             f"# {args.cot_share:.0%} of dynamic's posts reason, and all that zero-shot predicts",
             f"# utilization: {share:.0%} in training and reading, {generating:.1%} in generating",

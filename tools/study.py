@@ -21,7 +21,7 @@ from pathlib import Path
 
 import data
 import train
-from evaluate import UserError, run
+from evaluate import UserError, plural, run
 from support.checkpoint import changed_settings, read_pointer
 from support.console import ArgumentParser, fraction, info, number_in, positive_int, read_json
 from support.jsonl import locked, write_atomic
@@ -186,7 +186,9 @@ def study(args, rows, report):
     scores, paper = {row: scores_of(args, row) for row in rows}, args.paper_data
     write_atomic(args.out / "scores.json", json.dumps(scores, indent=1) + "\n")
     table = {row: scores[row] for row in args.rows}
-    report.add(f"{args.model} on {args.test}, {count} posts", score_table(args, table, paper))
+    report.add(
+        f"{args.model} on {args.test}, {plural(count, 'post')}", score_table(args, table, paper)
+    )
     if args.gammas:
         gammas = {row: scores[row] for row in rows if row.startswith("dynamic")}
         report.add("Other gammas", score_table(args, gammas, {}))
@@ -259,6 +261,11 @@ def check_args(args):
     own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume"}
     if taken := own.intersection(args.settings):
         raise UserError(f"{min(taken)} can't stand after --: this tool sets it for each row")
+    if any(setting.startswith("--map") for setting in args.settings):
+        raise UserError(
+            "--map can't stand after --: evaluate.py reads our names only; python -m tools.dataset "
+            "rename writes them"
+        )
     train.parse_args(train_options(args, args.rows[-1]))
 
 
