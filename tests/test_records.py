@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import sys
 from contextlib import redirect_stdout
@@ -302,6 +303,45 @@ def test_what_a_value_becomes(field, value, ours):
     if field == "keyphrases" and isinstance(ours, str):
         ours = ours.split("|")
     assert converted(field, value) == ours
+
+
+def test_mapped_keyphrases_can_be_trained_on_and_good_ones_stay_as_they_are():
+    draw = random.Random(0)
+    pieces = [
+        "#foxes",
+        "a b",
+        "c#",
+        "u.s.",
+        "“heroes”",
+        "- foxes",
+        "tags: foxes",
+        "1. foxes",
+        "x\ny",
+    ]
+    pieces += [
+        "2. kit",
+        "paris, france",
+        "#1 fan",
+        "• x",
+        "end.",
+        "[a]",
+        "日本",
+        "a;b",
+        "  ",
+        "Foxes",
+    ]
+    good = 0
+    for _ in range(3000):
+        phrases = draw.sample(pieces, draw.randint(1, 4))
+        mapped = converted("keyphrases", phrases)
+        data.check_keyphrases(mapped, "here")
+        try:
+            data.check_keyphrases(phrases, "here")
+        except UserError:
+            continue
+        good += 1
+        assert mapped == phrases
+    assert good > 100
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import TAGS
-from evaluate import UserError, non_negative_int, run
+from evaluate import UserError, non_negative_int, plural, run
 from support.console import ArgumentParser, positive_int, progress
 from support.jsonl import follow_umask
 
@@ -617,7 +617,7 @@ def main():
     args = parse_args()
     write_world(args.out, args.seed, args.train, args.valid, args.test)
     write_toy_model(Path(args.out) / "toy", args.seed)
-    counts = f"{args.train} training, {args.valid} validation and {args.test} test posts"
+    counts = f"{args.train} training, {args.valid} validation, {plural(args.test, 'test post')}"
     print(f"{args.out}: club world {args.seed}, {counts}")
     print(f"{Path(args.out) / 'toy'}: its toy model")
 
