@@ -306,7 +306,7 @@ def look_over(posts, for_training):
     lacking = {"image": not posts.with_image, "text": True}
     lacking["cot"] = for_training and posts.without_cot == len(posts)
     warnings, fields, images = {}, set(), []
-    for index in range(0, len(posts), max(1, len(posts) // TRIED)):
+    for index in range(0, len(posts), -(-len(posts) // TRIED)):
         original = posts.original(index)
         fields.update(original)
         record = renamed(original, posts.names)
