@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluate import BYTE_ORDER_MARK, UserError, parse_line, read_lines, shown
+from support.bars import reading_progress
 from support.checkpoint import read_own
 from support.console import info, positive_int, reading, whole_number
 from support.images import MAX_PIXELS, Unreadable, fit, load_image
@@ -121,7 +122,7 @@ class Posts(IndexedLines):
         self.folder, self.names = self.path.parent, names or {}
         self.with_image = self.without_cot = self.keyphrases = 0
         first_lines = {}  # hash of an id -> its line: a tenth of the memory of the ids themselves
-        for line, offset, raw in read_lines(path):
+        for line, offset, raw in reading_progress(read_lines(path), path):
             if not raw.removeprefix(BYTE_ORDER_MARK).strip():
                 continue
             record = parse_line(path, line, raw)

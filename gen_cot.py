@@ -24,6 +24,7 @@ from pathlib import Path
 
 import data
 from evaluate import CJK, UserError, non_negative_int, normalize, plural, run
+from support.bars import WITHOUT_RATE, busy
 from support.chat import Failed, chat_request
 from support.client import Client
 from support.connection import OPENAI, add_server_options, endpoint, without_query
@@ -31,6 +32,7 @@ from support.console import ArgumentParser, info, positive_int, progress, writin
 from support.images import Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, write_atomic
 from support.records import add_map_option
+from support.screen import say_output, say_posts, say_server
 
 PROMPT = """\
 You help to make training data for a model that predicts the keyphrases (hashtags) of a social \
@@ -267,11 +269,13 @@ def request_for(posts, record, prompt, args):
 def write_reasoning(args, first_wait=2):
     """The whole run; returns 0 if every post asked for has its reasoning, else 1."""
     posts = data.Posts(args.data, for_training=True, names=args.map)
+    say_posts(posts)
     fields = ("{text}", "{keyphrases}")
     prompt = data.read_prompt(args.prompt_file, *fields) if args.prompt_file else PROMPT
     results = Results(posts, args.out)
     with contextlib.nullcontext() if args.dry_run else locked(args.out):
-        results.load({"teacher": args.model, "prompt": prompt}, args.mix)
+        with busy(f"reading {args.out}", delay=1):
+            results.load({"teacher": args.model, "prompt": prompt}, args.mix)
         asked = range(min(len(posts), args.limit or len(posts)))
         done = sum(index in results.good for index in asked)
         skipped = 0 if args.retry_failed else sum(index in results.failed for index in asked)
@@ -294,6 +298,8 @@ def write_reasoning(args, first_wait=2):
             workers = min(args.workers, len(asked))
             client = Client(args.base_url, args, workers, first_wait)
             client.answered = done > 0
+            say_server(args.model, client)
+            say_output(args.out, done, skipped)
             results.save_settings()
             ask = partial(reason, client, posts, prompt, args)
             ask_teacher(args, client, results, client.each(ask, todo), (len(asked), done, skipped))
@@ -304,7 +310,7 @@ def write_reasoning(args, first_wait=2):
 def ask_teacher(args, client, results, answers, counts):
     """Write what `reason` gives for each post; counts: posts in all, done, and failed before."""
     total, done, failures = counts
-    bar = progress(None, total, "posts", initial=done + failures)
+    bar = progress(None, total, initial=done + failures, bar_format=WITHOUT_RATE)
     with bar, contextlib.closing(answers):
         try:
             for index, record, failed in answers:
@@ -312,8 +318,8 @@ def ask_teacher(args, client, results, answers, counts):
                 failures += failed is not None
                 done += failed is None
                 bar.set_postfix_str(
-                    f"{done} done, {failures} failed, {client.rate():.1f} requests/s, "
-                    f"{plural(client.prompt_tokens + client.reply_tokens, 'token')}",
+                    f"{failures} failed, {client.rate():.1f} requests/s, "
+                    f"{bar.format_sizeof(client.prompt_tokens + client.reply_tokens)} tokens",
                     refresh=False,
                 )
                 bar.update()

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import data
 from evaluate import UserError, one_line, parse_prediction, plural, reasoned, run, shown
+from support.bars import busy
 from support.chat import Failed, chat_request
 from support.checkpoint import checkpoint_of, find_model
 from support.connection import add_server_options
 from support.console import ArgumentParser, info, out_of_memory, positive_int, progress, writing
 from support.images import Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, to_line, write_atomic
+from support.screen import say_model, say_output, say_posts, say_server, say_toy
 
 KEPT = "what was predicted is kept: make room and run this again"
 
@@ -73,11 +75,13 @@ def infer_one(args):
     if prediction.get("cut"):
         tokens = plural(args.max_new_tokens, "token")
         info(f"the answer was cut off after {tokens}; see --max-new-tokens")
+    say_toy(model_folder(args), [record], lambda _: image)
 
 
 def predict_here(args, record, image):
     """The prediction for one post by the model loaded here. Raises Unreadable."""
-    vlm, encoder = load_model(args)
+    with busy("loading the model", disable=None):  # a word to a terminal only
+        vlm, encoder = load_model(args)
     import model
 
     batch = data.collate([encoder.encode(record, image, with_answers=False)], encoder)
@@ -105,11 +109,15 @@ def infer_file(args):
         raise UserError(f"{out}: not a file on a disk; --out is the file for the predictions")
     data.use_own_limits(args, model_folder(args))
     writer = JsonlWriter(out, len(posts))
-    index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
+    say_posts(posts)
     with locked(out), contextlib.closing(writer):
-        failed = read_finished(args, writer, index_of)
+        with busy(f"reading {out}", delay=1):
+            index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
+            failed = read_finished(args, writer, index_of)
         todo = [index for index in range(len(posts)) if index not in writer]
         todo.sort(key=failed.__contains__)  # again after those that were never tried
+        done = len(posts) - len(todo)
+        say_output(out, done)
         if todo:
             predictions = (all_served if args.base_url else all_here)(args, posts, todo)
             with writing(out):
@@ -117,19 +125,22 @@ def infer_file(args):
                 write_atomic(f"{out}.settings.json", settings)
                 if out.exists():
                     writer.sort()  # without what is predicted again
-            done = len(posts) - len(todo)
             with contextlib.closing(predictions):
                 for prediction in progress(predictions, len(posts), "posts", initial=done):
                     with writing(out, KEPT):
                         writer.append(prediction, index=index_of[hash(prediction["id"])])
         with writing(out, KEPT):
             writer.sort()
-        return summary(args, writer)
+        code = summary(args, writer)
+    say_toy(model_folder(args), map(posts.__getitem__, todo[:100]), posts.image_path)
+    return code
 
 
 def all_here(args, posts, todo):
     """An iterator over predictions for the posts `todo` (indices) by the model loaded here."""
-    vlm, encoder = load_model(args)
+    with busy(f"loading {args.model}"):
+        vlm, encoder = load_model(args)
+    say_model(checkpoint_of(args.model), vlm)
     import model
 
     size = data.window(args.batch_size)
@@ -153,6 +164,7 @@ def in_order(predictions, ids):
 def all_served(args, posts, todo):
     """An iterator over predictions for the posts `todo` (indices) by a served model."""
     client, prompt = connect(args, min(args.batch_size, len(todo)))
+    say_server(args.model, client)
     client.answered = len(todo) < len(posts)  # in an earlier run
 
     async def predict(index):

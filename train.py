@@ -11,11 +11,13 @@ import argparse
 import json
 import math
 import shlex
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import data
 from evaluate import UserError, non_negative_int, plural, run, score, table
+from support.bars import busy
 from support.checkpoint import Checkpoints, Stop, checkpoint_of, find_model, is_local, open_run
 from support.console import (
     ArgumentParser,
@@ -31,6 +33,7 @@ from support.distributed import Ranks, compute_dtype, full_tensor
 from support.jsonl import locked, to_line, write_atomic
 from support.log import TrainingLog, tensorboard_writer
 from support.records import train_keyphrases
+from support.screen import say_end, say_model, say_posts
 
 # The toy model's own defaults; a setting on the command line takes precedence.
 TOY = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=1)
@@ -120,12 +123,12 @@ def parse_args(arguments=None, parser=None):
 
 def train(args, ranks):
     """The whole run; returns (model, encoder, run folder)."""
-    from torch.nn.utils import clip_grad_norm_
+    posts, valid, folder, resumed = open_files(args, ranks)
+    model, encoder, source, training_step = build_model(args, folder, resumed, ranks)
+    from torch.nn.utils import clip_grad_norm_  # now: mistakes in the files are told before
 
     from model import bf16_on_cuda
 
-    posts, valid, folder, resumed = open_files(args, ranks)
-    model, encoder, source, training_step = build_model(args, folder, resumed, ranks)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, args)
     checkpoints = Checkpoints(folder, model, optimizer, encoder, source, ranks)
@@ -233,6 +236,10 @@ def open_files(args, ranks):
     if args.valid:
         valid = ranks.from_rank0(data.Posts, args.valid, True, args.map)
     ranks.on_rank0(check_reasoning, posts, args.mode)
+    ranks.on_rank0(say_posts, posts)
+    if valid:
+        first = min(len(valid), args.valid_posts)
+        ranks.on_rank0(say_posts, valid, "Validation", f"; the first {first:,} are used")
     folder, settings = Path(args.out), ranks.on_rank0(run_settings, args, posts)
     ranks.on_rank0(open_run, folder, settings, args.resume, args.force)
     return posts, valid, folder, args.resume and ranks.from_rank0((folder / "last").is_file)
@@ -266,6 +273,17 @@ def check_reasoning(posts, mode):
 
 def build_model(args, folder, resumed, ranks):
     """(model, encoder, folder it was read from, the training step as a module of all ranks)."""
+    source = ranks.from_rank0(find_model, str(folder / "last") if resumed else args.model)
+    ranks.on_rank0(data.use_own_limits, args, source)
+    name = source if is_local(args.model) else args.model
+    with busy(f"loading {name}", disable=ranks.rank > 0):
+        model, encoder, training_step = load_model(args, source, ranks)
+    ranks.on_rank0(say_model, name, model, ranks)
+    return model, encoder, source, training_step
+
+
+def load_model(args, source, ranks):
+    """(model, encoder, the training step as a module of all ranks)."""
     import torch
 
     from model import DistributedStep, DynamicCoT, load
@@ -273,8 +291,6 @@ def build_model(args, folder, resumed, ranks):
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ranks.device.type == "cpu":  # threads that share a core with a worker slow each other down
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
-    source = ranks.from_rank0(find_model, str(folder / "last") if resumed else args.model)
-    ranks.on_rank0(data.use_own_limits, args, source)
     # What is trained is float32, an adapter's weights, too.
     dtype = compute_dtype(ranks.device) if args.lora else torch.float32
     model, encoder, _ = ranks.on_all_ranks(
@@ -289,7 +305,7 @@ def build_model(args, folder, resumed, ranks):
     step_class = DistributedStep if ranks.world_size > 1 else DynamicCoT
     literal = args.gradient_checkpointing  # keeps no cache
     training_step = step_class(model, args.mode, args.gamma, share_prompt=not literal)
-    return model, encoder, source, ranks.wrap_model(training_step)
+    return model, encoder, ranks.wrap_model(training_step)
 
 
 def freeze(model, args):
@@ -333,7 +349,7 @@ def predict_and_score(model, encoder, posts, most, args, ranks):
     loader = data.Loader(encoded, steps, batch_size, args.workers)
     limit = args.max_new_tokens
     predictions = predict(unsharded_model(model), encoder, loader, max_new_tokens=limit)
-    bar = progress(predictions, len(share), posts.path.name, disable=ranks.rank > 0)
+    bar = progress(predictions, len(share), posts.path.name, leave=None, disable=ranks.rank > 0)
     by_id = {prediction["id"]: prediction for prediction in ranks.all_gather(list(bar))}
     if ranks.rank > 0:
         return None, None
@@ -388,7 +404,8 @@ def use_club_world(args, ranks):
     if ranks.rank == 0:
         info(f"No --train given: the club world (seed {args.seed}) in {world}")
     ranks.on_rank0(write_world, world, args.seed)
-    ranks.on_rank0(write_toy_model, world / "toy", args.seed)
+    with busy("making the toy model", disable=ranks.rank > 0):
+        ranks.on_rank0(write_toy_model, world / "toy", args.seed)
 
 
 def check_args(args):
@@ -412,6 +429,7 @@ def check_args(args):
 
 
 def main():
+    started = time.monotonic()
     args = parse_args()
     check_args(args)
     mend = (
@@ -425,9 +443,7 @@ def main():
         test = ranks.from_rank0(data.Posts, args.test, True, args.map) if args.test else None
         model, encoder, folder = train(args, ranks)
         code = report(model, encoder, folder, test, args, ranks) if test else 0
-        if ranks.rank == 0:
-            run_folder, file = (shlex.quote(str(path)) for path in (folder, folder / "curves.png"))
-            print(f"Curves:    python -m tools.curves {run_folder} --out {file}")
+        ranks.on_rank0(say_end, args, folder, ranks.device, started)
         return code
 
 

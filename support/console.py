@@ -79,20 +79,12 @@ def info(text):
     sys.stderr.flush()
 
 
-def progress(iterable, total, desc, unit="post", initial=0, disable=False):
+def progress(iterable, total, desc="", unit="post", **options):
     """A tqdm bar on stderr, to be updated by hand where `iterable` is None."""
-    from tqdm import tqdm
+    from support.bars import Bar
 
-    return tqdm(
-        iterable,
-        total=total,
-        desc=desc,
-        unit=unit,
-        initial=initial,
-        dynamic_ncols=True,
-        mininterval=0.5,
-        disable=disable,
-    )
+    options = {"dynamic_ncols": True, "mininterval": 0.5} | options
+    return Bar(iterable, total=total, desc=desc, unit=unit, **options)
 
 
 def first_line(error):

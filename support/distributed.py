@@ -5,8 +5,10 @@ import os
 import sys
 import traceback
 from datetime import timedelta
+from functools import cached_property
 
 from evaluate import UserError
+from support.bars import busy
 from support.console import first_line, info
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
@@ -75,23 +77,36 @@ class Ranks:
     """
 
     def __init__(self, device="auto", parallel="auto"):
-        import torch
-
         self.rank, self.world_size, local_rank = torchrun_ranks()
         self.parallel, self.engine, self.ddp = parallel, None, None
         self.distributed = self.world_size > 1
-        if self.distributed and device in ("auto", "cuda") and torch.cuda.is_available():
-            device = f"cuda:{local_rank}"
-        self.device = pick_device(device, quiet=self.rank > 0)
+        self.device_name = device
         if self.distributed:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            try:  # rank 0 may write a large checkpoint while the others wait
-                torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
-            except Exception as error:
-                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                raise UserError(f"{place}: ranks can't meet there ({first_line(error)})") from None
+            with busy(f"waiting for {self.world_size} ranks", disable=self.rank > 0):
+                self.meet(local_rank)
+
+    def meet(self, local_rank):
+        """Join the other ranks. Raises UserError."""
+        import torch
+
+        if self.device_name in ("auto", "cuda") and torch.cuda.is_available():
+            self.device_name = f"cuda:{local_rank}"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        try:  # rank 0 may write a large checkpoint while the others wait
+            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+        except Exception as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"{place}: ranks can't meet there ({first_line(error)})") from None
+
+    @cached_property
+    def device(self):
+        """This process's torch.device. Raises UserError.
+
+        A single process imports torch only here: mistakes in its files are told before.
+        """
+        return pick_device(self.device_name, quiet=self.rank > 0)
 
     def __enter__(self):
         return self

@@ -12,6 +12,7 @@ from pathlib import Path
 from zlib import crc32
 
 from evaluate import UserError, parse_line, read_lines
+from support.bars import busy
 from support.console import reading, writing
 
 BLOCKED = (BlockingIOError, PermissionError)
@@ -265,7 +266,8 @@ class JsonlWriter:
                 end += len(line)
                 yield line
 
-        write_atomic(self.path, in_order())
+        with busy(f"sorting {self.path.name}", delay=1):
+            write_atomic(self.path, in_order())
         self.end = None
 
     def close(self):

@@ -5,9 +5,11 @@ import math
 import time
 
 from evaluate import UserError, plural
+from support.bars import WITHOUT_RATE
 from support.checkpoint import write_pointer
 from support.console import progress, writing
 from support.jsonl import JsonlWriter
+from support.screen import say_evaluation, say_steps
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
 REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None}
@@ -31,7 +33,11 @@ class TrainingLog:
             self.remember(line)
         if args.tensorboard:
             self.board = ranks.on_rank0(tensorboard_writer(), str(folder), purge_step=step + 1)
-        self.bar = progress(None, total, "training", "step", step, disable=ranks.rank > 0)
+        self.epoch_steps = math.ceil(posts / args.batch_size)
+        if ranks.rank == 0:
+            say_steps(args, folder, step, total)
+        options = {"initial": step, "bar_format": WITHOUT_RATE, "disable": ranks.rank > 0}
+        self.bar = progress(None, total, **options)
 
     def __enter__(self):
         return self
@@ -123,9 +129,9 @@ class TrainingLog:
             self.write("log.jsonl", line)
             self.write_choices(step)
             self.write_scalars(step, line)
-            self.bar.set_postfix_str(
-                f"loss {line['loss']:.3f}, {line['cot_share']:.0%} on CoT, lr {lr:.1e}, "
-                f"{tokens / seconds:.0f} tokens/s, {self.waited / seconds:.0%} waiting for data",
+            self.bar.set_postfix_str(  # with the counts and times, 80 columns; the rest is logged
+                f"loss {line['loss']:.3f}, {line['cot_share']:.0%} on CoT, "
+                f"{self.bar.format_sizeof(tokens / seconds)} tokens/s",
                 refresh=False,
             )
         self.bar.update()
@@ -175,6 +181,8 @@ class TrainingLog:
             line = {"step": step, "valid": scores}
             self.write("log.jsonl", line)
             self.remember(line)
+            best = self.best[1] == step
+            say_evaluation(step / self.epoch_steps, step, scores, best)
             for name, values in scores.items():
                 if isinstance(values, dict):
                     self.write_scalars(step, values, f"valid/{name}")
