@@ -115,6 +115,44 @@ def test_think_always_and_never(thinker, world):
     ]
 
 
+def torchvision_works():
+    """Whether it is there, and was built for this torch: else its operators can't be registered."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.skipif(not torchvision_works(), reason="AutoProcessor needs torchvision")
+def test_plain_transformers_with_autoprocessor_answers_as_infer_does(thinker, world, tmp_path):
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder, out = checkpoint_of(str(thinker)), tmp_path / "preds.jsonl"
+    assert infer_file("--data", world / "test.jsonl", "--model", thinker, "--out", out) == 0
+    processor = AutoProcessor.from_pretrained(folder)
+    vlm = AutoModelForImageTextToText.from_pretrained(folder)
+    prompt = (Path(folder) / "prompt.txt").read_text(encoding="utf-8")
+    posts = data.Posts(world / "test.jsonl")
+    for index, prediction in enumerate(lines(out)):
+        record = posts[index]
+        content = [
+            {"type": "image", "image": Image.open(posts.image_path(record))},
+            {"type": "text", "text": prompt.replace("{text}", record["text"])},
+        ]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = vlm.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(answer, skip_special_tokens=True) == prediction["output"]
+
+
 def run(*arguments, cwd):
     return subprocess.run(
         [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)],
