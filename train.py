@@ -238,8 +238,7 @@ def open_files(args, ranks):
     ranks.on_rank0(check_reasoning, posts, args.mode)
     ranks.on_rank0(say_posts, posts)
     if valid:
-        first = min(len(valid), args.valid_posts)
-        ranks.on_rank0(say_posts, valid, "Validation", f"; the first {first:,} are used")
+        ranks.on_rank0(say_posts, valid, "Validation", args.valid_posts)
     folder, settings = Path(args.out), ranks.on_rank0(run_settings, args, posts)
     ranks.on_rank0(open_run, folder, settings, args.resume, args.force)
     return posts, valid, folder, args.resume and ranks.from_rank0((folder / "last").is_file)

@@ -70,9 +70,9 @@ def busy(text, **options):
 
 
 def reading_progress(lines, path):
-    """Yield what `read_lines` yields, with a bar if the file takes longer than a second."""
+    """Yield what `read_lines` yields, with a bar if the file takes longer than half a second."""
     size = os.path.getsize(path) if os.path.isfile(path) else None
-    options = {"unit": "B", "unit_scale": True, "delay": 1, "leave": False, "dynamic_ncols": True}
+    options = {"unit": "B", "unit_scale": True, "delay": 0.5, "leave": False, "dynamic_ncols": True}
     with Bar(total=size, desc=f"reading {Path(path).name}", **options) as bar:
         for number, offset, raw in lines:
             if number % 1000 == 0:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from evaluate import UserError, shown
 from support.adapters import ADAPTER, adapter_config, base_name, need_peft, write_adapter
+from support.bars import busy
 from support.console import first_line, info, read_json, reading, writing
 from support.distributed import full_tensor, is_sharded, local_tensor
 from support.jsonl import follow_umask, write_atomic
@@ -242,11 +243,12 @@ class Checkpoints:
         if self.ranks.from_rank0((folder / PROGRESS).is_file):
             return  # --save-every and the end of an epoch may fall together
         try:
-            self.ranks.on_rank0(make_anew, partial / OPTIMIZER)
-            state = optimizer_state(self.model, self.optimizer)
-            self.ranks.on_all_ranks(write_state, state, partial / OPTIMIZER)
-            weights = full_state_dict(self.model, keep=self.ranks.rank == 0)
-            self.ranks.on_rank0(self.finish, weights, step, partial, folder)
+            with busy(f"saving {folder}", disable=self.ranks.rank > 0):
+                self.ranks.on_rank0(make_anew, partial / OPTIMIZER)
+                state = optimizer_state(self.model, self.optimizer)
+                self.ranks.on_all_ranks(write_state, state, partial / OPTIMIZER)
+                weights = full_state_dict(self.model, keep=self.ranks.rank == 0)
+                self.ranks.on_rank0(self.finish, weights, step, partial, folder)
         except Exception as error:  # safetensors raises an error of its own for a full disk
             if self.ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -281,7 +283,8 @@ class Checkpoints:
 
         folder = self.ranks.from_rank0(read_pointer, self.run / "last")
         try:
-            with plain_errors():
+            text = f"reading the training state in {folder}"
+            with plain_errors(), busy(text, disable=self.ranks.rank > 0):
                 checkpoint.load(
                     optimizer_state(self.model, self.optimizer),
                     no_dist=not is_initialized(),

@@ -9,7 +9,7 @@ from support.bars import WITHOUT_RATE
 from support.checkpoint import write_pointer
 from support.console import progress, writing
 from support.jsonl import JsonlWriter
-from support.screen import say_evaluation, say_steps
+from support.screen import bar_text, say_evaluation, say_steps
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
 REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None}
@@ -129,11 +129,8 @@ class TrainingLog:
             self.write("log.jsonl", line)
             self.write_choices(step)
             self.write_scalars(step, line)
-            self.bar.set_postfix_str(  # with the counts and times, 80 columns; the rest is logged
-                f"loss {line['loss']:.3f}, {line['cot_share']:.0%} on CoT, "
-                f"{self.bar.format_sizeof(tokens / seconds)} tokens/s",
-                refresh=False,
-            )
+            text = bar_text(line["loss"], line["cot_share"], tokens / seconds)
+            self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         self.sums = None
         if self.ranks.any(skipped):

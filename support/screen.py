@@ -25,10 +25,11 @@ def say(label, text):
 # -------------------------------------------------------------------------------------- the header
 
 
-def say_posts(posts, label="Posts", note=""):
-    """How many posts there are, and what they have; `note` is added."""
+def say_posts(posts, label="Posts", most=None):
+    """How many posts there are, and what they have; the first `most` are used."""
     count = len(posts)
     reasoning = some(count - posts.without_cot, count)
+    note = f"; the first {most:,} are used" if most and most < count else ""
     say(
         label,
         f"{posts.path}: {plural(count, 'post')}, {some(posts.with_image, count)} with an image, "
@@ -93,6 +94,12 @@ def say_steps(args, folder, step, total):
 
 
 # ------------------------------------------------------------------------- evaluations and the end
+
+
+def bar_text(loss, cot_share, speed):
+    """The figures of a training bar: with counts and times they fit 80 columns."""
+    unit = next((unit for unit in ((1e6, "M"), (1e3, "k")) if speed >= unit[0]), (1, ""))
+    return f"loss {loss:.3f}, {cot_share:.0%} on CoT, {speed / unit[0]:.3g}{unit[1]} tokens/s"
 
 
 def f1(scores):

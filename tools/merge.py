@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evaluate import UserError, run
 from support.adapters import adapter_config, merge_adapter
+from support.bars import busy
 from support.checkpoint import copy_side_files, write_own
 from support.console import ArgumentParser, first_line
 from support.jsonl import follow_umask, locked
@@ -25,7 +26,8 @@ def merge(name, out):
     out = Path(out)
     if out.exists():
         raise UserError(f"{out}: is there already; name another folder for the merged model")
-    model, encoder, source = load(name)
+    with busy(f"loading {name}"):
+        model, encoder, source = load(name)
     if not adapter_config(model):
         raise UserError(f"{source}: no adapter, but a whole model already")
     merge_adapter(model)
@@ -55,7 +57,8 @@ def main():
     args = parse_args()
     with locked(args.out):
         merge(args.model, args.out)
-    print(f"{args.out}: the merged model, in float32")
+    size = sum(file.stat().st_size for file in Path(args.out).glob("*.safetensors"))
+    print(f"{args.out}: the merged model, in float32, {size / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":
