@@ -18,8 +18,9 @@ TOY = "toy.json"  # the toy model's folder has it, and so do its checkpoints
 def say(label, text):
     """Print a labelled paragraph, wrapped to the terminal's width (80 columns without one)."""
     width = max(40, shutil.get_terminal_size().columns)
+    indents = {"initial_indent": f"{label:<10} ", "subsequent_indent": " " * 11}
     options = {"break_long_words": False, "break_on_hyphens": False}
-    info(textwrap.fill(f"{label:<10} {text}", width, subsequent_indent=" " * 11, **options))
+    info(textwrap.fill(str(text), width, **indents, **options))
 
 
 # -------------------------------------------------------------------------------------- the header

@@ -654,7 +654,7 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     told = capsys.readouterr().err
     assert f"{len(good)} of 500 posts with reasoning; 23 to 23 words, median 23" in told
     assert f"{len(failed)} posts failed: " in told and f"{len(server.log)} requests" in told
-    assert re.search(r"\d+ done, \d+ failed, \d+\.\d requests/s, [\d,]+ tokens", told)
+    assert re.search(r"\d+ failed, \d+\.\d requests/s, [\d.]+k tokens\]", told)
     kinds = Counter(record["reason"].partition(":")[0] for record in failed)
     assert kinds["unreadable image"] == 3 and all(
         f" {count} {kind}" in told for kind, count in kinds.items()
