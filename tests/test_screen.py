@@ -87,6 +87,7 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
     assert header["Device    "] == "CPU, float32, 1 rank"
     assert header["Steps     "].startswith("3 of 8 posts, 0.75 epochs; mode dynamic, gamma 0.4")
     assert header["Writes    "] == str(folder / "run")
+    assert f"saving {last} … 00:0" in shown
 
     (line,) = [line for line in lines(folder / "run" / "log.jsonl") if "valid" in line]
     scores = line["valid"]
