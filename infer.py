@@ -147,18 +147,7 @@ def all_here(args, posts, todo):
     steps = [todo[start : start + size] for start in range(0, len(todo), size)]
     encoded = data.EncodedPosts(posts, encoder, with_answers=False)
     loader = data.Loader(encoded, steps, args.batch_size, args.workers)
-    predictions = model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
-    return in_order(predictions, (posts[index]["id"] for index in todo))
-
-
-def in_order(predictions, ids):
-    """Iterate over predictions in the order of their `ids`; those that come early wait."""
-    early = {}
-    for identity in ids:
-        while identity not in early:
-            prediction = next(predictions)
-            early[prediction["id"]] = prediction
-        yield early.pop(identity)
+    return model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
 
 
 def all_served(args, posts, todo):

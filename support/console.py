@@ -10,7 +10,6 @@ from pathlib import Path
 
 from evaluate import ArgumentParser as OneLineParser
 from evaluate import UserError, shown
-from evaluate import plural as plural  # evaluate.py needs it, too, and can't import this file
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -15,9 +15,9 @@ from pathlib import Path
 import data
 import gen_cot
 import train
-from evaluate import UserError
+from evaluate import UserError, plural
 from support.checkpoint import find_model
-from support.console import ArgumentParser, plural
+from support.console import ArgumentParser
 from tools import memory
 from tools.cost import PEAKS, Flops, Lengths
 
