@@ -5,6 +5,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+# Tiny models are as fast on one thread, and on a busy machine threads wait for one another. And
+# a run in this process, whose number of threads train.py sets, equals one in a process of its own.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 
@@ -18,16 +21,6 @@ def world(tmp_path_factory):
     write_world(folder, seed=100, train=64, valid=8, test=12)
     write_toy_model(folder / "toy", seed=100)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def same_number_of_threads():
-    """train.py leaves a core to its worker; the next test starts with all of them again."""
-    import torch
-
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

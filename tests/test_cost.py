@@ -39,11 +39,6 @@ def batch_for(model):
     return batch_of(random_posts(model.config.model_type, [GRID] * POSTS, **lengths))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # for such small matrices
-
-
 LENGTHS = Lengths(TEXT, GRID[0] * GRID[1] // 4, PLAIN, COT)
 PASSES = {  # tokens of an answer, and how often they are computed, backward passes included
     "sft": [(PLAIN, 3)],

@@ -203,8 +203,8 @@ def test_any_split_into_micro_batches_gives_the_same_update(family):
     before = dict(tiny_model(family).named_parameters())
     for update in updates[1:]:
         for name, weight in update.items():
-            moved = (updates[0][name] - before[name]).norm()
-            assert (weight - updates[0][name]).norm() <= 1e-4 * moved, name
+            moved, rounding = (updates[0][name] - before[name]).norm(), 1e-7 * weight.norm()
+            assert (weight - updates[0][name]).norm() <= 1e-4 * moved + rounding, name
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])

@@ -12,7 +12,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 import gen_cot
 import published
@@ -84,7 +83,6 @@ def planned(monkeypatch, capsys, arguments):
 
 
 def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkeypatch, capsys):
-    torch.set_num_threads(1)  # for such small matrices
     out, end_step = tmp_path / "out", TrainingLog.end_step
     prompt = ["--prompt-file", Path(files[1]).with_name("prompt.txt")]
 
@@ -137,7 +135,6 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
 def test_rows_are_predicted_through_a_server_after_all_are_trained(
     files, tmp_path, scripts, monkeypatch
 ):
-    torch.set_num_threads(1)
     out, served = tmp_path / "out", {files[-1]}
 
     def reply(request, tries):
