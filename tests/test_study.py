@@ -205,6 +205,7 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
 def test_what_is_missing_is_named(arguments, message, files, tmp_path, monkeypatch):
     post = {"id": "1", "text": "", "image": "none.jpg", "keyphrases": ["foxes"]}
     (tmp_path / "posts.jsonl").write_text(json.dumps(post) + "\n")
+    (tmp_path / "none.jpg").write_text("no image")
     arguments = arguments.replace("NO_IMAGES", str(tmp_path / "posts.jsonl"))
     arguments = arguments.replace("MODEL", files[-1])
     with pytest.raises(UserError, match=message):

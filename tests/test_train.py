@@ -458,6 +458,8 @@ def test_weights_that_are_not_finite_are_not_saved(train_on, monkeypatch):
 )
 def test_missing_reasoning_is_counted(train_on, world, tmp_path, mode, keep, message):
     records = lines(world / "train.jsonl")
+    for record in records:
+        record["image"] = str(world / record["image"])
     for record in records[keep:]:
         del record["cot"]
     path = write_records(tmp_path / "posts.jsonl", records)
