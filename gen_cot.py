@@ -269,7 +269,6 @@ def request_for(posts, record, prompt, args):
 def write_reasoning(args, first_wait=2):
     """The whole run; returns 0 if every post asked for has its reasoning, else 1."""
     posts = data.Posts(args.data, for_training=True, names=args.map)
-    say_posts(posts)
     fields = ("{text}", "{keyphrases}")
     prompt = data.read_prompt(args.prompt_file, *fields) if args.prompt_file else PROMPT
     results = Results(posts, args.out)
@@ -298,6 +297,7 @@ def write_reasoning(args, first_wait=2):
             workers = min(args.workers, len(asked))
             client = Client(args.base_url, args, workers, first_wait)
             client.answered = done > 0
+            say_posts(posts)
             say_server(args.model, client)
             say_output(args.out, done, skipped)
             results.save_settings()

@@ -116,8 +116,7 @@ def infer_file(args):
             failed = read_finished(args, writer, index_of)
         todo = [index for index in range(len(posts)) if index not in writer]
         todo.sort(key=failed.__contains__)  # again after those that were never tried
-        done = len(posts) - len(todo)
-        say_output(out, done)
+        say_output(out, done := len(posts) - len(todo))
         if todo:
             predictions = (all_served if args.base_url else all_here)(args, posts, todo)
             with writing(out):
