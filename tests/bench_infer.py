@@ -9,8 +9,8 @@ before and in batches of the same size:
     plain   `generate` on one batch after the other, in the order of the file
     ours    continuous batching, posts sorted by prompt length within a window
 
-With --random, half of the answers have 4 tokens and half 120, at random; so short prompts that
-generation outweighs reading, as it does in a large model on a GPU.
+With --random, half of the answers have 4 tokens and half 120, in random order. Prompts are short
+then, so that generation outweighs reading.
 """
 
 import argparse
