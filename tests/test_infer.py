@@ -214,8 +214,10 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch):
         infer_file(*arguments, "--out", out, "--think", "never")
 
 
-def test_predictions_come_in_the_order_of_the_file(world, thinker, tmp_path, monkeypatch):
-    """Though prompts are sorted by length in windows of 6, and answers end at different times."""
+def test_predictions_come_as_they_end_and_before_all_posts_are_read(
+    world, thinker, tmp_path, monkeypatch
+):
+    """Posts are sorted by the lengths of their prompts in windows of 6, and rows are refilled."""
     monkeypatch.setattr(data, "window", lambda batch_size: 3 * batch_size)
     records = lines(world / "train.jsonl")[:20]
     for record in records:
@@ -226,21 +228,23 @@ def test_predictions_come_in_the_order_of_the_file(world, thinker, tmp_path, mon
     options = ["--data", posts, "--out", "unused", "--model", thinker, "--max-new-tokens", 40]
     options += ["--batch-size", 2, "--workers", 0]
     args = infer.parse_args(list(map(str, options)))
-    read, finished = [], []
-    encode, one = data.Encoder.encode, model_file.parse_answer
+    read, encode = [], data.Encoder.encode
     monkeypatch.setattr(
         data.Encoder, "encode", lambda *a, **k: read.append(a[1]["id"]) or encode(*a, **k)
     )
-    monkeypatch.setattr(model_file, "parse_answer", lambda text: finished.append(text) or one(text))
-    todo = [*range(1, 20), 0]
-    predictions = infer.all_here(args, data.Posts(posts), todo)
-    first = next(predictions)
-    assert len(read) < len(todo)  # not all of the file, whose first prediction is known
-    predictions = [first, *predictions]
-    assert [p["id"] for p in predictions] == [records[index]["id"] for index in todo]
-    assert "no such file" in predictions[6]["error"] and len(read) == len(todo)
-    outputs = [p["output"] for p in predictions if "error" not in p]
-    assert sorted(outputs) == sorted(finished) and outputs != finished
+    predictions = infer.all_here(args, data.Posts(posts), [*range(20)])
+    found = [next(predictions)]
+    assert len(read) < 20
+    found += predictions
+    ids = [record["id"] for record in records]
+    assert sorted(p["id"] for p in found) == sorted(ids) == sorted(read)
+    assert [p["id"] for p in found] != ids
+    errors = [p for p in found if "error" in p]
+    assert [p["id"] for p in errors] == [ids[7]] and "no such file" in errors[0]["error"]
+    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
+    outputs = {p["id"]: (p["output"], p["tokens"], "cut" not in p) for p in found}
+    alone = generate(vlm, encoder, batch_of(encoder, data.Posts(posts), [3]), max_new_tokens=40)
+    assert [outputs[ids[3]]] == alone
 
 
 def test_an_unreadable_post_is_recorded_and_tried_again(world, tmp_path):
