@@ -285,6 +285,7 @@ def main():
             study(args, rows, report)
         else:
             clubstudy.study_club_worlds(args, report)
+    info(f"{report.path}: the tables")
 
 
 if __name__ == "__main__":
