@@ -109,8 +109,8 @@ def infer_file(args):
         raise UserError(f"{out}: not a file on a disk; --out is the file for the predictions")
     data.use_own_limits(args, model_folder(args))
     writer = JsonlWriter(out, len(posts))
-    say_posts(posts)
     with locked(out), contextlib.closing(writer):
+        say_posts(posts)
         with busy(f"reading {out}", delay=1):
             index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
             failed = read_finished(args, writer, index_of)

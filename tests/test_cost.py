@@ -52,8 +52,12 @@ PASSES = {  # tokens of an answer, and how often they are computed, backward pas
 def test_a_training_step_in_each_mode(model, mode):
     step, batch = DynamicCoT(model, mode, torch.inf), batch_for(model)
     found = counted(lambda: step(batch)[0].sum().backward())
-    answers = [(length - 1, times) for length, times in PASSES[mode]]
-    hidden = above_the_diagonal(model, (LENGTHS.prompt, 3), *answers)
+    passes = [(length - 1, times) for length, times in PASSES[mode]]
+    if step.share_prompt:
+        passes.append((LENGTHS.prompt, 3))
+    else:  # one pass for prompt and answer
+        passes = [(LENGTHS.prompt + length, times) for length, times in passes]
+    hidden = above_the_diagonal(model, *passes)
     expected = POSTS * (Flops(model).training(LENGTHS, mode) + hidden)
     assert found == pytest.approx(expected, rel=1e-9)
 

@@ -676,7 +676,7 @@ def test_the_file_size_limit_while_predicting(world, tmp_path):
         quick = words(*arguments, "--batch-size 12 --out", out)
         assert infer.infer_file(infer.parse_args(quick)) == 0
     assert one.read_bytes() == other.read_bytes()
-    assert other.read_bytes().splitlines()[: len(kept)] == kept
+    assert set(kept) < set(other.read_bytes().splitlines())
 
 
 def test_the_file_size_limit_while_saving(world, tmp_path, monkeypatch):

@@ -358,7 +358,9 @@ for folder in folders:
     assert texts == ["hello"] * 2 * len(kinds)
     shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     ours = re.compile(
-        r"(training|posts): +\d+%\||the answer was cut off after 3 tokens; |.*\.jsonl: 4 posts, "
+        r"(posts: )? *\d+%\||the answer was cut off after 3 tokens; |.*\.jsonl: 4 posts, "
+        r"|(loading|saving) \S+ … | *\x1b\[A| {11}\S"
+        r"|(Posts|Model|Device|Steps|Writes|Done|Last|Predict|Score|Curves) +\S"
     )
     assert shown and not [line for line in shown if not ours.match(line)]
 
