@@ -12,7 +12,8 @@ so the validation posts are the training posts here. Into --out go
 
     model        SmolLM2 as a Qwen2.5-VL: its logits are compared, bit for bit
     train.jsonl  the posts to train on, without images
-    test.jsonl   the test posts, the short ones first: batches with little padding
+    test.jsonl   the test posts in random parts, each from short to long: batches with little
+                 padding, and a run that was stopped after some parts has a random sample
     prompt.txt   a short prompt: a step's price is that of its tokens
 
 `bf16` runs a script with the arithmetic that it has on a GPU, bf16 autocast over float32 weights,
@@ -20,6 +21,7 @@ on a CPU. docs/results.md has the commands that train and score, and what came o
 """
 
 import argparse
+import random
 import runpy
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from published import QWEN3_TEMPLATE, write_image_processor  # noqa: E402
 
 MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TEXTS = ["The capital of France is", "so excited to see these two at kca tomorrow ! 2 19 #kca"]
+PART = 512  # posts
 PROMPT = "Post: {text}\nHashtags:"
 
 
@@ -127,8 +130,10 @@ def make(args):
         subprocess.run([*command, (args.out / f"{name}.jsonl").resolve()], cwd=ROOT, check=True)
     (args.out / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     with open(args.out / "test.jsonl", encoding="utf-8") as file:
-        posts = sorted(file, key=len)
-    (args.out / "test.jsonl").write_text("".join(posts), encoding="utf-8")
+        posts = list(file)
+    random.Random(0).shuffle(posts)
+    parts = [sorted(posts[i : i + PART], key=len) for i in range(0, len(posts), PART)]
+    (args.out / "test.jsonl").write_text("".join(map("".join, parts)), encoding="utf-8")
 
 
 def run_in_bf16(args):
