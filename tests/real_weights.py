@@ -7,13 +7,12 @@
         valid_src.txt test_src.txt --out out/real
     python tests/real_weights.py bf16 train.py --model out/real/model --train out/real/train.jsonl …
 
-The two text files are those of github.com/yuewang-cuhk/CMKP; its training text is not public there,
-so the validation posts are the training posts here. Into --out go
+The two text files are CMKP's (github.com/yuewang-cuhk/CMKP); the validation posts are the training
+posts here, for a pass over them fits a CPU. Into --out go
 
     model        SmolLM2 as a Qwen2.5-VL: its logits are compared, bit for bit
     train.jsonl  the posts to train on, without images
-    test.jsonl   the test posts in random parts, each from short to long: batches with little
-                 padding, and a run that was stopped after some parts has a random sample
+    test.jsonl   the test posts in random parts, each from short to long, for little padding
     prompt.txt   a short prompt: a step's price is that of its tokens
 
 `bf16` runs a script with the arithmetic that it has on a GPU, bf16 autocast over float32 weights,
@@ -82,7 +81,6 @@ def as_qwen(llama, tokenizer):
     config = Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **marks
     )
-    config.text_config.tie_word_embeddings = True
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
     weights = llama.model.state_dict()
