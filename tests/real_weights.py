@@ -153,7 +153,7 @@ def main():
     command.add_argument("--out", type=Path, default=Path("out/real"), help="folder to write")
     command = commands.add_parser("bf16", help="run train.py or infer.py as on a GPU")
     command.set_defaults(function=run_in_bf16)
-    command.add_argument("script", choices=["train.py", "infer.py"])
+    command.add_argument("script", help="train.py or infer.py")
     command.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     return args.function(args)

@@ -128,6 +128,8 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     run_study(monkeypatch, *everything)
     assert "train.py" not in [command[0] for command in scripts]
     assert (out / "tables.md").read_text() == tables
+    with pytest.raises(UserError, match="the inference of zero-shot ended with 1"):
+        run_study(monkeypatch, "--infer", "--max-new-tokens 3", *everything)
     with pytest.raises(UserError, match="sft: was trained with other settings: lr was 0.001, is 1"):
         run_study(monkeypatch, *everything, "--lr", "1")
 

@@ -101,8 +101,9 @@ def predict_row(args, row, count):
     if out.exists() and out.stat().st_mtime_ns != before:
         seconds = time.perf_counter() - started + inference_seconds(args, row)
         write_atomic(args.out / row / "seconds.json", json.dumps({"infer": seconds}) + "\n")
-    done = len(read(out)) if out.exists() else 0
-    if done < count:
+    found = read(out) if out.exists() else []
+    refused = code and not any("error" in line for line in found)  # else some posts failed
+    if len(found) < count or refused:
         name = infer_options(args, row)[3]
         server = f" (the server must have the model as {name})" if args.base_url else ""
         raise UserError(f"the inference of {row} ended with {code}{server}; {GOES_ON}")
