@@ -229,7 +229,7 @@ def parse_prediction(path, number, row):
         if "<sep>" in row:
             raise UserError(f"{where}: <sep> belongs to references; predictions come first: a;b;c")
         return {"id": None, "keyphrases": row.split(";") if row.strip() else []}
-    prediction = {"id": required(where, row, "id")}
+    prediction = {"id": required(where, row, "id")} | ({"failed": True} if row.get("error") else {})
     # A post that could not be read counts as one without predicted keyphrases.
     prediction["keyphrases"] = [] if row.get("error") else required(where, row, "keyphrases")
     if "think" in row:
@@ -720,7 +720,10 @@ def main():
     systems = []
     for path in filter(None, (args.predictions, args.against)):
         names = path, args.references
-        systems.append(align(read_predictions(path), references, args.allow_missing, names))
+        predictions = read_predictions(path)
+        if failed := sum("failed" in prediction for prediction in predictions):
+            print(f"{path}: {plural(failed, 'post')} failed, scored as wrong", file=sys.stderr)
+        systems.append(align(predictions, references, args.allow_missing, names))
     train = list(train_keyphrases(args.train)) if args.train else None
     parts = [statistics(system, references, train) for system in systems]
     scores, *others = map(describe, parts, systems)

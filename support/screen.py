@@ -85,10 +85,11 @@ def say_output(out, done, failed=0):
 def say_steps(args, folder, step, total):
     """How a run trains from `step` on, and where it writes."""
     start = f", from step {step + 1:,} on" if step else ""
+    start = ", all of them done before" if step >= total else start
     gamma = f", gamma {args.gamma}" if args.mode == "dynamic" else ""
     say(
         "Steps",
-        f"{total:,} of {plural(args.batch_size, 'post')}, {plural(args.epochs, 'epoch')}{start}; "
+        f"{total:,}, of {plural(args.batch_size, 'post')}; {plural(args.epochs, 'epoch')}{start}; "
         f"mode {args.mode}{gamma}, learning rate {args.lr:g}",
     )
     say("Writes", folder)
@@ -135,7 +136,7 @@ def say_end(args, folder, device, started):
     for checkpoint, names in checkpoints.items():
         found = scores.get(step_of(checkpoint))
         say(", ".join(names).capitalize(), f"{checkpoint}{': ' + f1(found) if found else ''}")
-    posts, predictions = args.test or args.valid or args.train, folder / "preds.jsonl"
+    posts, predictions = args.test or args.valid or "test.jsonl", folder / "preds.jsonl"
     command("Predict", "infer.py --data", posts, "--out", predictions, "--model", folder)
     command("Score", "evaluate.py", predictions, posts, "--train", args.train)
     command("Curves", "-m tools.curves", folder, "--out", folder / "curves.png")

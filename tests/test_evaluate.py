@@ -1014,3 +1014,14 @@ def test_real_posts_of_cmkp():
         perfect["present"]["keyphrases"] + perfect["absent"]["keyphrases"]
         == perfect["all"]["keyphrases"]
     )
+
+
+def test_failed_posts_are_told(tmp_path):
+    """A post whose image infer.py could not read scores as one without keyphrases, and is named."""
+    posts, predictions = tmp_path / "posts.jsonl", tmp_path / "preds.jsonl"
+    posts.write_text('{"id": "a", "text": "", "keyphrases": ["x"]}\n')
+    predictions.write_text('{"id": "a", "keyphrases": [], "error": "no such file"}\n')
+    command = [sys.executable, evaluate.__file__, predictions, posts, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == f"{predictions}: 1 post failed, scored as wrong\n"
+    assert json.loads(done.stdout)["all"]["F1@1"] == 0

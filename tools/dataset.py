@@ -790,6 +790,7 @@ def print_check(posts, counts, found, as_json):
         groups.setdefault(row[2].kind, []).append(row)
     images, texts, cots, keyphrases = counts.values()
     having = f"{images:,} with an image, {texts:,} with a text, {cots:,} with a cot"
+    having += "" if cots else " (so train with --mode sft)"
     print(f"{plural(posts, 'post')}: {having}; {plural(keyphrases, 'keyphrase')}")
     for kind, rows in sorted(groups.items(), key=lambda group: -len(group[1])):
         if kind == MISSING and len(rows) == images:
