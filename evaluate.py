@@ -654,9 +654,10 @@ def table(scores, everything=False):
             rows.append(row(key, show))
     blocks.append(rows)
     if "interval" in scores["all"]:
-        blocks.append([["95% interval", *titles]])
+        blocks.append([["95% CI", *titles]])
         for name in HEADLINES:
-            cells = [span(entry["interval"][name]) if entry["posts"] else "-" for entry in entries]
+            ends = [entry["interval"][name] if entry["posts"] else () for entry in entries]
+            cells = ["-".join(f"{100 * end:.1f}" for end in pair) or "-" for pair in ends]
             blocks[-1].append([name, *cells])
     return "\n\n".join(map(lay_out, blocks))
 

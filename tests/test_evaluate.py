@@ -763,8 +763,13 @@ def test_bootstrap_option(files):
     for name in ("all", "present", "absent"):
         assert set(scores[name]["interval"]) == set(MEASURES)
         assert all(low <= high for low, high in scores[name]["interval"].values())
-    shown = run_script(files["preds.txt"], files["test.txt"], "--bootstrap", 50).stdout
-    assert "95% interval" in shown and " to " in shown
+    arguments = [*arguments[:2], *arguments[3:], "--seed", 1, "--train", files["test.txt"]]
+    lines = run_script(*arguments).stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("95% CI  "))
+    row = next(line.split() for line in lines[start:] if line.startswith("F1@1 "))
+    low, high = scores["all"]["interval"]["F1@1"]
+    assert row[:2] == ["F1@1", f"{100 * low:.1f}-{100 * high:.1f}"]
+    assert max(map(len, lines)) <= 80
 
 
 def test_against_flips_its_sign(files, tmp_path):
