@@ -2,7 +2,7 @@
 
     python gen_cot.py train.jsonl --out train_cot.jsonl --model gpt-4o --dry-run
     python gen_cot.py train.jsonl --out train_cot.jsonl --model gpt-4o
-    python gen_cot.py train.jsonl --out train_cot.jsonl --model M --base-url http://localhost:8000/v1
+    python gen_cot.py train.jsonl --out cot.jsonl --model M --base-url http://localhost:8000/v1
 
 Any server that speaks OpenAI's chat-completions protocol will do. A run can be stopped, killed and
 started again: a post that has its reasoning is never asked for again. Posts without an acceptable

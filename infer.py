@@ -2,7 +2,7 @@
 
     python infer.py image.jpg "text of the post"
     python infer.py --data test.jsonl --out preds.jsonl --model out/run1
-    python infer.py --data test.jsonl --out preds.jsonl --model M --base-url http://localhost:8000/v1
+    python infer.py --data test.jsonl --out p.jsonl --model M --base-url http://localhost:8000/v1
 
 The first form prints the keyphrases, then the reasoning if the model chose to reason. Write `none`
 for the image of a text-only post. The second form can be stopped and started again: posts already

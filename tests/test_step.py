@@ -195,16 +195,14 @@ def test_any_split_into_micro_batches_gives_the_same_update(family):
     for size in (1, 2, 4, 8):
         model = tiny_model(family)
         step = DynamicCoT(model, "dynamic", gamma=4.0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         for start in range(0, 8, size):
             (step(batch_of(posts[start : start + size]))[0].sum() / 8).backward()
-        optimizer.step()
-        updates.append({name: p.detach() for name, p in model.named_parameters()})
-    before = dict(tiny_model(family).named_parameters())
+        # The gradient is the update of plain SGD, without the rounding of weights near 1.
+        updates.append({name: p.grad for name, p in model.named_parameters()})
     for update in updates[1:]:
-        for name, weight in update.items():
-            moved, rounding = (updates[0][name] - before[name]).norm(), 1e-7 * weight.norm()
-            assert (weight - updates[0][name]).norm() <= 1e-4 * moved + rounding, name
+        for name, moved in update.items():
+            first = updates[0][name]
+            assert (moved - first).norm() <= 1e-4 * first.norm(), name
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
