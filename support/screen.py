@@ -87,10 +87,11 @@ def say_steps(args, folder, step, total):
     start = f", from step {step + 1:,} on" if step else ""
     start = ", all of them done before" if step >= total else start
     gamma = f", gamma {args.gamma}" if args.mode == "dynamic" else ""
+    posts, epochs = plural(args.batch_size, "post"), plural(args.epochs, "epoch")
     say(
         "Steps",
-        f"{total:,}, of {plural(args.batch_size, 'post')}; {plural(args.epochs, 'epoch')}{start}; "
-        f"mode {args.mode}{gamma}, learning rate {args.lr:g}",
+        f"{total:,} with {posts} each, {epochs}{start}; mode {args.mode}{gamma}, "
+        f"learning rate {args.lr:g}",
     )
     say("Writes", folder)
 

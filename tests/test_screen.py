@@ -85,7 +85,9 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
         f"{f'{trained / 1e6:.2f} million' if trained >= 1e6 else f'{trained:,}'} of them trained"
     )
     assert header["Device    "] == "CPU, float32, 1 rank"
-    assert header["Steps     "].startswith("3, of 8 posts; 0.75 epochs; mode dynamic, gamma 0.4")
+    assert header["Steps     "].startswith(
+        "3 with 8 posts each, 0.75 epochs; mode dynamic, gamma 0.4"
+    )
     assert header["Writes    "] == str(folder / "run")
     assert f"saving {last} … 00:0" in shown
 
