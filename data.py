@@ -9,6 +9,7 @@ A record is one JSON object a line; other fields are kept and ignored:
 absent.
 """
 
+import math
 import os
 import re
 import signal
@@ -456,7 +457,9 @@ class Encoder:
     def image_patches(self, picture):
         """(pixel_values, image_grid_thw) of a PIL image within the model's limits of size."""
         process, most = self.image_processor, self.size["longest_edge"]
-        image = process([picture], size=self.size, do_resize=True, return_tensors="pt")
+        fits = self.size["shortest_edge"] <= math.prod(picture.size) <= most
+        fits = fits and not any(edge % self.token_side for edge in picture.size)
+        image = process([picture], size=self.size, do_resize=not fits, return_tensors="pt")
         if int(image["image_grid_thw"].prod()) * process.patch_size**2 > most:
             # The processor makes a picture that is thin, or has to grow, larger than it may be.
             picture = fit(picture, most, self.token_side)
@@ -522,18 +525,9 @@ class Answers:
     def to(self, device):
         return Answers(*(x.to(device, non_blocking=True) for x in (self.ids, self.mask)))
 
-    def where(self, keep, other):
-        """These answers in the rows where `keep` (B,) is true, `other`'s elsewhere."""
-        import torch
-        from torch.nn.functional import pad
-
-        width = max(self.ids.shape[1], other.ids.shape[1])
-
-        def pick(ours, theirs):
-            ours, theirs = (pad(rows, (0, width - rows.shape[1])) for rows in (ours, theirs))
-            return torch.where(keep[:, None], ours, theirs)
-
-        ids, mask = pick(self.ids, other.ids), pick(self.mask, other.mask)
+    def rows(self, chosen):
+        """The answers of the rows that `chosen` (B,) bool selects, as wide as they need."""
+        ids, mask = self.ids[chosen], self.mask[chosen]
         longest = max(3, int(mask.sum(1).max()))
         return Answers(ids[:, :longest], mask[:, :longest])
 
@@ -597,6 +591,18 @@ def collate(samples, encoder, pixel_values=None):
         cot = Answers.pad([sample.cot or sample.plain for sample in samples], encoder.pad)
         with_cot = torch.tensor([sample.cot is not None for sample in samples])
     return Batch(ids, prompt, plain, cot, with_cot, sum(sample.truncated for sample in samples))
+
+
+def prompt_rows(prompt, chosen):
+    """A Batch's prompt for the posts that `chosen` (B,) bool selects."""
+    per_image = ("pixel_values", "image_grid_thw")
+    rows = {name: values[chosen] for name, values in prompt.items() if name not in per_image}
+    if rows["mm_token_type_ids"].any():
+        with_image = prompt["mm_token_type_ids"].any(1)
+        images, grid = chosen[with_image], prompt["image_grid_thw"]
+        rows["image_grid_thw"] = grid[images]
+        rows["pixel_values"] = prompt["pixel_values"][images.repeat_interleave(grid.prod(1))]
+    return rows
 
 
 def concat_images(samples):

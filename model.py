@@ -4,7 +4,6 @@ The step (Ma et al., EMNLP 2025, section 3): measure without gradient the loss L
 answer; below gamma the sample is taught to reason first, y_c, otherwise it keeps y_s.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import PROMPT, Encoder, EncoderOptions, parse_answer, read_prompt
-from evaluate import UserError, first_few, plural
+from data import PROMPT, Encoder, EncoderOptions, parse_answer, prompt_rows, read_prompt
+from evaluate import UserError, plural
 from support.adapters import (
     ADAPTER,
     adapter_config,
@@ -24,6 +23,7 @@ from support.checkpoint import base_of, find_model, read_own
 from support.console import first_line, hide_loading_report, read_json, reading
 from support.decoding import Answer, Greedy, Rows, continue_cache
 from support.distributed import compute_dtype, full_tensor, parameters_and_buffers
+from support.folders import read_image_processor, read_tokenizer, weight_files
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 MODES = ("sft", "cot", "multitask", "dynamic")
@@ -40,6 +40,14 @@ class Prompt:
     positions: torch.Tensor  # (3, B, P): M-RoPE counts time, rows and columns
     last_hidden: torch.Tensor | None = None  # (B, 1, hidden), at the prompt's last token
     cache: object | None = None  # transformers' cache, what each layer keeps of the prompt
+
+    def rows(self, chosen):
+        """The Prompt of the posts that `chosen` (B,) bool selects, one at least."""
+        inputs, positions = prompt_rows(self.inputs, chosen), self.positions[:, chosen]
+        if self.cache is None:
+            return Prompt(inputs, positions)
+        cache = continue_cache(self.cache, chosen)
+        return Prompt(inputs, positions, self.last_hidden[chosen], cache)
 
 
 class DynamicCoT(nn.Module):
@@ -85,8 +93,11 @@ class DynamicCoT(nn.Module):
         with torch.no_grad():
             plain_loss = self.answer_loss(prompt, batch.plain)
         use_cot = (plain_loss < self.gamma) & batch.has_cot
-        target = batch.cot.where(use_cot, batch.plain)
-        return self.answer_loss(prompt, target), plain_loss, use_cot
+        # A pass for each kind: in one, plain answers would be padded to the longest reasoning.
+        loss = torch.zeros_like(plain_loss)
+        loss[use_cot] = self.loss_of(use_cot, prompt, batch.cot)
+        loss[~use_cot] = self.loss_of(~use_cot, prompt, batch.plain)
+        return loss, plain_loss, use_cot
 
     def encode_prompt(self, inputs):
         """The Prompt of a batch's inputs; with `share_prompt` the model reads it, with gradient."""
@@ -99,6 +110,12 @@ class DynamicCoT(nn.Module):
         cache = DynamicCache(config=self.model.config)
         hidden = self.read(inputs, position_ids=positions, past_key_values=cache, use_cache=True)
         return Prompt(inputs, positions, hidden[:, -1:], cache)
+
+    def loss_of(self, chosen, prompt, answers):
+        """L(y) of the posts that `chosen` (B,) bool selects; no pass if it selects none."""
+        if not chosen.any():
+            return chosen.new_zeros(0, dtype=torch.float32)
+        return self.answer_loss(prompt.rows(chosen), answers.rows(chosen))
 
     def answer_loss(self, prompt, answers):
         """L(y) (B,): the mean negative log-likelihood of each answer's tokens, its end included."""
@@ -146,8 +163,9 @@ class DynamicCoT(nn.Module):
 class DistributedStep(DynamicCoT):
     """The step on several ranks, which must all run the same layers in the same order.
 
-    A rank whose micro-batch has no image runs the vision tower on a dummy image, and a rank without
-    any post runs the model on a row that is not a post.
+    A rank whose micro-batch has no image runs the vision tower on a dummy image, a rank without any
+    post runs the model on a row that is not a post, and one whose posts all get the same kind of
+    answer runs the pass of the other kind for nothing.
     """
 
     def forward(self, batch):
@@ -155,6 +173,12 @@ class DistributedStep(DynamicCoT):
         if len(batch):
             return results
         return tuple(None if result is None else result[:0].clone() for result in results)
+
+    def loss_of(self, chosen, prompt, answers):
+        if chosen.any():
+            return super().loss_of(chosen, prompt, answers)
+        first = torch.arange(len(chosen), device=chosen.device) == 0
+        return super().loss_of(first, prompt, answers)[:0]
 
     def read(self, inputs, **options):
         if "pixel_values" in inputs:
@@ -373,60 +397,6 @@ def check_family(folder):
             f"{folder}/config.json: the model type {family!r} is not supported; "
             f"those that are: {', '.join(FAMILIES)}"
         )
-
-
-def weight_files(folder):
-    """The folder's weights: model.safetensors, or every shard that its index names.
-
-    Raises UserError, also where there are only pickles, which transformers would load.
-    """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        raise UserError(
-            f"{folder}: no model.safetensors in it and no index of its parts; pickled weights "
-            "(*.bin, *.pt) are not read: convert them with transformers' save_pretrained"
-        )
-    with reading(index, "copy it again"):
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
-    missing = [file.name for file in files if file.suffix != ".safetensors" or not file.is_file()]
-    if missing:
-        raise UserError(
-            f"{index}: names {first_few(missing)}, which is no safetensors file in the folder; "
-            "is the copy whole?"
-        )
-    return files
-
-
-def read_tokenizer(folder):
-    """The tokenizer of a folder, with its chat template. Raises UserError."""
-    from transformers import AutoTokenizer
-
-    mend = "copy the tokenizer's files from the model it was trained from"
-    with reading(f"{folder}: its tokenizer", mend):
-        if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise FileNotFoundError("no tokenizer.json, no vocab.json")  # else it would be empty
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    template = folder / "chat_template.json"  # transformers reads it for processors only
-    if not tokenizer.chat_template and template.is_file():
-        tokenizer.chat_template = read_json(template).get("chat_template")
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{folder}: its tokenizer has no chat template; copy chat_template.jinja (or the "
-            "tokenizer_config.json that holds it) from the model it was trained from"
-        )
-    return tokenizer
-
-
-def read_image_processor(folder):
-    """The image processor of a folder. Raises UserError."""
-    from transformers import AutoImageProcessor
-
-    mend = "copy it from the model it was trained from"
-    with reading(f"{folder}: its preprocessor_config.json", mend):
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_weights(folder, dtype):

@@ -10,17 +10,21 @@ from transformers.cache_utils import Cache, DynamicLayer
 TAG = "<think"
 
 
-def continue_cache(cache):
-    """A cache that goes on from another, whose tensors stay as they are: the gradient needs them.
+def continue_cache(cache, rows=slice(None)):
+    """A cache that goes on from (the given rows of) another, whose tensors stay as they are.
 
-    Keys and values are appended to out of place, but a recurrent state is overwritten.
+    The gradient needs them. Keys and values are appended to out of place, but a recurrent state is
+    overwritten.
     """
     continued = copy.copy(cache)
     continued.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in continued.layers:
         if is_recurrent(layer):
-            layer.conv_states = CopiedOnRead(layer.conv_states)
-            layer.recurrent_states = CopiedOnRead(layer.recurrent_states)
+            for name in ("conv_states", "recurrent_states"):
+                states = {key: state[rows] for key, state in getattr(layer, name).items()}
+                setattr(layer, name, CopiedOnRead(states))
+        else:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
     return continued
 
 

@@ -178,17 +178,24 @@ def full_pass(model, prompt, answers):
     return losses.view(len(ids), -1).sum(1) / answers.mask.sum(1)
 
 
+def targets(batch, reasons):
+    """The target of each post, padded to the longest: y_c where `reasons` (B,), else y_s."""
+    pairs = zip(reasons.tolist(), batch.cot.ids.tolist(), batch.plain.ids.tolist(), strict=True)
+    lists = [cot if reason else plain for reason, cot, plain in pairs]
+    return Answers.pad(lists, 0).to(batch.has_cot.device)
+
+
 def obvious(model, batch):
     with torch.no_grad():
         plain_loss = full_pass(model, batch.prompt, batch.plain)
     reasons = (plain_loss < torch.inf) & batch.has_cot
-    return full_pass(model, batch.prompt, batch.cot.where(reasons, batch.plain))
+    return full_pass(model, batch.prompt, targets(batch, reasons))
 
 
 def make_step(way, model, optimizer, batch):
     """A function that does one optimizer step and returns the per-sample losses before it."""
-    targets = batch.cot.where(batch.has_cot, batch.plain)
-    known = Batch(batch.ids, batch.prompt, targets, None, batch.has_cot, truncated=0)
+    answers = targets(batch, batch.has_cot)
+    known = Batch(batch.ids, batch.prompt, answers, None, batch.has_cot, truncated=0)
     losses_of = {mode: lambda m=mode: DynamicCoT(model, m, torch.inf)(batch)[0] for mode in MODES}
     losses_of |= {
         "a": lambda: obvious(model, batch),
@@ -337,8 +344,7 @@ def main():
     flops = model_flops(model, batch)
     steps = {way: make_step(way, model, optimizer, batch) for way in args.ways}
     seconds, busy = time_in_turns(steps, args.rounds, args.device)
-    targets = batch.cot.where(batch.has_cot, batch.plain)
-    tokens = batch.prompt["input_ids"].numel() + int(targets.mask.sum())
+    tokens = batch.prompt["input_ids"].numel() + int(targets(batch, batch.has_cot).mask.sum())
     peak = next((value for part, value in PEAKS.items() if part in name), None)
     print_table(seconds, busy, memory, tokens, flops, peak)
     if args.modes:

@@ -63,9 +63,11 @@ def test_the_shared_prompt_step_equals_the_literal_one(model, posts, median_gamm
     assert torch.equal(shared[2], literal[2])
     if mode == "dynamic":
         assert 0 < shared[2].sum() < len(posts)
+    # How a mixture's products round depends on the CPU: up to 1.24e-5; the others, below 2e-6.
+    close = 2e-5 if model.config.model_type == "qwen3_5_moe" else 1e-5
     for name, gradient in literal[3].items():
         assert gradient.norm() > 0, name
-        assert (shared[3][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (shared[3][name] - gradient).norm() <= close * gradient.norm(), name
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -125,17 +127,19 @@ def test_the_gradient_is_the_literal_loop_written_with_transformers_alone(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_vision_tower_runs_once_a_step(model, posts, mode):
-    """So does the language model where there is one answer; two answers follow one prompt."""
+    """So does the language model where there is one answer; several answers follow one prompt."""
     calls = []
     towers = {"image": model.model.visual, "text": model.model.language_model}
     hooks = [
         tower.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, tower in towers.items()
     ]
-    DynamicCoT(model, mode, gamma=4.0)(batch_of(posts))
+    _, _, reasons = DynamicCoT(model, mode, gamma=4.0)(batch_of(posts))
     for hook in hooks:
         hook.remove()
-    assert calls == ["image"] + ["text"] * (1 if mode in ("sft", "cot") else 3)
+    # dynamic: the prompt, the probe, and each kind of answer that is trained
+    passes = {"sft": 1, "cot": 1, "multitask": 3, "dynamic": 2 + len(reasons.unique())}
+    assert calls == ["image"] + ["text"] * passes[mode]
 
 
 def test_logits_are_made_at_answer_tokens_only(model, posts):
@@ -146,8 +150,8 @@ def test_logits_are_made_at_answer_tokens_only(model, posts):
     batch = batch_of(posts)
     _, _, reasons = DynamicCoT(model, "dynamic", gamma=4.0)(batch)
     hook.remove()
-    chosen = batch.cot.where(reasons, batch.plain)
-    assert rows == [batch.plain.mask.sum(), chosen.mask.sum()]
+    answers = batch.plain.mask, batch.cot.mask[reasons], batch.plain.mask[~reasons]
+    assert rows == [tokens for mask in answers if (tokens := mask.sum())]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 50])
