@@ -29,7 +29,7 @@ from tools.clubworld import KINDS, write_toy_model, write_world
 from train import TOY
 
 ROOT = Path(__file__).parent.parent
-EPOCHS, GAMMA = 2, 0.4
+EPOCHS, GAMMA = TOY["epochs"], 0.4
 MODES = ("sft", "multitask", "cot", "dynamic")
 
 
@@ -88,7 +88,7 @@ class Cell:
         if self.learns_both:
             files = {"data": self.club_world / "test.jsonl", "model": self.folder / "last"}
             files["out"] = self.folder / "never_preds.jsonl"
-            sizes = {"batch_size": 128, "max_new_tokens": TOY["max_new_tokens"], "workers": 1}
+            sizes = {"batch_size": 128, "max_new_tokens": TOY["max_new_tokens"], "workers": 0}
             script("infer.py", **files, **sizes, think="never")
 
     def scores(self, predictions="test_preds.jsonl", **options):
