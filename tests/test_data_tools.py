@@ -13,6 +13,7 @@ from PIL import Image
 import data
 from evaluate import normalize, read_posts, run
 from tools import dataset
+from tools.split import SIDE_NAMES
 
 ROOT = Path(__file__).parent.parent
 CMKP = ROOT.parent / "shared" / "data" / "cmkp"
@@ -347,7 +348,7 @@ def test_split_depends_on_seed_and_posts_but_not_on_their_order(corpus, tmp_path
         out = tmp_path / str(len(outputs))
         options = flags(overlap=0.5, test=300, valid=200, seed=seed, out=out)
         tool("split", *files, *options, cwd=cwd)
-        outputs.append([(out / f"{name}.jsonl").read_bytes() for name in dataset.SIDE_NAMES])
+        outputs.append([(out / f"{name}.jsonl").read_bytes() for name in SIDE_NAMES])
     assert outputs[0] == outputs[1] != outputs[2]
 
 

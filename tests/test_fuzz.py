@@ -30,7 +30,9 @@ from evaluate import UserError, non_negative_int  # noqa: E402
 from support import images  # noqa: E402
 from support.console import HelpFormatter, positive_int  # noqa: E402
 from support.jsonl import to_line  # noqa: E402
-from tools import dataset  # noqa: E402
+from tools.check import check, check_line  # noqa: E402
+from tools.dataset import figures_of  # noqa: E402
+from tools.posts import read_entries  # noqa: E402
 
 STEMS = dict(
     line.split()
@@ -299,7 +301,7 @@ class Fuzz:
         training, posts = draw.random() < 0.5, None
         for read in (
             lambda: evaluate.read_references(path),
-            lambda: dataset.figures_of(dataset.read_entries(path), {"x"}),
+            lambda: figures_of(read_entries(path), {"x"}),
             lambda: data.Posts(path, training),
         ):
             try:
@@ -308,14 +310,12 @@ class Fuzz:
                 posts = None
                 self.one_line(error, "posts.jsonl")
         for line, offset, _ in evaluate.read_lines(path) if posts else ():
-            _, problems, _ = dataset.check_line(str(path), False, None, line, offset)
+            _, problems, _ = check_line(str(path), False, None, line, offset)
             for problem in problems:
                 self.one_line(UserError(f"posts.jsonl: {problem.what}; {problem.mend}"), "")
         if draw.random() < 0.03:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
-                code = dataset.check(
-                    argparse.Namespace(file=str(path), workers=1, json=False, map=None)
-                )
+                code = check(argparse.Namespace(file=str(path), workers=1, json=False, map=None))
                 assert code == 1 or posts is not None
         if posts is None:
             return

@@ -32,7 +32,7 @@ from support import checkpoint
 from support.jsonl import JsonlWriter, to_line
 from test_data import make_encoder
 from tiny import train_alone, words
-from tools.dataset import read_entries
+from tools.posts import read_entries
 
 ROOT = Path(__file__).parent.parent
 

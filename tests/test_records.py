@@ -19,6 +19,8 @@ from server import Server, write_posts
 from support.records import converted, parse_map
 from tiny import train_alone, words
 from tools import dataset
+from tools.check import check_line, collect, print_check
+from tools.posts import read_entries
 
 POST = {"id": "p0", "text": "two spare tickets", "image": None, "keyphrases": ["ticket sale"]}
 
@@ -62,11 +64,11 @@ def check(path, *options):
 def check_here(path):
     """`check` without its pool of processes, which take a while to start."""
     lines = [(line, offset) for line, offset, _ in read_lines(path)]
-    results = [dataset.check_line(str(path), False, None, *line) for line in lines]
-    counts, found = dataset.collect(lines, results, True)
+    results = [check_line(str(path), False, None, *line) for line in lines]
+    counts, found = collect(lines, results, True)
     out = io.StringIO()
     with redirect_stdout(out):
-        dataset.print_check(len(lines), counts, found, as_json=False)
+        print_check(len(lines), counts, found, as_json=False)
     return 1 if found else 0, out.getvalue()
 
 
@@ -415,7 +417,7 @@ def test_predicting_and_scoring_posts_in_other_names(theirs, tmp_path, capsys):
     code, printed = check(source, *MAP.split())
     assert code == 0 and printed.startswith("12 posts: 12 with an image, 12 with a text")
     figures = [
-        dataset.figures_of(dataset.read_entries(path, names))
+        dataset.figures_of(read_entries(path, names))
         for path, names in ((source, parse_map(MAP.split()[1])), (theirs / "test.jsonl", None))
     ]
     assert figures[0] == figures[1]

@@ -1,0 +1,334 @@
+"""How `python -m tools.dataset split` assigns posts to train, valid and test.
+
+At random (`random_split`), or so that train lacks some keyphrases of test and valid (`resplit`):
+keyphrases are held out (`HoldOut`), then groups of posts are swapped (`Swaps`).
+"""
+
+import math
+import os
+import random
+from collections import Counter
+
+import numpy as np
+
+from evaluate import UserError, percent, plural
+from tools.posts import share
+
+SIDES = TRAIN, VALID, TEST = range(3)
+SIDE_NAMES = ("train", "valid", "test")
+OVERLAP_TOLERANCE = 0.005
+PATIENCE = 5000  # swaps in vain before the search gives up
+
+
+def group_posts(entries):
+    """The group of each post, a list of numbers: posts that share an image or a text are in one."""
+    parent, first = list(range(len(entries))), {}
+
+    def root(post):
+        while parent[post] != post:
+            parent[post] = post = parent[parent[post]]
+        return post
+
+    for post, entry in enumerate(entries):
+        image = os.path.normpath(entry.image) if entry.image else entry.record.get("address")
+        for key in (("image", image), ("text", entry.text)):
+            if key[1]:
+                parent[root(post)] = root(first.setdefault(key, post))
+    numbers = {}
+    return [numbers.setdefault(root(post), len(numbers)) for post in range(len(entries))]
+
+
+def random_split(entries, test, valid, seed):
+    """Split posts at random; those that share an image or a text stay on one side.
+
+    Returns a list with TRAIN, VALID or TEST for each entry. Raises UserError where no post fits.
+    """
+    of_post, side = group_posts(entries), {}
+    size = Counter(of_post)
+    order = random.Random(seed).sample(sorted(size), len(size))
+    for which, room in ((TEST, test), (VALID, valid)):
+        asked = room
+        for group in order:
+            if group not in side and size[group] <= room:
+                side[group], room = which, room - size[group]
+        if asked and room == asked:
+            raise UserError(
+                f"not as asked: --{SIDE_NAMES[which]} {asked} leaves no {SIDE_NAMES[which]} posts, "
+                "because those of the same text or image stay together; ask for more"
+            )
+    return [side.get(group, TRAIN) for group in of_post]
+
+
+# -------------------------------------------------------------------- keyphrases that train lacks
+
+
+class Groups:
+    """The groups of posts that a split keeps together, G of them, and their keyphrases, as arrays.
+
+    of_post: the group of each post.
+    pair_group, pair_phrase: the distinct pairs of a group and one of its keyphrases.
+    sums: (G, 5), a group's posts, words, keyphrases, keyphrases present and keyphrases scored.
+    size: (G,), a group's posts.
+
+    Raises UserError where no post has a keyphrase.
+    """
+
+    def __init__(self, entries):
+        phrases = {}  # keyphrase -> its number
+        self.of_post = np.array(group_posts(entries))
+        pairs = [
+            (group, phrases.setdefault(phrase, len(phrases)))
+            for group, entry in zip(self.of_post.tolist(), entries, strict=True)
+            for phrase in entry.phrases
+        ]
+        if not pairs:
+            raise UserError("none of the posts has a keyphrase; a split by keyphrases needs some")
+        self.phrases = len(phrases)
+        pairs = np.unique(np.array(pairs) @ [self.phrases, 1])
+        self.pair_group, self.pair_phrase = np.divmod(pairs, self.phrases)
+        rows = [(1, e.words, len(e.phrases), e.present, e.scored) for e in entries]
+        self.sums = np.zeros((self.of_post.max() + 1, 5), dtype=int)
+        np.add.at(self.sums, self.of_post, rows)
+        self.size = self.sums[:, 0]
+
+    def overlap(self, side, which):
+        """The share of one side's distinct keyphrases that train has, too; `side` is (G,)."""
+        here, there = np.zeros((2, self.phrases), dtype=bool)
+        sides = side[self.pair_group]
+        here[self.pair_phrase[sides == which]] = True
+        there[self.pair_phrase[sides == TRAIN]] = True
+        return share((here & there).sum(), here.sum())
+
+
+class HoldOut:
+    """Splits of groups in which some keyphrases are held out: all posts that have them leave train.
+
+    Keyphrases are held out in a random order, in which a keyphrase of n posts comes late with
+    weight n ** sharpness: a sharper order favours rare ones. The rest of test and valid are posts
+    whose keyphrases train has, too. A split is an array (G,) of TRAIN, VALID or TEST.
+    """
+
+    def __init__(self, groups, sizes, sharpness, seed):
+        rng, size = np.random.default_rng([seed, sharpness]), groups.size
+        phrases, pair_group, pair_phrase = groups.phrases, groups.pair_group, groups.pair_phrase
+        self.groups, self.sizes = groups, sizes
+        # More frequent keyphrases and larger groups stay in train: none should fill the test set.
+        most = max(1, (sizes[VALID] + sizes[TEST]) * sharpness / 20)
+        posts = np.bincount(pair_phrase, size[pair_group], minlength=phrases)
+        late = np.where(posts <= most, posts**sharpness * rng.exponential(size=phrases), np.inf)
+        self.can_be_held = int(np.isfinite(late).sum())
+        rank = np.argsort(np.argsort(late))
+        self.first = np.full(len(size), phrases)  # rank of the first keyphrase of each group
+        np.minimum.at(self.first, pair_group, rank[pair_phrase])
+        self.dice, place = rng.random((2, len(size)))
+        # One group for each keyphrase comes last: while it is in train, the others can leave train
+        # without making the keyphrase unseen.
+        in_place = np.argsort(place[pair_group])
+        _, keepers = np.unique(pair_phrase[in_place], return_index=True)
+        keeper = np.zeros(len(size), dtype=bool)
+        keeper[pair_group[in_place][keepers]] = True
+        self.fillers = np.lexsort((place, keeper, size > most))
+
+    def split(self, overlap):
+        """The split with the most keyphrases held out whose overlap is not below `overlap`."""
+        enough, too_many = 0, self.can_be_held + 1
+        side, _ = self.deal_evenly(0)
+        while too_many - enough > 1:
+            held = (enough + too_many) // 2
+            dealt = self.deal_evenly(held)
+            if dealt is None or dealt[1] < overlap:
+                too_many = held
+            else:
+                enough, side = held, dealt[0]
+        self.fill_up(side)
+        return side
+
+    def deal_evenly(self, held):
+        """(split, overlap) in which test and valid have about the same overlap.
+
+        None where they have no room for the posts of `held` keyphrases.
+        """
+        low, high = 0 if self.sizes[VALID] else 1, 1  # bounds of the share of posts in test
+        found = None
+        for _ in range(10):
+            to_test = (low + high) / 2
+            side, beyond = self.deal(held, to_test)
+            if beyond[TEST] > 0 and beyond[VALID] > 0:  # no other share makes room in both
+                return None
+            of_test, of_valid = (self.groups.overlap(side, which) for which in (TEST, VALID))
+            if max(beyond[VALID], beyond[TEST]) <= 0:
+                found = side, max(of_test, of_valid)
+            if beyond[VALID] > 0 or beyond[TEST] <= 0 and of_test > of_valid:
+                low = to_test
+            else:
+                high = to_test
+        return found
+
+    def deal(self, held, to_test):
+        """(split, posts beyond each side's size) with `held` keyphrases held out.
+
+        The share `to_test` of their posts is in test, the others in valid.
+        """
+        size = self.groups.size
+        held_side = VALID + (self.dice < to_test)  # TEST is VALID + 1
+        side = (self.first < held) * held_side  # TRAIN is 0
+        beyond = [int(size[side == which].sum()) - self.sizes[which] for which in SIDES]
+        rest = self.fillers[side[self.fillers] == TRAIN]
+        so_far, start = size[rest].cumsum(), 0
+        for which in (TEST, VALID):
+            filled = so_far[start - 1] if start else 0
+            end = max(start, int(so_far.searchsorted(filled - beyond[which], "right")))
+            side[rest[start:end]] = which
+            start = end
+        return side, beyond
+
+    def fill_up(self, side):
+        """Move smaller groups to test and valid where a group of several posts did not fit."""
+        size = self.groups.size
+        for which in (TEST, VALID):
+            room = self.sizes[which] - size[side == which].sum()
+            for group in self.fillers.tolist() if room else ():
+                if side[group] == TRAIN and size[group] <= room:
+                    side[group], room = which, room - size[group]
+
+
+def means(sums):
+    """(words a post, keyphrases a post, share of keyphrases present) of a row of Groups.sums."""
+    posts, words, keyphrases, present, scored = sums
+    return share(words, posts), share(keyphrases, posts), share(present, scored)
+
+
+class Swaps:
+    """Swaps groups of the same size between the sides until a split is as asked.
+
+    The counts are lists: a swap changes a few numbers, for which arrays are slow.
+    """
+
+    def __init__(self, groups, side, overlap, likeness):
+        self.overlap, self.likeness = overlap, likeness
+        self.side, self.rows = side.tolist(), groups.sums.tolist()
+        self.checked = [which for which in (TEST, VALID) if which in self.side]
+        self.whole = means(groups.sums.sum(axis=0).tolist())
+        self.sums = [groups.sums[side == which].sum(axis=0).tolist() for which in SIDES]
+        self.phrases = [[] for _ in self.rows]  # of each group
+        self.count = [[0] * groups.phrases for _ in SIDES]  # of groups that have a keyphrase
+        pairs = groups.pair_group.tolist(), groups.pair_phrase.tolist()
+        for group, phrase in zip(*pairs, strict=True):
+            self.phrases[group].append(phrase)
+            self.count[self.side[group]][phrase] += 1
+        self.distinct = [0, 0, 0]  # keyphrases of each side
+        self.shared = [0, 0, 0]  # those of them that train has, too
+        for phrase in range(groups.phrases):
+            self.tally(phrase, 1)
+
+    def tally(self, phrase, sign):
+        """Add a keyphrase to `distinct` and `shared` (sign 1), or take it out (-1)."""
+        for which in self.checked:
+            if self.count[which][phrase]:
+                self.distinct[which] += sign
+                self.shared[which] += sign * (self.count[TRAIN][phrase] > 0)
+
+    def move(self, group, to):
+        """Move a group to another side."""
+        here, row = self.side[group], self.rows[group]
+        self.side[group] = to
+        self.sums[here] = [a - b for a, b in zip(self.sums[here], row, strict=True)]
+        self.sums[to] = [a + b for a, b in zip(self.sums[to], row, strict=True)]
+        for phrase in self.phrases[group]:
+            self.tally(phrase, -1)
+            self.count[here][phrase] -= 1
+            self.count[to][phrase] += 1
+            self.tally(phrase, 1)
+
+    def misfits(self):
+        """How far each figure of test and valid is from what it should be, in tolerances."""
+        for which in self.checked:
+            overlap = share(self.shared[which], self.distinct[which])
+            yield abs(overlap - self.overlap) / OVERLAP_TOLERANCE
+            for mean, target in zip(means(self.sums[which]), self.whole, strict=True):
+                yield abs(mean / target - 1) / self.likeness if target else 0
+
+    def badness(self):
+        """0 where every figure is well within its tolerance."""
+        return sum(max(0, misfit - 0.5) for misfit in self.misfits())
+
+    def search(self, seed):
+        """Try random swaps and keep those that help."""
+        rng, same_size = random.Random(seed), {}
+        for group, row in enumerate(self.rows):
+            same_size.setdefault(row[0], []).append(group)
+        outside = [group for group, which in enumerate(self.side) if which != TRAIN]
+        best, tries = self.badness(), 0
+        while best and tries < PATIENCE:
+            tries += 1
+            position = rng.randrange(len(outside))
+            one = outside[position]
+            other = rng.choice(same_size[self.rows[one][0]])
+            here, there = self.side[one], self.side[other]
+            if here == there:
+                continue
+            self.move(one, there)
+            self.move(other, here)
+            if (now := self.badness()) < best:
+                best, tries = now, 0
+                outside[position] = other if there == TRAIN else one
+            else:
+                self.move(one, here)
+                self.move(other, there)
+
+    def named_misfits(self, likeness):
+        """{name: misfit} of a side's figures, good up to 1, with this likeness."""
+        self.likeness = likeness
+        figures = ("overlap", "words a post", "keyphrases a post", "share present")
+        names = [f"{SIDE_NAMES[which]} {figure}" for which in self.checked for figure in figures]
+        return dict(zip(names, self.misfits(), strict=True))
+
+
+def resplit(entries, overlap, test, valid, seed, likeness):
+    """Split posts so that few of the keyphrases of test and valid are in train: MMKP-V2's idea.
+
+    Returns a list with TRAIN, VALID or TEST for each entry. Of the orders in which keyphrases
+    can be held out, the one that favours rare keyphrases least is taken: rare ones cost few posts,
+    and so reach lower overlaps, but test should have unseen keyphrases of all sorts.
+
+    Raises UserError where no split found has this overlap (within OVERLAP_TOLERANCE) and sides that
+    are like the whole (within `likeness`).
+    """
+    groups, sizes, attempts = Groups(entries), (0, valid, test), []
+    for bound in (likeness, math.inf):  # without one, to say which likeness this overlap has
+        for sharpness in (1, 2, 4, 8):
+            side = HoldOut(groups, sizes, sharpness, seed).split(overlap)
+            swaps = Swaps(groups, side, overlap, bound)
+            swaps.search(seed)
+            side[:] = swaps.side
+            misfits = swaps.named_misfits(likeness)
+            for which in (TEST, VALID):
+                if sizes[which] and not (side == which).any():  # all that fit must stay together
+                    misfits[f"{SIDE_NAMES[which]} posts"] = math.inf
+            worst = max(misfits.values())
+            if worst <= 1:
+                return side[groups.of_post].tolist()
+            broken = {name: misfit for name, misfit in misfits.items() if misfit > 1}
+            overlap_met = not any(name.endswith((" overlap", " posts")) for name in broken)
+            attempts.append((not overlap_met, worst, side, broken))
+        not_met, _, side, broken = min(attempts, key=lambda attempt: attempt[:2])
+        if not not_met:
+            break
+    reached = " and ".join(
+        f"{percent(groups.overlap(side, which))}% in {SIDE_NAMES[which]}"
+        for which in (TEST, VALID)
+        if sizes[which]
+    )
+    asked = f"--test {test} and --valid {valid} of {plural(len(entries), 'post')}"
+    if not_met:
+        raise UserError(
+            f"an overlap of {percent(overlap)}% can't be reached with {asked}; the closest found "
+            f"is {reached} (not as asked: {', '.join(broken)}). Ask for that overlap or other "
+            "sizes; nothing was written"
+        )
+    off = ", ".join(f"{name} by {misfit * likeness:.1%}" for name, misfit in broken.items())
+    enough = math.ceil(100 * max(broken.values()) * likeness) / 100
+    raise UserError(
+        f"the overlap is met with {asked} ({reached}), but not --likeness {likeness:g}; from all "
+        f"posts' mean differ {off}. Try --likeness {enough:g} or other sizes; nothing was written"
+    )
