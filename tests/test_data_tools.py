@@ -506,6 +506,7 @@ def test_check_finds_all_that_is_wrong(tmp_path):
     )
     result = as_json("check", path, "--workers", 2, code=1)
     assert result["posts"] == 40 + len(bad) + 1
+    assert result["with_image"] == 43 and result["images_read"] == 40
     expected = [
         (41 + n, record["id"] if isinstance(record, dict) and record["id"] != 7 else None)
         for n, (record, _) in enumerate(bad)
@@ -528,10 +529,11 @@ def test_check_is_content_with_good_posts(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
     path = write(tmp_path / "posts.jsonl", [post("1", image="good.png"), post("2")])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    counts = {"posts": 2, "with_image": 1, "with_text": 2, "with_cot": 0, "keyphrases": 2}
+    counts = {"posts": 2, "with_image": 1, "images_read": 1, "with_text": 2, "with_cot": 0}
+    counts["keyphrases"] = 2
     assert as_json("check", "posts.jsonl", cwd=tmp_path) == counts | {"problems": []}
     text = write(tmp_path / "src.txt", ["a<sep>b<sep>x/c.jpg", "again<sep>b<sep>x/c.jpg"])
-    assert as_json("check", text) == counts | {"with_image": 0, "problems": []}
+    assert as_json("check", text) == counts | {"with_image": 0, "images_read": 0, "problems": []}
     write(text, ["a<sep>b<sep>x/c.jpg", "nothing"])
     assert [p["line"] for p in as_json("check", text, code=1)["problems"]] == [2]
     assert "no such file" in error("check", tmp_path / "nothing.jsonl")

@@ -16,10 +16,11 @@ import infer
 import train
 from evaluate import UserError, read_lines
 from server import Server, write_posts
+from support.images import MAX_PIXELS
 from support.records import converted, parse_map
 from tiny import train_alone, words
 from tools import dataset
-from tools.check import check_line, collect, print_check
+from tools.check import check_line, collect, image_problem, print_check
 from tools.posts import read_entries
 
 POST = {"id": "p0", "text": "two spare tickets", "image": None, "keyphrases": ["ticket sale"]}
@@ -190,13 +191,20 @@ def test_what_is_said_of_a_file(tmp_path, capsys, name):
         assert for_prediction == for_training
 
 
+def test_check_reads_images_at_the_size_of_training(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("tools.check.load_image", lambda path, max_pixels: sizes.append(max_pixels))
+    assert image_problem(tmp_path, "0.jpg") is None and sizes == [MAX_PIXELS]
+
+
 def test_check_groups_what_is_wrong_by_kind(tmp_path):
     records = [but(id=f"p{n}", keyphrases=[f"#{n}a"]) for n in range(1234)]
     records += [but(id="t", text=None), but(id="t", cot="why", image="gone.jpg")]
     code, printed = check(write(tmp_path / "posts.jsonl", *records))
     counts, hashes, text, image, double, total = printed.split("\n\n")
     assert counts == (
-        "1,236 posts: 1 with an image, 1,235 with a text, 1 with a cot; 1,236 keyphrases"
+        "1,236 posts: 1 naming an image (0 can be read), 1,235 with a text, 1 with a cot; "
+        "1,236 keyphrases"
     )
     first, *places, mend = hashes.splitlines()
     assert first == "1,234 x a keyphrase begins with a hash sign"

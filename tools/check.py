@@ -15,18 +15,19 @@ import evaluate
 from data import check_record
 from evaluate import UserError, plural, shown
 from support.console import progress
-from support.images import NO_FILE, Unreadable, load_image
+from support.images import MAX_PIXELS, NO_FILE, Unreadable, load_image
 from support.records import (
     ADDRESS,
     SAVE,
     check_file,
+    has,
     likely_mistakes,
     renamed,
     where_images_are,
 )
 from tools.posts import to_record
 
-COUNTED = ("with_image", "with_text", "with_cot", "keyphrases")
+COUNTED = ("with_image", "images_read", "with_text", "with_cot", "keyphrases")
 MISSING = f"an image: {NO_FILE}"
 
 
@@ -50,7 +51,7 @@ def typed(record, field, kind):
 def check_line(path, is_text, names, line, offset):
     """(id or None, list of Problem, counts) of a line of a file of posts and its image.
 
-    counts: how many images, texts, cots and keyphrases the post has.
+    counts: {name: number}, the post's part of the file's COUNTED, which are all 0 without it.
     """
     with open(path, "rb") as file:
         file.seek(offset)
@@ -63,38 +64,44 @@ def check_line(path, is_text, names, line, offset):
             record = renamed(record, names) if names else record
     except UserError as error:
         what, _, mend = str(error).removeprefix(f"{path} line {line}: ").partition("; ")
-        return None, [Problem(re.split(r" \(|, not ", what)[0], what, mend)], (0, 0, 0, 0)
-    image, text, problems = typed(record, "image", str), typed(record, "text", str).strip(), []
+        return None, [Problem(re.split(r" \(|, not ", what)[0], what, mend)], {}
+    image, problems = typed(record, "image", str), []
     try:
         check_record(record, "", for_training=True, names=names)
         found = likely_mistakes(record, names)
         problems += [Problem(kind, kind, mend, field) for field, kind, mend in found]
     except UserError as error:
         problems.append(Problem(error.kind, error.what, error.mend))
-    if image:
-        problems += image_problem(Path(path).parent, image)
-    elif not text and isinstance(record.get("text"), str):
+    unreadable = image_problem(Path(path).parent, image) if image else None
+    if unreadable:
+        problems.append(unreadable)
+    elif not image and isinstance(text := record.get("text"), str) and not text.strip():
         problems.append(Problem("neither text nor image", "neither text nor image", "remove it"))
-    has_cot = bool(typed(record, "cot", str).strip())
-    counts = (bool(image), bool(text), has_cot, len(typed(record, "keyphrases", list)))
+    counts = {
+        "with_image": bool(image),
+        "images_read": bool(image) and not unreadable,
+        "with_text": has(record, "text"),
+        "with_cot": has(record, "cot"),
+        "keyphrases": len(typed(record, "keyphrases", list)),
+    }
     return typed(record, "id", str) or None, problems, counts
 
 
 def image_problem(folder, image):
-    """A list of the Problem with a post's image, empty where there is none."""
+    """The Problem with a post's image, None if it can be read."""
     if ADDRESS.match(image):
         kind = "is an address or data, not a file name"
-        return [Problem(f"an image {kind}", f"the image {shown(image)} {kind}", SAVE)]
+        return Problem(f"an image {kind}", f"the image {shown(image)} {kind}", SAVE)
     try:
-        load_image(folder / image, 512 * 28 * 28)
+        load_image(folder / image, MAX_PIXELS)
     except Unreadable as error:
         reason = str(error)
         mend = "save it as JPEG or PNG, or write null"
         if not os.path.isfile(folder / image):
             mend = where_images_are(folder, image)
         kind = re.sub(r"^\d+ x \d+ pixels", "its pixels", reason.partition(": ")[0])
-        return [Problem(f"an image: {kind}", f"the image {shown(image)}: {reason}", mend)]
-    return []
+        return Problem(f"an image: {kind}", f"the image {shown(image)}: {reason}", mend)
+    return None
 
 
 def check(args):
@@ -132,40 +139,31 @@ def collect(lines, results, is_json):
 
     lines: (line, offset) of each post; results: what `check_line` found in it.
     """
-    found, first, tally = [], {}, Counter()
-    for (line, _), (identity, problems, has) in zip(lines, results, strict=True):
+    counts, found, first = Counter(dict.fromkeys(COUNTED, 0)), [], {}
+    for (line, _), (identity, problems, of_post) in zip(lines, results, strict=True):
         if is_json and identity is not None and first.setdefault(identity, line) != line:
             what = f"this id was already used on line {first[identity]}"
             problems.append(Problem("an id is used twice", what, "ids must differ"))
-        if problems:
-            found += [(line, identity, problem) for problem in problems]
-        tally[has] += 1
-    counts = {
-        name: sum(has[number] * posts for has, posts in tally.items())
-        for number, name in enumerate(COUNTED)
-    }
+        found += [(line, identity, problem) for problem in problems]
+        counts.update(of_post)
     return counts, [row for row in found if not counts.get(f"with_{row[2].field}")]
 
 
 def print_check(posts, counts, found, as_json):
     """Print what `check` found: (line, id, Problem) each; by kind, unless as JSON."""
     if as_json:
-        rows = [
-            {
-                "line": line,
-                "id": identity,
-                "kind": p.kind,
-                "problem": "; ".join(filter(None, p[1:3])),
-            }
-            for line, identity, p in found
-        ]
+        rows = []
+        for line, identity, problem in found:
+            told = "; ".join(filter(None, (problem.what, problem.mend)))
+            rows.append({"line": line, "id": identity, "kind": problem.kind, "problem": told})
         print(json.dumps({"posts": posts, **counts, "problems": rows}, indent=2))
         return
     groups = {}
     for row in found:
         groups.setdefault(row[2].kind, []).append(row)
-    images, texts, cots, keyphrases = counts.values()
-    having = f"{images:,} with an image, {texts:,} with a text, {cots:,} with a cot"
+    images, read, texts, cots, keyphrases = counts.values()
+    pictured = "with an image" if read == images else f"naming an image ({read:,} can be read)"
+    having = f"{images:,} {pictured}, {texts:,} with a text, {cots:,} with a cot"
     having += "" if cots else " (so train with --mode sft)"
     print(f"{plural(posts, 'post')}: {having}; {plural(keyphrases, 'keyphrase')}")
     for kind, rows in sorted(groups.items(), key=lambda group: -len(group[1])):
