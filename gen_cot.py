@@ -29,7 +29,7 @@ from support.chat import Failed, chat_request
 from support.client import Client
 from support.connection import OPENAI, add_server_options, endpoint, without_query
 from support.console import ArgumentParser, info, positive_int, progress, writing
-from support.images import Unreadable, image_url
+from support.images import MAX_PIXELS, Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, write_atomic
 from support.records import add_map_option
 from support.screen import say_output, say_posts, say_server
@@ -385,7 +385,7 @@ def parse_args(arguments=None):
     add("--workers", type=positive_int, default=16, help="requests at the same time")
     add("--limit", type=positive_int, help="use only the first N posts of FILE", metavar="N")
     add("--prompt-file", help="another instruction, with {text} and {keyphrases} in it")
-    add("--max-pixels", type=positive_int, default=512 * 28 * 28, help="scale larger images down")
+    add("--max-pixels", type=positive_int, default=MAX_PIXELS, help="scale larger images down")
     add("--temperature", type=float, help="the teacher's; without it the server's default")
     add(
         "--max-new-tokens",
