@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -350,7 +351,7 @@ def add_options(add):
     add("--worlds", nargs="+", type=non_negative_int, default=[0, 1, 2, 3, 4], help=worlds_help)
     worlds_help = "the development worlds"
     add("--gamma-worlds", nargs="+", type=non_negative_int, default=[100], help=worlds_help)
-    add("--at-once", type=positive_int, default=1, help="runs at the same time, a core or two each")
+    add("--at-once", type=positive_int, default=1, help="runs at a time, which share the cores")
 
 
 def compare_modes(args, report):
@@ -384,6 +385,9 @@ def compare_gammas(args, report):
 
 def study_club_worlds(args, report):
     """Everything, in the worlds and with the gammas that `args` names."""
+    if args.at_once > 1:  # else threads of one run would wait for those of another
+        threads = max(1, (os.cpu_count() or 1) // args.at_once)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if args.modes:
         compare_modes(args, report)
     if args.gammas:
