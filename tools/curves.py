@@ -22,19 +22,18 @@ from tools.gallery import check_out
 
 FILES = "log.jsonl", "settings.json", "choices.jsonl"  # of a run
 POINTS, STRETCHES = 200, 60  # the most points of a line, and of what choices.jsonl tells
-PANELS = (  # quantity, title, scale of the axis
+PANELS = (  # quantity, title, scale of the axis; percent: logged as a fraction
     ("loss", "Training loss", "log"),
     ("plain_loss", "Training loss of the plain answer, L(yₛ)", "log"),
-    ("cot_share", "Samples on CoT, %", "to 100"),
-    ("all", "Validation F1@1, %", "to 100"),
-    ("unseen", "Validation F1@1, unseen keyphrases, %", "to 100"),
+    ("cot_share", "Samples on CoT, %", "percent"),
+    ("all", "Validation F1@1, %", "percent"),
+    ("unseen", "Validation F1@1, unseen keyphrases, %", "percent"),
     ("generated", "Tokens generated per validation post", ""),
     ("tokens", "Tokens trained on per post, with prompt", ""),
     ("lr", "Learning rate", ""),
     ("to_reasoning", "Switched to reasoning since last epoch, %", ""),
     ("back", "Switched back since last epoch, %", ""),
 )
-FRACTIONS = {"cot_share", "all", "unseen"}  # logged as fractions, shown in percent
 STYLE = {"text.parse_math": False, "svg.hashsalt": "curves", "font.size": 9}  # names may hold $
 
 
@@ -79,9 +78,9 @@ def read_log(folder, name):
             record["tokens"] = number(record.get("tokens")) / samples if samples > 0 else None
             if (seconds := number(record.get("seconds"))) >= 0:
                 minutes += seconds / 60
-        for quantity, *_ in PANELS:
+        for quantity, _, scale in PANELS:
             if math.isfinite(value := number(record.get(quantity))):
-                value *= 100 if quantity in FRACTIONS else 1
+                value *= 100 if scale == "percent" else 1
                 points[quantity].append((record["step"], value))
     losses = read_choices(choices, points) if choices.is_file() else []
     lines = {quantity: thin(line) for quantity, line in points.items()}
@@ -189,7 +188,7 @@ def finish(axes, title, scale, last):
     axes.set_xlim(0, last)
     axes.locator_params(axis="x", nbins=5, integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_ylim(min(0, low), 100 if scale == "to 100" else None)
+    axes.set_ylim(min(0, low), 100 if scale == "percent" else None)
     if scale == "log" and high > 10 * low > 0:
         axes.set_yscale("log")
         axes.set_ylim(max(low, high / 1e6), high)
