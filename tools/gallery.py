@@ -29,6 +29,7 @@ from evaluate import (
     read_predictions,
     read_references,
     read_rows,
+    reasoned,
     run,
     score,
     train_keyphrases,
@@ -100,7 +101,7 @@ def filter_kinds(prediction, predicted, references, train):
         if train is not None:
             kinds.append("unseen" if any(mark.unseen for mark in counted) else "seen")
     if "think" in prediction:
-        kinds.append("reasoned" if (prediction["think"] or "").strip() else "direct")
+        kinds.append("reasoned" if reasoned(prediction) else "direct")
     return tuple(kinds)
 
 
@@ -234,7 +235,7 @@ def page_name(out, number):
 def check_out(paths, inputs):
     """Raise UserError if a file to write is a folder, or one of the files to read."""
     inputs = {Path(file).resolve() for file in inputs if file}
-    for path in map(Path, paths):
+    for path in paths:
         if path.is_dir():
             raise UserError(f"{path}: a folder; --out must name a file")
         if path.resolve() in inputs:
