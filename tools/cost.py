@@ -15,6 +15,8 @@ every token. An adapter's own products are left out.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from evaluate import UserError
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a part of the card's name
@@ -42,7 +44,6 @@ class Flops:
     """
 
     def __init__(self, model):
-        import numpy as np
         from torch import nn
 
         if getattr(model.config.text_config, "num_experts", 0):
@@ -55,7 +56,7 @@ class Flops:
 
         tower, words = model.model.visual, model.model.language_model
         mergers = [m for name, m in tower.named_children() if "merger" in name]
-        self.array, self.config = np.array, model.config
+        self.config = model.config
         self.merger, self.pixels = linear(*mergers), linear(tower.patch_embed)
         self.patch = linear(tower) - self.merger - self.pixels
         self.word = linear(words)
@@ -72,7 +73,7 @@ class Flops:
             window = min(patches, (v.window_size // v.patch_size) ** 2)
         seen = full * patches + (v.depth - full) * window
         outside = self.pixels * patches + self.merger * tokens
-        return self.array([self.patch * patches, 4 * width * patches * seen, outside])
+        return np.array([self.patch * patches, 4 * width * patches * seen, outside])
 
     def words(self, before, new):
         """The text layers on `new` tokens after `before` ones; causal among themselves."""
@@ -86,11 +87,11 @@ class Flops:
         if recurrent:
             state = c.linear_key_head_dim * c.linear_value_head_dim * c.linear_num_value_heads
             attention += 6 * state * recurrent * new
-        return self.array([self.word * new, attention, 0])
+        return np.array([self.word * new, attention, 0])
 
     def answer(self, prompt, length):
         """An answer's tokens after a prompt, and the head at all of them."""
-        return self.words(prompt, length - 1) + self.array([0, 0, self.head * length])
+        return self.words(prompt, length - 1) + np.array([0, 0, self.head * length])
 
     def training(self, lengths, mode, cot_share=1.0, args=None):
         """One post in a training step of `mode`; `cot_share` of dynamic's posts reason.
@@ -98,8 +99,8 @@ class Flops:
         args: train.py's settings, for lora, freeze_vision and gradient_checkpointing.
         """
         lora, literal = (getattr(args, name, None) for name in ("lora", "gradient_checkpointing"))
-        trained, once = 2 if lora else 3, self.array([1, 1, 1])
-        text = self.array([trained, 3, trained]) + self.array([1, 1, 0]) * bool(literal)
+        trained, once = 2 if lora else 3, np.array([1, 1, 1])
+        text = np.array([trained, 3, trained]) + np.array([1, 1, 0]) * bool(literal)
         vision = once if getattr(args, "freeze_vision", False) else text
         plain, cot = lengths.plain, lengths.cot
         passes = {  # (answer, share of the posts, whether it is trained)
