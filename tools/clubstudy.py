@@ -30,6 +30,7 @@ from tools.clubworld import KINDS, write_toy_model, write_world
 from train import TOY
 
 ROOT = Path(__file__).parent.parent
+GOES_ON = "the same command goes on from here"
 EPOCHS, GAMMA = TOY["epochs"], 0.4
 MODES = ("sft", "multitask", "cot", "dynamic")
 
@@ -45,7 +46,7 @@ def script(name, *arguments, **options):
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise UserError(f"{name} ended with {done.returncode}; the same command goes on from here")
+        raise UserError(f"{name} ended with {done.returncode}; {GOES_ON}")
     return done.stdout
 
 
@@ -100,20 +101,21 @@ class Cell:
 
     @cached_property
     def figures(self):
-        """This cell's row of the tables, as a dict: fractions, and tokens per post."""
+        """This cell's row of the tables, as a dict: percentages, and tokens per post."""
         scores, posts = self.scores(), read(self.club_world / "test.jsonl")
         thinks = [post["think"] is not None for post in read(self.folder / "test_preds.jsonl")]
         row = {"world": self.world, "gamma": self.gamma}
-        row |= {name.title(): scores[name]["F1@1"] for name in ("all", "absent", "unseen")}
-        row |= {name: scores["all"][name] for name in ("tokens", "reasoned")}
-        row["reasoned, unseen"] = scores["unseen"]["reasoned"]
+        row |= {name.title(): 100 * scores[name]["F1@1"] for name in ("all", "absent", "unseen")}
+        row["tokens a post"] = scores["all"]["tokens"]
+        row["reasoned"] = 100 * scores["all"]["reasoned"]
+        row["reasoned, unseen"] = 100 * scores["unseen"]["reasoned"]
         for kind in KINDS:
             of_kind = [t for t, post in zip(thinks, posts, strict=True) if post["kind"] == kind]
-            row[f"reasoned, {kind}"] = statistics.mean(of_kind)
+            row[f"reasoned, {kind}"] = 100 * statistics.mean(of_kind)
         if self.learns_both:
             plain = self.scores("never_preds.jsonl")
             for name in ("all", "unseen"):
-                row[f"{name.title()}, thinking forbidden"] = plain[name]["F1@1"]
+                row[f"{name.title()}, thinking forbidden"] = 100 * plain[name]["F1@1"]
         return row
 
 
@@ -173,12 +175,11 @@ def training_seconds(cell, measured):
     return len(shares), len(shares) * seconds
 
 
-def equal_time(cells, measured):
-    """The cells with as many epochs, to a hundredth, as fit into the time that `sft` takes."""
-    _, sft_seconds = training_seconds(cells["sft"][0], measured)
+def equal_time(cells, measured, limit):
+    """The cells with as many epochs, to a hundredth, as fit into `limit` seconds."""
     timed = {}
     for mode, of_mode in cells.items():
-        epochs = round(EPOCHS * sft_seconds / training_seconds(of_mode[0], measured)[1], 2)
+        epochs = round(EPOCHS * limit / training_seconds(of_mode[0], measured)[1], 2)
         timed[mode] = [Cell(cell.out, mode, cell.world, epochs=epochs) for cell in of_mode]
     return timed
 
@@ -241,7 +242,8 @@ def plot_gamma(rows, path):
 
 # ------------------------------------------------------------------------------------------ tables
 
-SCORES = ("All", "Absent", "Unseen", "All, thinking forbidden", "Unseen, thinking forbidden")
+FORBIDDEN = ("All, thinking forbidden", "Unseen, thinking forbidden")
+FIGURES = ("tokens a post", "All", "Absent", "Unseen", *FORBIDDEN)
 REASONED = ("reasoned", "reasoned, unseen", *(f"reasoned, {kind}" for kind in KINDS))
 
 
@@ -263,13 +265,11 @@ def markdown(titles, rows):
     return "\n".join(lines) + "\n"
 
 
-def spread(values, factor=100, digits=1):
+def spread(values, digits=1):
     """Mean and range of a figure over worlds, as text; a dash where the mode lacks the figure."""
     if None in values:
         return "–"
-    values = [factor * value for value in values]
-    figures = statistics.mean(values), min(values), max(values)
-    mean, low, high = (f"{figure:.{digits}f}" for figure in figures)
+    mean, low, high = (f"{of(values):.{digits}f}" for of in (statistics.mean, min, max))
     return mean if low == high else f"{mean} ({low}–{high})"
 
 
@@ -278,14 +278,14 @@ def mode_tables(cells, measured, unit):
     scores, reasoned = [], []
     for mode, of_mode in cells.items():
         times = [training_seconds(cell, measured) for cell in of_mode]
-        price = [str(times[0][0]), spread([seconds for _, seconds in times], 1 / unit, 2)]
-        column = {}
-        for name in ("tokens", *SCORES, *REASONED):
-            values = [cell.figures.get(name) for cell in of_mode]
-            column[name] = spread(values, 1 if name == "tokens" else 100)
-        scores.append([mode, *price, column["tokens"], *(column[name] for name in SCORES)])
-        reasoned.append([mode, *(column[name] for name in REASONED)])
-    titles = ["mode", "steps", "training time, sft = 1", "tokens a post", *SCORES]
+        price = [str(times[0][0]), spread([seconds / unit for _, seconds in times], 2)]
+        column = {
+            name: spread([cell.figures.get(name) for cell in of_mode])
+            for name in (*FIGURES, *REASONED)
+        }
+        scores.append([mode, *price, *map(column.get, FIGURES)])
+        reasoned.append([mode, *map(column.get, REASONED)])
+    titles = ["mode", "steps", "training time, sft = 1", *FIGURES]
     return markdown(titles, scores) + "\n" + markdown(["mode", *REASONED], reasoned)
 
 
@@ -294,7 +294,7 @@ def world_table(cells):
     rows = []
     for mode, of_mode in cells.items():
         figures = [cell.figures for cell in of_mode]
-        rows.append([mode, *(f"{100 * f['All']:.1f} / {100 * f['Unseen']:.1f}" for f in figures)])
+        rows.append([mode, *(f"{f['All']:.1f} / {f['Unseen']:.1f}" for f in figures)])
     worlds = [f"world {cell.world}" for cell in next(iter(cells.values()))]
     return markdown(["mode", *worlds], rows)
 
@@ -311,15 +311,13 @@ def paired_table(cells):
     """dynamic minus each other mode on the same posts: F1@1, 95% interval, a star if p < 0.05."""
     rows = []
     for mode in (mode for mode in cells if mode != "dynamic"):
-        found = []
-        for cell, other in zip(cells["dynamic"], cells[mode], strict=True):
-            scores = cell.scores(against=other.folder / "test_preds.jsonl")
-            found.append(scores["against"])
+        found = [
+            cell.scores(against=other.folder / "test_preds.jsonl")["against"]
+            for cell, other in zip(cells["dynamic"], cells[mode], strict=True)
+        ]
         for name in ("all", "unseen"):
-            row = [f"dynamic − {mode}", name]
-            for difference in (scores[name]["F1@1"] for scores in found):
-                row.append(signed(difference))
-            rows.append(row)
+            differences = [signed(against[name]["F1@1"]) for against in found]
+            rows.append([f"dynamic − {mode}", name, *differences])
     worlds = [f"world {cell.world}" for cell in cells["dynamic"]]
     return markdown(["F1@1", "posts", *worlds], rows)
 
@@ -327,20 +325,18 @@ def paired_table(cells):
 def gamma_table(rows):
     """A row for each gamma and world; `rows` are dicts of a cell's figures."""
     columns = {
-        "world": ("world", 1, "d"),
-        "gamma": ("gamma", 1, "g"),
-        "All": ("All", 100, ".1f"),
-        "Unseen": ("Unseen", 100, ".1f"),
-        "tokens a post": ("tokens", 1, ".1f"),
-        "reasoned": ("reasoned", 100, ".1f"),
-        "reasoned, E": ("reasoned, E", 100, ".1f"),
-        "L(y_s), A to C": ("loss", 1, ".3f"),
-        "p(direct), A to C": ("p", 1, ".3f"),
-        "exp(−gamma · n)": ("law", 1, ".3f"),
+        "world": ("world", "d"),
+        "gamma": ("gamma", "g"),
+        "All": ("All", ".1f"),
+        "Unseen": ("Unseen", ".1f"),
+        "tokens a post": ("tokens a post", ".1f"),
+        "reasoned": ("reasoned", ".1f"),
+        "reasoned, E": ("reasoned, E", ".1f"),
+        "L(y_s), A to C": ("loss", ".3f"),
+        "p(direct), A to C": ("p", ".3f"),
+        "exp(−gamma · n)": ("law", ".3f"),
     }
-    cells = [
-        [f"{factor * row[name]:{form}}" for name, factor, form in columns.values()] for row in rows
-    ]
+    cells = [[f"{row[name]:{form}}" for name, form in columns.values()] for row in rows]
     return markdown(list(columns), cells)
 
 
@@ -363,7 +359,7 @@ def compare_modes(args, report):
         measured = step_seconds(args.out, args.modes)
         _, unit = training_seconds(cells["sft"][0], measured)
         report.add("Equal steps", mode_tables(cells, measured, unit), world_table(cells))
-        timed = equal_time(cells, measured)
+        timed = equal_time(cells, measured, unit)
         run_all(sum(timed.values(), []), args.at_once)
         report.add("Equal training time", mode_tables(timed, measured, unit), world_table(timed))
     else:

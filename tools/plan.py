@@ -19,9 +19,9 @@ from evaluate import UserError, plural
 from support.checkpoint import find_model
 from support.console import ArgumentParser
 from tools import memory
+from tools.clubstudy import ROOT
 from tools.cost import PEAKS, Flops, Lengths
 
-ROOT = Path(__file__).parent.parent
 ROWS = ("zero-shot", "sft", "multitask", "cot", "dynamic")
 SAMPLE = 200  # posts whose lengths are measured
 CHARACTERS = 4  # of a token, where there is no tokenizer to count with
@@ -149,12 +149,12 @@ class Plan:
         gpus = math.prod(map(int, re.findall(GPUS, self.args.launch)))
         longest = [max(COT, math.ceil(most)) for most in (self.lengths.text, self.lengths.cot)]
         options = [*train_options(self.args, "dynamic"), "--gpus", gpus, "--lengths", *longest]
-        needs, settings = {}, memory.parse_args([*map(str, options)])
+        needs, settings = [], memory.parse_args([*map(str, options)])
         for card in (80, 141):
             need = memory.estimate(self.model, settings, card)["peak"]
             fits = "" if need <= memory.USABLE * card else ", does not fit"
-            needs[card] = f"{need:.1f} GiB ({card} GiB cards{fits})"
-        return f"# memory of each of {plural(gpus, 'GPU')}: {', '.join(needs.values())}"
+            needs.append(f"{need:.1f} GiB ({card} GiB cards{fits})")
+        return f"# memory of each of {plural(gpus, 'GPU')}: {', '.join(needs)}"
 
     def teacher(self, missing, instruction):
         """A comment on the teacher's work for `missing` posts."""
@@ -189,18 +189,15 @@ def make_plan(args):
         raise UserError("--lengths TEXT IMAGE PLAIN COT is missing: there are no posts to measure")
     average = ", ".join(f"{value:.0f} {name}" for name, value in vars(lengths).items())
     share, generating = args.utilization
-    return (
-        Plan(args, counts, lengths, model),
-        round(counts["train"] * without_cot),
-        instruction,
-        [
-            f"# {args.model}: {memory.count_parameters(model).total / 1e9:.3f} billion parameters",
-            f"# {plural(counts['train'], 'post')} to train on, {counts['test']:,} to predict",
-            f"# tokens of an average post: {average} ({source})",
-            f"# {args.cot_share:.0%} of dynamic's posts reason, and all that zero-shot predicts",
-            f"# utilization: {share:.0%} in training and reading, {generating:.1%} in generating",
-        ],
-    )
+    lines = [
+        f"# {args.model}: {memory.count_parameters(model).total / 1e9:.3f} billion parameters",
+        f"# {plural(counts['train'], 'post')} to train on, {counts['test']:,} to predict",
+        f"# tokens of an average post: {average} ({source})",
+        f"# {args.cot_share:.0%} of dynamic's posts reason, and all that zero-shot predicts",
+        f"# utilization: {share:.0%} in training and reading, {generating:.1%} in generating",
+    ]
+    missing = round(counts["train"] * without_cot)
+    return Plan(args, counts, lengths, model), missing, instruction, lines
 
 
 def commands(args, rows):

@@ -26,20 +26,11 @@ from support.checkpoint import changed_settings, read_pointer
 from support.console import ArgumentParser, fraction, info, number_in, positive_int, read_json
 from support.jsonl import locked, write_atomic
 from tools import clubstudy, memory
-from tools.clubstudy import Report, markdown, read, signed
-from tools.plan import (
-    ROOT,
-    ROWS,
-    commands,
-    infer_options,
-    predictions,
-    score_options,
-    train_options,
-)
+from tools.clubstudy import GOES_ON, ROOT, Report, markdown, read, signed
+from tools.plan import ROWS, commands, infer_options, predictions, score_options, train_options
 
 CLASSES = ("All", "Present", "Absent", "Unseen")
 PAPER = Path(__file__).parent / "paper.json"
-GOES_ON = "the same command goes on from here"
 LARGE = 4e9  # parameters from which the paper trains 3 epochs, not 5
 
 # ------------------------------------------------------------------------------------ running them
