@@ -43,11 +43,12 @@ class Prompt:
 
     def rows(self, chosen):
         """The Prompt of the posts that `chosen` (B,) bool selects, one at least."""
-        inputs, positions = prompt_rows(self.inputs, chosen), self.positions[:, chosen]
+        positions = self.positions[:, chosen]
         if self.cache is None:
-            return Prompt(inputs, positions)
+            return Prompt(prompt_rows(self.inputs, chosen), positions)
+        mask = self.inputs["attention_mask"][chosen]  # of the inputs, all that is still needed
         cache = continue_cache(self.cache, chosen)
-        return Prompt(inputs, positions, self.last_hidden[chosen], cache)
+        return Prompt({"attention_mask": mask}, positions, self.last_hidden[chosen], cache)
 
 
 class DynamicCoT(nn.Module):
@@ -115,6 +116,8 @@ class DynamicCoT(nn.Module):
         """L(y) of the posts that `chosen` (B,) bool selects; no pass if it selects none."""
         if not chosen.any():
             return chosen.new_zeros(0, dtype=torch.float32)
+        if chosen.all():  # nothing to copy
+            return self.answer_loss(prompt, answers)
         return self.answer_loss(prompt.rows(chosen), answers.rows(chosen))
 
     def answer_loss(self, prompt, answers):

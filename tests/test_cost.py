@@ -63,13 +63,14 @@ def test_a_training_step_in_each_mode(model, mode):
 
 
 def test_samples_that_keep_the_plain_answer(model):
-    """Both kinds of target, each in a batch of its own: padding would be counted."""
+    """No, one and all of two samples reason; no answer is padded to the other kind's length."""
     flops, batch = Flops(model), batch_for(model)
-    found = counted(lambda: DynamicCoT(model, "dynamic", 0)(batch)[0].sum().backward())
-    hidden = above_the_diagonal(model, (LENGTHS.prompt, 3), (PLAIN - 1, 4))
-    none, all_, half = (flops.training(LENGTHS, "dynamic", share) for share in (0, 1, 0.5))
-    assert found == pytest.approx(POSTS * (none + hidden), rel=1e-9)
-    assert half == pytest.approx((none + all_) / 2)
+    between = DynamicCoT(model, "dynamic", 0)(batch)[1].mean().item()
+    for gamma, share in ((0, 0), (between, 0.5), (torch.inf, 1)):
+        found = counted(lambda g=gamma: DynamicCoT(model, "dynamic", g)(batch)[0].sum().backward())
+        passes = (LENGTHS.prompt, 3), (PLAIN - 1, 4 - 3 * share), (COT - 1, 3 * share)
+        expected = flops.training(LENGTHS, "dynamic", share) + above_the_diagonal(model, *passes)
+        assert found == pytest.approx(POSTS * expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("mode", MODES)
