@@ -385,7 +385,8 @@ def report(model, encoder, folder, posts, args, ranks):
         print(f"\nPost       {record['text']}  [{record['image']}]")
         print(f"Reference  {data.plain_answer(record['keyphrases'])}")
         print(f"Predicted  {data.plain_answer(prediction['keyphrases'])}")
-        print(f"Reasoning  {prediction['think'] or 'none: answered directly'}")
+        why_none = prediction.get("error", "answered directly")
+        print(f"Reasoning  {prediction['think'] or f'none: {why_none}'}")
     record, _ = shown[0]
     image = str(posts.image_path(record) or "none")
     post, name = f"{shlex.quote(image)} {shlex.quote(record['text'])}", folder / "last"

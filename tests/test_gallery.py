@@ -92,6 +92,23 @@ def make_pages(tmp_path, monkeypatch):
     return make
 
 
+def test_a_failed_post_says_why_and_did_not_answer_directly(make_pages):
+    posts = [{"id": name, "text": "a", "image": None, "keyphrases": ["b"]} for name in "xyz"]
+    nothing = {"keyphrases": [], "think": None, "output": "", "tokens": 0}
+    predictions = [{"id": name, **nothing, "tokens": 5} for name in "xy"]
+    predictions.append({"id": "z", **nothing, "error": "image z.jpg: no such file"})
+    predictions[1]["cut"] = True
+    (page,) = make_pages(posts, predictions)
+    feet = page.texts("div", **{"class": "foot"})
+    direct = "answered directly · 5 tokens"
+    assert feet == [direct, f"{direct} cut off", "failed: image z.jpg: no such file"]
+    assert [attrs["data-kinds"] for attrs, _ in page.all("article")] == [
+        "wrong direct",
+        "wrong direct",
+        "wrong",
+    ]
+
+
 WORDS = "cat;cats;running;run;blue flower;blue flowers;a , b;<unk>;; ;東京;東 京;new kit".split(";")
 
 

@@ -100,7 +100,7 @@ def filter_kinds(prediction, predicted, references, train):
         kinds.append(hits[0] if hits else "wrong")
         if train is not None:
             kinds.append("unseen" if any(mark.unseen for mark in counted) else "seen")
-    if "think" in prediction:
+    if "think" in prediction and "failed" not in prediction:
         kinds.append("reasoned" if reasoned(prediction) else "direct")
     return tuple(kinds)
 
@@ -109,14 +109,16 @@ def describe_post(number, post, prediction, train):
     """What gallery.html shows of a post, apart from its image."""
     predicted, references = marks(prediction, post, train)
     think = (prediction.get("think") or "").strip()
-    facts = ["answered directly"] if "think" in prediction and not think else []
-    if "tokens" in prediction:
+    kinds, facts = filter_kinds(prediction, predicted, references, train), []
+    if "direct" in kinds:
+        facts.append("answered directly")
+    if "tokens" in prediction and "failed" not in prediction:
         facts.append(plural(prediction["tokens"], "token"))
     return post | {
         "number": number,
         "references": references,
         "predicted": predicted,
-        "kinds": filter_kinds(prediction, predicted, references, train),
+        "kinds": kinds,
         "think": think,
         "facts": facts,
         "note": prediction.get("note"),
@@ -129,7 +131,7 @@ def read_posts(args):
     predictions = read_predictions(args.predictions)
     for prediction, (_, row) in zip(predictions, read_rows(args.predictions), strict=True):
         if isinstance(row, dict) and (row.get("error") or row.get("cut")):
-            prediction["note"] = str(row.get("error") or "cut off")
+            prediction["note"] = f"failed: {row['error']}" if row.get("error") else "cut off"
     predictions = align(predictions, posts, args.allow_missing, (args.predictions, args.posts))
     train = set(train_keyphrases(args.train)) if args.train else None
     known = None if train is None else set(map(normalize, train))
