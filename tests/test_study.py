@@ -187,6 +187,9 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
     assert hours["H100"] == pytest.approx(flops / (0.5 * 989e12) / 3600, rel=0.05)
     requests = 330614 * 1e-6 * (2 * (len(gen_cot.PROMPT) / 4 + 410) + 8 * 100)
     assert any(line.endswith(f" out; it costs {requests:,.0f}") for line in lines)
+    teacher = next(line for line in lines if "gen_cot.py" in line)
+    assert " --model Doubao-1.5-pro --base-url https://ark" in teacher
+    assert gen_cot.parse_args(shlex.split(teacher)[2:]).base_url.endswith(".volces.com/api/v3")
     assert sum("infer.py" in line for line in lines) == 5
     assert any(line.startswith("# memory of each of 8 GPUs: ") for line in lines)
 

@@ -208,7 +208,10 @@ def commands(args, rows):
         name, file = args.paper_data.get("teacher", "gpt-4o"), Path(args.train).with_suffix("")
         yield "\n# reasoning by a teacher"
         yield plan.teacher(missing, instruction)
-        yield shell("gen_cot.py", [args.train, "--out", f"{file}_cot.jsonl", "--model", name])
+        options = [args.train, "--out", f"{file}_cot.jsonl", "--model", name]
+        if address := args.paper_data.get("teacher_url"):  # of a teacher that is not OpenAI's
+            options += ["--base-url", address]
+        yield shell("gen_cot.py", options)
         args.train = f"{file}_cot.jsonl"  # that the rows train on
     yield f"\n{plan.memory()}"
     jobs = [job for row in rows for job in ((plan.training, row), (plan.inference, row))]
