@@ -261,6 +261,12 @@ def parse_answer(output):
     return keyphrases, think or None
 
 
+def failed_prediction(identity, error):
+    """The prediction for a post that has none; `error` says why."""
+    nothing = {"keyphrases": [], "think": None, "output": "", "tokens": 0}
+    return {"id": identity, **nothing, "error": error}
+
+
 # ------------------------------------------------------------------------- from posts to token ids
 
 
@@ -751,6 +757,9 @@ def ignore_signals(_):
 # --------------------------------------------------------------- settings of train.py and infer.py
 
 
+READ_HERE = ("max_length", "workers", "device")  # settings that a served model has no use for
+
+
 def add_reading_options(parser):
     """The settings by which a model reads posts and answers."""
     add = parser.add_argument
@@ -761,7 +770,8 @@ def add_reading_options(parser):
     add("--max-pixels", type=positive_int, help=f"{pixels_help} {model_s} {MAX_PIXELS})")
     length_help = "tokens of a prompt; a longer post's text is truncated"
     add("--max-length", type=positive_int, help=f"{length_help} {model_s} {MAX_LENGTH})")
-    add("--max-new-tokens", type=positive_int, default=512, help="tokens of an answer at most")
+    tokens_help = "tokens that are generated for an answer at most"
+    add("--max-new-tokens", type=positive_int, default=512, help=tokens_help)
     add("--workers", type=whole_number(0, 1024), default=2, help="processes that prepare images")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
 

@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import PROMPT, Encoder, EncoderOptions, parse_answer, prompt_rows, read_prompt
+from data import (
+    PROMPT,
+    Encoder,
+    EncoderOptions,
+    failed_prediction,
+    parse_answer,
+    prompt_rows,
+    read_prompt,
+)
 from evaluate import UserError, plural
 from support.adapters import (
     ADAPTER,
@@ -253,7 +261,7 @@ def write_answers(model, encoder, batches, think="auto", max_new_tokens=512):
 
     think: auto lets the model decide; always starts the answer with <think>; never keeps <think>
     out of the whole answer. Where the chat template has opened <think>, always bans </think> at the
-    first position, and never starts with it.
+    first position, and never starts with it. A start that is given is not a generated token.
     """
     greedy, rows = Greedy(model, encoder, think, max_new_tokens), Rows()
     prompts = read_prompts(model, batches, greedy)
@@ -266,7 +274,7 @@ def write_answers(model, encoder, batches, think="auto", max_new_tokens=512):
                 greedy.extend(rows.answers, hidden)
                 for answer in rows.pop_finished():
                     text = encoder.decode(answer.tokens[: len(answer.tokens) - answer.ended])
-                    yield answer.id, (text, len(answer.tokens), answer.ended)
+                    yield answer.id, (text, answer.generated, answer.ended)
     finally:
         model.train(was_training)
 
@@ -285,7 +293,7 @@ def read_prompts(model, batches, greedy):
         lengths = inputs["attention_mask"].sum(1).tolist()
         positions = (prompt.positions.amax((0, 2)) + 1).tolist()
         answers = [
-            Answer(identity, list(begun), length, position)
+            Answer(identity, list(begun), len(begun), length, position)
             for identity, length, position in zip(batch.ids, lengths, positions, strict=True)
         ]
         greedy.extend(answers, prompt.last_hidden)
@@ -323,12 +331,6 @@ def predict(model, encoder, loader, think="auto", max_new_tokens=512):
         yield from failures()
         yield prediction if ended else prediction | {"cut": True}
     yield from failures()
-
-
-def failed_prediction(identity, error):
-    """The prediction for a post that has none; `error` says why."""
-    nothing = {"keyphrases": [], "think": None, "output": "", "tokens": 0}
-    return {"id": identity, **nothing, "error": error}
 
 
 def bf16_on_cuda(device):
