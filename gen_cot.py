@@ -30,7 +30,7 @@ from support.client import Client
 from support.connection import OPENAI, add_server_options, endpoint, without_query
 from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.images import MAX_PIXELS, Unreadable, image_url
-from support.jsonl import JsonlWriter, locked, write_atomic
+from support.jsonl import JsonlWriter, locked, read_settings, write_settings
 from support.records import add_map_option
 from support.screen import say_output, say_posts, say_server
 
@@ -145,7 +145,6 @@ class Results:
                 raise UserError(f"{path}: the input itself; choose another --out")
         self.good = JsonlWriter(self.out, len(posts))
         self.failed = JsonlWriter(failed, len(posts))
-        self.settings = Path(f"{self.out}.settings.json")
         self.words = array("L")  # lengths of the reasonings
 
     def load(self, teacher, mix):
@@ -157,10 +156,7 @@ class Results:
         files = [file.path for file in (self.good, self.failed) if file.path.exists()]
         if not any(path.stat().st_size for path in files):
             return
-        before = []
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(self.settings.read_text(encoding="utf-8"))
-        before = [old for old in before if isinstance(old, dict)]
+        before = [old for old in read_settings(self.out, list) if isinstance(old, dict)]
         if teacher not in before and not mix:
             new = [
                 name for name in teacher if teacher[name] not in [old.get(name) for old in before]
@@ -198,8 +194,7 @@ class Results:
 
     def save_settings(self):
         with writing(self.out):
-            content = json.dumps(self.teachers, indent=1, ensure_ascii=False) + "\n"
-            write_atomic(self.settings, content)
+            write_settings(self.out, self.teachers)
 
     def add(self, index, record, failed):
         """Write a post with its reasoning, or with the Failed that it met. Raises UserError."""

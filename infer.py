@@ -21,12 +21,12 @@ import data
 from evaluate import UserError, one_line, parse_prediction, plural, reasoned, run, shown
 from support.bars import busy
 from support.chat import Failed, chat_request
-from support.checkpoint import checkpoint_of, find_model
+from support.checkpoint import checkpoint_of, differences, find_model
 from support.connection import add_server_options
 from support.console import ArgumentParser, info, out_of_memory, positive_int, progress, writing
 from support.images import Unreadable, image_url
-from support.jsonl import JsonlWriter, locked, to_line, write_atomic
-from support.screen import say_model, say_output, say_posts, say_server, say_toy
+from support.jsonl import JsonlWriter, locked, read_settings, to_line, write_settings
+from support.screen import say_model, say_output, say_posts, say_server, say_stopped, say_toy
 
 KEPT = "what was predicted is kept: make room and run this again"
 
@@ -117,19 +117,19 @@ def infer_file(args):
         todo = [index for index in range(len(posts)) if index not in writer]
         todo.sort(key=failed.__contains__)  # again after those that were never tried
         say_output(out, done := len(posts) - len(todo))
-        if todo:
-            predictions = (all_served if args.base_url else all_here)(args, posts, todo)
-            with writing(out):
-                settings = json.dumps(identity(args), indent=1, ensure_ascii=False) + "\n"
-                write_atomic(f"{out}.settings.json", settings)
-                if out.exists():
-                    writer.sort()  # without what is predicted again
-            with contextlib.closing(predictions):
-                for prediction in progress(predictions, len(posts), "posts", initial=done):
-                    with writing(out, KEPT):
-                        writer.append(prediction, index=index_of[hash(prediction["id"])])
-        with writing(out, KEPT):
-            writer.sort()
+        with say_stopped(writer):
+            if todo:
+                predictions = (all_served if args.base_url else all_here)(args, posts, todo)
+                with writing(out):
+                    write_settings(out, identity(args))
+                    if out.exists():
+                        writer.sort()  # without what is predicted again
+                with contextlib.closing(predictions):
+                    for prediction in progress(predictions, len(posts), "posts", initial=done):
+                        with writing(out, KEPT):
+                            writer.append(prediction, index=index_of[hash(prediction["id"])])
+            with writing(out, KEPT):
+                writer.sort()
         code = summary(args, writer)
     say_toy(model_folder(args), map(posts.__getitem__, todo[:100]), posts.image_path)
     return code
@@ -163,8 +163,7 @@ def all_served(args, posts, todo):
             reason = f"image {record['image']}: {error}"
         except Failed as failed:
             reason = str(failed)
-        nothing = {"keyphrases": [], "think": None, "output": "", "tokens": 0}
-        return {"id": record["id"], **nothing, "error": reason}
+        return data.failed_prediction(record["id"], reason)
 
     return client.each(predict, todo)
 
@@ -216,15 +215,10 @@ def read_finished(args, writer, index_of):
     out, failed = writer.path, set()
     if not out.exists() or not out.stat().st_size:
         return failed
-    before, now = {}, identity(args)
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        before = dict(json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8")))
-    names = sorted(before.keys() | now.keys())
-    if different := [name for name in names if before.get(name) != now.get(name)]:
-        raise UserError(
-            f"{out}: was made with something else ({', '.join(different)}); choose another --out, "
-            "or remove it"
-        )
+    before = read_settings(out, dict)
+    if different := differences(before, identity(args)):
+        what = f"something else ({'; '.join(different.values())})" if before else "unknown settings"
+        raise UserError(f"{out}: was made with {what}; choose another --out, or remove it")
     for line, offset, row in writer.read():
         index = index_of.get(hash(parse_prediction(out, line, row)["id"]))
         if index is not None and row.get("error"):

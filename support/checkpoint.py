@@ -204,11 +204,27 @@ def changed_settings(folder, settings):
             before[name] = value
             if settings.get(name) is None:
                 settings[name] = value
-    return {
-        name: f"{name} was {shown(before.get(name))}, is {shown(settings.get(name))}"
-        for name in sorted((before.keys() | settings.keys()) - BY_CONTENT)
-        if before.get(name) != settings.get(name)
-    }
+    found = differences(before, settings)
+    return {name: text for name, text in found.items() if name not in BY_CONTENT}
+
+
+def differences(before, now):
+    """{name: "it was this, is that"} for all that differs between two dicts.
+
+    A list is the state of the file `name`, which says nothing to people.
+    """
+    found = {}
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(new, list):
+            text = "has changed" if old else "was not read before"
+        elif isinstance(old, list):
+            text = "is not read any more"
+        else:
+            text = f"was {shown(old)}, is {shown(new)}"
+        if old != new:
+            found[name] = f"{name} {text}"
+    return found
 
 
 # ------------------------------------------------------------------------------ saving and resuming

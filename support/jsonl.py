@@ -50,6 +50,20 @@ def write_atomic(path, content):
         raise
 
 
+def write_settings(out, settings):
+    """Write what the file `out` is made with, to a file beside it. Raises OSError."""
+    content = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(f"{out}.settings.json", content)
+
+
+def read_settings(out, kind):
+    """What `write_settings` wrote, of the type `kind`; an empty one where that can't be read."""
+    with contextlib.suppress(OSError, ValueError):
+        settings = json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8"))
+        return settings if isinstance(settings, kind) else kind()
+    return kind()
+
+
 def follow_umask(path):
     """Give a file, or the files of a folder, the umask's permissions, not those of a library."""
     umask, path = os.umask(0), Path(path)

@@ -96,6 +96,20 @@ def say_steps(args, folder, step, total):
     say("Writes", folder)
 
 
+@contextlib.contextmanager
+def say_stopped(writer):
+    """Where the block is stopped, say how far the file of a JsonlWriter is, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done, total = sum(offset >= 0 for offset in writer.offsets), len(writer.offsets)
+        info(
+            f"stopped: {writer.path} has {done} of {plural(total, 'post')}; the same command goes "
+            "on from there"
+        )
+        raise
+
+
 # ------------------------------------------------------------------------- evaluations and the end
 
 

@@ -1,6 +1,7 @@
 """Prediction: greedy generation against transformers' own, one post, files, stopping, going on."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,8 +215,36 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch):
     )
     assert infer_file(*arguments, "--out", out) == 0
     assert lines(out) == whole and len(asked) == 7 and not {p["id"] for p in whole[:5]} & set(asked)
-    with pytest.raises(UserError, match="something else.*think"):
+    changed = r"something else \(think was 'auto', is 'never'\); choose"
+    with pytest.raises(UserError, match=changed):
         infer_file(*arguments, "--out", out, "--think", "never")
+    other = shutil.copytree(world / "toy", tmp_path / "other")
+    files = f"{other}/model.safetensors was not read before; .*safetensors is not read any more"
+    with pytest.raises(UserError, match=files):
+        infer_file("--data", world / "test.jsonl", "--model", other, "--out", out)
+    (tmp_path / "stopped.jsonl.settings.json").unlink()
+    with pytest.raises(UserError, match="was made with unknown settings; choose another --out"):
+        infer_file(*arguments, "--out", out)
+
+
+def test_ctrl_c_says_how_to_go_on(world, tmp_path, monkeypatch, capsys):
+    all_here = infer.all_here
+
+    def stopped(*arguments):
+        predictions = all_here(*arguments)
+        yield from (next(predictions) for _ in range(3))
+        raise KeyboardInterrupt
+
+    arguments = ["--data", world / "test.jsonl", "--model", world / "toy"]
+    arguments += ["--out", tmp_path / "preds.jsonl"]
+    monkeypatch.setattr(infer, "all_here", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        infer_file(*arguments)
+    told = f"stopped: {tmp_path / 'preds.jsonl'} has 3 of 12 posts; the same command goes on from"
+    assert told in capsys.readouterr().err
+    monkeypatch.undo()
+    assert infer_file(*arguments) == 0
+    assert "3 done before" in " ".join(capsys.readouterr().err.split())
 
 
 def test_predictions_come_as_they_end_and_before_all_posts_are_read(
@@ -270,8 +299,6 @@ def test_an_unreadable_post_is_recorded_and_tried_again(world, tmp_path):
 
 
 def test_a_failed_start_and_a_changed_model_or_file(world, tmp_path):
-    import shutil
-
     out, toy = tmp_path / "preds.jsonl", tmp_path / "toy"
     shutil.copytree(world / "toy", toy)
     arguments = ["--data", world / "test.jsonl", "--out", out]
@@ -279,7 +306,7 @@ def test_a_failed_start_and_a_changed_model_or_file(world, tmp_path):
         infer_file(*arguments, "--model", tmp_path / "typo")
     assert not out.exists() and infer_file(*arguments, "--model", toy) == 0
     shutil.copy(world / "toy" / "model.safetensors", toy / "model.safetensors")
-    with pytest.raises(UserError, match="something else.*model.safetensors"):
+    with pytest.raises(UserError, match=r"something else.*model.safetensors has changed\)"):
         infer_file(*arguments, "--model", toy)
 
 
@@ -290,8 +317,6 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path):
 
 
 def broken(world, folder, change):
-    import shutil
-
     shutil.copytree(world / "toy", folder)
     change(folder)
     return str(folder)

@@ -394,6 +394,7 @@ def test_stopped_and_continued(tmp_path):
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in told
+    assert "stopped: preds.jsonl has 10 of 30 posts; the same command goes on from there" in told
     with open(tmp_path / "preds.jsonl", "a") as file:
         file.write('{"id": "torn')
     with Server(lambda request, tries: f"flower {number(request)}") as server:
