@@ -137,9 +137,13 @@ def test_an_adapter_learns_and_its_folder_is_peft_s(peft, adapter_run, world):
     assert torch.equal(logits(ours, encoder), logits(theirs, encoder))
 
 
-def test_a_merged_model_predicts_as_its_adapter(peft, adapter_run, tmp_path, world, monkeypatch):
+def test_a_merged_model_predicts_as_its_adapter(
+    peft, adapter_run, tmp_path, world, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["merge", *words(adapter_run, tmp_path / "merged")])
     tools.merge.main()
+    printed = capsys.readouterr()
+    assert printed.out == "" and "merged: the merged model, in float32, " in printed.err
     with pytest.raises(UserError, match="merged: is there already"):
         tools.merge.main()
     monkeypatch.setattr(sys, "argv", ["merge", *words(world / "toy", tmp_path / "other")])

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw
 
 from data import TAGS
 from evaluate import UserError, non_negative_int, plural, run
-from support.console import ArgumentParser, positive_int, progress
+from support.console import ArgumentParser, info, positive_int, progress
 from support.jsonl import follow_umask
 
 VERSION = 1  # of the posts: a folder that another version wrote is refused
@@ -613,8 +613,8 @@ def main():
     write_world(args.out, args.seed, args.train, args.valid, args.test)
     write_toy_model(Path(args.out) / "toy", args.seed)
     counts = f"{args.train} training, {args.valid} validation, {plural(args.test, 'test post')}"
-    print(f"{args.out}: club world {args.seed}, {counts}")
-    print(f"{Path(args.out) / 'toy'}: its toy model")
+    info(f"{args.out}: club world {args.seed}, {counts}")
+    info(f"{Path(args.out) / 'toy'}: its toy model")
 
 
 if __name__ == "__main__":

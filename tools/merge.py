@@ -11,7 +11,7 @@ from evaluate import UserError, run
 from support.adapters import adapter_config, merge_adapter
 from support.bars import busy
 from support.checkpoint import copy_side_files, write_own
-from support.console import ArgumentParser, first_line
+from support.console import ArgumentParser, first_line, info
 from support.jsonl import follow_umask, locked
 
 
@@ -58,7 +58,7 @@ def main():
     with locked(args.out):
         merge(args.model, args.out)
     size = sum(file.stat().st_size for file in Path(args.out).glob("*.safetensors"))
-    print(f"{args.out}: the merged model, in float32, {size / 1e6:,.0f} MB")
+    info(f"{args.out}: the merged model, in float32, {size / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":
