@@ -45,6 +45,7 @@ CASES = [
     dict(),
     dict(passes=1),
     dict(bf16=True),
+    dict(share_prompt=False),
     dict(checkpointing=True),
     dict(checkpointing=True, bf16=True),
     dict(freeze_vision=True),
@@ -144,8 +145,10 @@ def empty(shape):
         return transformers.Qwen2_5_VLForConditionalGeneration(config(**shape))
 
 
-def measured(shape, bf16=False, rank=None, freeze_vision=False, checkpointing=False, passes=2):
-    """Bytes at the peak of a step in which every post reasons."""
+def measured(shape, settings):
+    """Bytes at the peak of a step, with the settings of a memory.Step; every post reasons."""
+    bf16, rank, freeze_vision = settings.bf16, settings.rank, settings.freeze_vision
+    checkpointing, mode = settings.checkpointing, "dynamic" if settings.share_prompt else "cot"
     torch.manual_seed(0)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config(**shape))
     if rank:
@@ -158,7 +161,7 @@ def measured(shape, bf16=False, rank=None, freeze_vision=False, checkpointing=Fa
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
             {"use_reentrant": False}
         )
-    step = DynamicCoT(model, "dynamic", float("inf"), share_prompt=not checkpointing)
+    step = DynamicCoT(model, mode, float("inf"), share_prompt=not checkpointing)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     posts = random_posts(
@@ -171,7 +174,7 @@ def measured(shape, bf16=False, rank=None, freeze_vision=False, checkpointing=Fa
             live.take(tensor.detach())
         for _ in range(2):
             live.peak = live.now
-            for _ in range(passes):
+            for _ in range(settings.passes):
                 batch = batch_of(posts)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     loss = step(batch)[0]
@@ -189,7 +192,7 @@ def compare(names, cases):
             shape = (POSTS, GRID[0] * GRID[1] // 4, TEXT - 2, ANSWER)
             step = memory.Step(*shape, **{"bf16": False} | case)
             estimated = memory.step_memory(empty(SHAPES[name]), step)["peak"]
-            peaks = {"measured": measured(SHAPES[name], **case), "estimated": round(estimated)}
+            peaks = {"measured": measured(SHAPES[name], step), "estimated": round(estimated)}
             yield {"shape": name, **case, **peaks}
 
 

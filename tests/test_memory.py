@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import bench_memory
 import published
 from evaluate import UserError
-from model import TokenLoss
+from model import MODES, TokenLoss
 from support.console import read_json
 from tools import memory
 from tools.memory import Step, count_parameters, step_memory
@@ -22,11 +23,12 @@ ROOT = Path(__file__).parent.parent
 SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 PEFT = importlib.util.find_spec("peft") is not None
 MEASURED = {
-    "wide": [{}, {"passes": 1}, {"bf16": True}],
+    "wide": [{}, {"passes": 1}, {"bf16": True}, {"share_prompt": False}],
     "wordy": [{}, {"checkpointing": True}],
     "long": [
         {},
         {"bf16": True},
+        {"share_prompt": False},
         {"checkpointing": True},
         {"freeze_vision": True},
         {"rank": 8, "freeze_vision": True},
@@ -150,6 +152,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "141 GiB  does not fit" in shown
     savers = [line for line in shown.splitlines() if " saves " in line]
     assert savers[0].startswith("--lora 16 saves ") and len(savers) >= 4
+    assert re.fullmatch(r".* [\d.]+ GiB: the peak is then [\d.]+ GiB", savers[0])
     estimate("--model", str(tmp_path))  # --train is not needed, and changes nothing
     assert capsys.readouterr().out == shown
     estimate("--model", str(tmp_path), "--train", "x", "--lora", "16", "--gradient-checkpointing")
@@ -172,6 +175,19 @@ def test_the_command_says_what_it_does_not_know_of_qwen3_5(kind, tmp_path, monke
     memory.main()
     shown = capsys.readouterr().out
     assert "2 of 3 layers keep a recurrent state" in shown and " 16 GiB  fits" in shown
+
+
+def test_modes_that_read_one_answer_keep_no_cache_of_the_prompt():
+    model = real("Qwen/Qwen2.5-VL-3B-Instruct")
+    peaks = {
+        mode: memory.estimate(model, memory.parse_args(["--mode", mode]), 80) for mode in MODES
+    }
+    assert peaks["sft"] == peaks["cot"] and peaks["multitask"] == peaks["dynamic"]
+    # 36 layers of 4 prompts: keys and values (256 each) in float32 and bf16, those of 16 heads in
+    # bf16; less the 160 columns of each answer's scores that a prompt of 672 tokens has masked.
+    shared = 36 * 4 * (672 * (256 * (4 + 2) + 2 * 2 * 2048) - 2 * 672 * 160) / 2**30
+    saved = peaks["dynamic"]["activations"] - peaks["sft"]["activations"]
+    assert saved == pytest.approx(shared)
 
 
 def test_shards_are_estimated_where_auto_would_shard():

@@ -44,6 +44,7 @@ class Step:
     checkpointing: bool = False
     shards: int = 1  # GPUs that share the weights (FSDP)
     passes: int = 2  # micro-batches of a step
+    share_prompt: bool = True  # whether an answer goes on from a cache of its prompt
 
 
 def step_memory(model, step):
@@ -109,9 +110,9 @@ def activations(config, step):
     A layer keeps of a token two norms' inputs and normalised values; the inputs of the matrices
     (autocast casts one for each of five; a frozen matrix needs none, its adapter does); queries,
     keys, values and the attention's output; four inner values of the MLP. A vision block that is
-    trained keeps the same of a patch. The answers keep the prompts' keys and values once more,
-    repeated for each head, as transformers does where posts are padded. With checkpointing, a
-    layer keeps only its input and recomputes the rest. A layer with a recurrent state (Qwen3.5)
+    trained keeps the same of a patch. Answers that share a prompt keep its keys and values once
+    more, repeated for each head, as transformers does where posts are padded. With checkpointing,
+    a layer keeps only its input and recomputes the rest. A layer with a recurrent state (Qwen3.5)
     counts as one with attention.
     """
     c, v = config.text_config, config.vision_config
@@ -144,8 +145,11 @@ def activations(config, step):
         scores = item * step.posts * (prompt + answer) ** 2
         layer = tokens * (token + 2 * item * mlp) + scores
         return ends + inputs, max(layer, trained * (patch + 2 * item * vision_mlp))
-    masks = item * step.posts * (prompt**2 + answer * (prompt + answer))
-    cached = keys * (2 * stream if rank or sharded else 4 + item) + 2 * item * queries
+    cells, cached = (prompt + answer) ** 2, 0
+    if step.share_prompt:
+        cells -= prompt * answer  # the prompt does not see the answer's columns
+        cached = keys * (2 * stream if rank or sharded else 4 + item) + 2 * item * queries
+    masks = item * step.posts * cells
     layers = c.num_hidden_layers * (tokens * token + masks + prompts * cached)
     return ends + layers + v.depth * trained * patch, 0
 
@@ -207,6 +211,7 @@ def estimate(model, args, card):
     posts = min(args.micro_batch, share)
     step = Step(posts, image, *args.lengths, args.device != "cpu", args.lora, args.freeze_vision)
     step = replace(step, checkpointing=args.gradient_checkpointing, passes=math.ceil(share / posts))
+    step = replace(step, share_prompt=args.mode in ("multitask", "dynamic"))
     parts = step_memory(model, step)
     state = parts["weights"] + parts["gradients"] + parts["optimizer"]
     auto = args.parallel == "auto" and state > card * 2**30 / 2  # as train.py decides
@@ -259,7 +264,7 @@ def main():
     peaks = {flag: estimate(model, changed[flag], card)["peak"] for flag in SAVERS}
     for flag, less in sorted(peaks.items(), key=lambda item: item[1]):
         if less < 0.99 * peak:
-            print(f"{flag} saves {peak - less:.1f} GiB: {less:.1f}")
+            print(f"{flag} saves {peak - less:.1f} GiB: the peak is then {less:.1f} GiB")
 
 
 if __name__ == "__main__":
