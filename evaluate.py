@@ -98,13 +98,12 @@ def read_lines(path):
                     raise UserError(f"{path}: a gzip file; unpack it first (gunzip)")
                 yield number, offset, raw
                 offset += len(raw)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, where a file is needed") from None
     except OSError as error:
-        reasons = {
-            FileNotFoundError: "no such file",
-            IsADirectoryError: "a folder, where a file is needed",
-        }
-        reason = reasons.get(type(error), f"can't be read ({error.strerror})")
-        raise UserError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
 
 
 def decode(path, number, raw):
@@ -202,6 +201,8 @@ def read_posts(path):
             yield number, parse_cmkp(path, number, row)
         else:
             where = f"{path} line {number}"
+            if "text" not in row and "tokens" in row:
+                raise UserError(f"{where}: a prediction, not a post; predictions come first")
             yield number, {field: required(where, row, field) for field in fields}
 
 
@@ -290,8 +291,7 @@ def align(predictions, references, allow_missing=False, names=("predictions", "r
             f"{ours}: no prediction for {len(missing)} of {posts} of {theirs}: "
             f"{kind} {first_few(missing)}; --allow-missing scores them as empty"
         )
-    empty = {"id": None, "keyphrases": []}
-    return [made.get(key, empty) for key in wanted]
+    return [made.get(key, {"id": None, "keyphrases": []}) for key in wanted]
 
 
 # ----------------------------------------------------------------------------- words and stemming
@@ -546,10 +546,9 @@ def describe(parts, predictions):
         scored = [predictions[post] for post in part.posts]
         tokens = [made["tokens"] for made in scored if made.get("tokens") is not None]
         thought = [reasoned(made) for made in scored if "think" in made]
-        if tokens:
-            result[name]["tokens"] = sum(tokens) / len(tokens)
-        if thought:
-            result[name]["reasoned"] = sum(thought) / len(thought)
+        for key, values in (("tokens", tokens), ("reasoned", thought)):
+            if values:
+                result[name][key] = sum(values) / len(values)
     return result
 
 
@@ -636,8 +635,9 @@ def table(scores, everything=False):
             for name in (HEADLINES if everything else ("F1@1", "F1@M")) if entry["posts"] else ():
                 pair = against[name]
                 cells = [title, name, percent(entry[name]), percent(pair["score"])]
-                cells += [f"{100 * pair['difference']:+.2f}", span(pair["interval"])]
-                blocks[-1].append([*cells, f"{pair['p']:.4f}"])
+                interval = " to ".join(map(percent, pair["interval"]))
+                cells += [f"{100 * pair['difference']:+.2f}", interval, f"{pair['p']:.4f}"]
+                blocks[-1].append(cells)
         if not everything:
             return lay_out(blocks[0])
 
@@ -664,10 +664,6 @@ def table(scores, everything=False):
 
 def percent(fraction):
     return f"{100 * fraction:.2f}"
-
-
-def span(ends):
-    return f"{percent(ends[0])} to {percent(ends[1])}"
 
 
 def lay_out(rows):
@@ -711,6 +707,10 @@ def parse_args(arguments=None):
     args = parser.parse_args(arguments)
     if args.bootstrap > 1_000_000:
         parser.error("--bootstrap takes at most 1,000,000 rounds")
+    if args.all and (args.json or not args.against):
+        parser.error("--all has no effect without --against, nor with --json")
+    if args.seed and not (args.bootstrap or args.against):
+        parser.error("--seed has no effect without --bootstrap or --against")
     return args
 
 

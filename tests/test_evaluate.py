@@ -897,6 +897,8 @@ def test_swapped_arguments_are_explained(files):
     assert_error(
         run_script(files["test.txt"], files["test.txt"]), "line 1", "predictions come first"
     )
+    swapped = run_script(files["test.jsonl"], files["preds.jsonl"])
+    assert_error(swapped, "preds.jsonl line 1: a prediction, not a post; predictions come first")
 
 
 def test_missing_files_and_folders(files, tmp_path):
