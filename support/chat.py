@@ -91,13 +91,12 @@ def parse_body(body, secrets=()):
 
     The secrets, which some servers repeat, are replaced by ***.
     """
-    text = body.decode("utf-8-sig", "replace").strip()
     try:
         text = body.decode("utf-8-sig").strip()
         is_stream = text.startswith(("data:", "event:", ":"))
         return hide(join_events(text) if is_stream else json.loads(text), secrets)
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return hide(text, secrets)
+        return hide(body.decode("utf-8-sig", "replace").strip(), secrets)
 
 
 def hide(value, secrets):

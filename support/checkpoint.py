@@ -162,7 +162,6 @@ def open_run(folder, settings, resume=False, force=False):
     settings all the same, but not with other posts or another batch size: a place in an epoch
     means nothing without them.
     """
-    folder = Path(folder)
     file = folder / "settings.json"
     if resume:
         changed = changed_settings(folder, settings)
@@ -276,7 +275,10 @@ class Checkpoints:
 
     def finish(self, weights, step, partial, folder):
         """Write what rank 0 alone writes, and give the checkpoint its name."""
-        write_model(self.model, weights, partial)
+        if adapter_config(self.model):
+            write_adapter(self.model, weights, partial)
+        else:
+            self.model.save_pretrained(partial, state_dict=weights)
         # When a run was resumed, its source is a checkpoint that may be pruned; the last one isn't.
         last = self.run / "last"
         copy_side_files(read_pointer(last) if last.is_file() else self.source, partial)
@@ -314,7 +316,7 @@ class Checkpoints:
                 "the checkpoint before it, if one was kept"
             ) from error
 
-    def prune(self, keep=1):
+    def prune(self, keep):
         """Remove all checkpoints but the newest `keep` and those that `last` and `best` name."""
         self.ranks.on_rank0(prune, self.run, keep)
 
@@ -332,14 +334,6 @@ def make_anew(folder):
     """Make an empty folder; what its parent held goes."""
     shutil.rmtree(folder.parent, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def write_model(model, weights, folder):
-    """Write `weights`, a model's or its adapter's, as Hugging Face's libraries do."""
-    if adapter_config(model):
-        write_adapter(model, weights, folder)
-    else:
-        model.save_pretrained(folder, state_dict=weights)
 
 
 def copy_side_files(source, folder):

@@ -4,12 +4,16 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import sys
 import traceback
 from pathlib import Path
 
+from tqdm import tqdm
+
 from evaluate import ArgumentParser as OneLineParser
 from evaluate import UserError, shown
+from support.bars import Bar
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -28,7 +32,7 @@ class ArgumentParser(OneLineParser):
         module = getattr(sys.modules["__main__"].__spec__, "name", "")  # of python -m tools.NAME
         if module.startswith("tools."):
             kwargs.setdefault("prog", f"python -m {module}")
-        super().__init__(**{"formatter_class": HelpFormatter} | kwargs)
+        super().__init__(formatter_class=HelpFormatter, **kwargs)
 
 
 def number_in(interval):
@@ -37,7 +41,10 @@ def number_in(interval):
     excluded = [end for end, mark in ((low, interval[0]), (high, interval[-1])) if mark in "()"]
 
     def convert(text):
-        value = number(text)  # NaN, which is in no interval, where it is none
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan  # which is in no interval
         if not low <= value <= high or value in excluded:
             raise argparse.ArgumentTypeError(f"{shown(text)} is not a number in {interval}")
         return int(value) if value.is_integer() and value < 1e15 else value  # 5, not 5.0
@@ -62,28 +69,15 @@ positive_int = whole_number(1, 10**9)
 fraction = number_in("[0, 1]")
 
 
-def number(text):
-    """`text` as a float, NaN where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
 def info(text):
     """Print a line on stderr, above a progress bar; stdout is for results."""
-    from tqdm import tqdm
-
     tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
 
 
 def progress(iterable, total, desc="", unit="post", **options):
     """A tqdm bar on stderr, to be updated by hand where `iterable` is None."""
-    from support.bars import Bar
-
-    options = {"dynamic_ncols": True, "mininterval": 0.5} | options
-    return Bar(iterable, total=total, desc=desc, unit=unit, **options)
+    options |= {"dynamic_ncols": True, "mininterval": 0.5}
+    return Bar(iterable, desc, total, unit=unit, **options)
 
 
 def first_line(error):

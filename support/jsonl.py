@@ -242,10 +242,7 @@ class JsonlWriter:
                 self.file.write(b"\n")
 
     def append(self, *records, index=None):
-        """Append records; `index` is the place of a single one in the order.
-
-        Raises OSError.
-        """
+        """Append records; `index` is the place of a single one in the order. Raises OSError."""
         if self.file is None:
             self.open()
         lines = "".join(map(to_line, records)).encode()

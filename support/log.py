@@ -178,8 +178,7 @@ class TrainingLog:
             line = {"step": step, "valid": scores}
             self.write("log.jsonl", line)
             self.remember(line)
-            best = self.best[1] == step
-            say_evaluation(step / self.epoch_steps, step, scores, best)
+            say_evaluation(step / self.epoch_steps, step, scores, best=self.best[1] == step)
             for name, values in scores.items():
                 if isinstance(values, dict):
                     self.write_scalars(step, values, f"valid/{name}")

@@ -269,7 +269,7 @@ def likely_mistakes(record, names=None):
     The record may be used. What concerns a field only matters where no post of the file has it.
     """
     guesses = lookalikes(record) if record.keys() - FIELDS else {}
-    for field in ("image", "cot", "text") if guesses else ():
+    for field in ("image", "cot", "text"):
         if name := guesses.get(field):
             mend = f"try {map_option((names or {}) | {field: name})}"
             if field == "image" and is_address(record, name):

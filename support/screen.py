@@ -79,7 +79,7 @@ def say_server(name, client):
 def say_output(out, done, failed=0):
     """Where the results go, and how many posts are done, or have failed, already."""
     before = [f"{count:,} {what}" for count, what in ((done, "done"), (failed, "failed")) if count]
-    say("Writes", f"{out}{': ' if before else ''}{', '.join(before)}{' before' if before else ''}")
+    say("Writes", f"{out}: {', '.join(before)} before" if before else out)
 
 
 def say_steps(args, folder, step, total):
@@ -159,7 +159,7 @@ def say_end(args, folder, device, started):
 
 def command(label, script, *arguments):
     """Print a command on one line, to be copied."""
-    info(f"{label:<10} python {script} " + " ".join(shlex.quote(str(x)) for x in arguments))
+    info(f"{label:<10} python {script} {shlex.join(map(str, arguments))}")
 
 
 def say_toy(folder, records, image_path):
@@ -173,7 +173,7 @@ def say_toy(folder, records, image_path):
         with contextlib.suppress(Unreadable):
             image = image_path(record)
             if image and not from_club_world(load_image(image, MAX_PIXELS)):
-                post = f"{shlex.quote(str(image))} {shlex.quote(record['text'])}"
+                post = shlex.join([str(image), record["text"]])
                 info(
                     f"{folder}: this model knows only the club world; a real photo needs a real "
                     + one_line(f"model: python infer.py {post} --model Qwen/Qwen2.5-VL-3B-Instruct")
