@@ -707,10 +707,8 @@ def parse_args(arguments=None):
     args = parser.parse_args(arguments)
     if args.bootstrap > 1_000_000:
         parser.error("--bootstrap takes at most 1,000,000 rounds")
-    if args.all and (args.json or not args.against):
-        parser.error("--all has no effect without --against, nor with --json")
-    if args.seed and not (args.bootstrap or args.against):
-        parser.error("--seed has no effect without --bootstrap or --against")
+    if args.all and not args.against:
+        parser.error("--all has no effect without --against")
     return args
 
 

@@ -270,9 +270,14 @@ def parse_args(arguments=None):
     add_server_options(served)
     args = parser.parse_args(arguments)
     if args.data is None and (args.image is None or args.text is None):
-        parser.error("give an image and a text, or --data FILE --out FILE")
-    if args.data is not None and (args.out is None or args.image is not None):
-        parser.error("--data goes with --out FILE and without an image or text")
+        parser.error(
+            'give an image and a text (none for no image, "" for no text), or --data FILE --out '
+            "FILE"
+        )
+    if args.data is None and args.out:
+        parser.error("--out goes with --data; the prediction of one post goes to stdout")
+    if args.data is not None and (args.out is None or args.image is not None or args.json):
+        parser.error("--data goes with --out FILE and without an image, a text or --json")
     if args.base_url and args.think != "auto":
         parser.error(
             f"--think {args.think} needs the model here: a server can't be told how an answer "

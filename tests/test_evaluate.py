@@ -907,7 +907,7 @@ def test_missing_files_and_folders(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--bootstrap -1", "--bootstrap x", "--seed 1.5", "--nothing"]
+    "arguments", ["--bootstrap -1", "--bootstrap x", "--seed 1.5", "--nothing", "--all"]
 )
 def test_bad_options(files, arguments):
     done = run_script(files["preds.txt"], files["test.txt"], *arguments.split())

@@ -188,6 +188,21 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ("image.jpg", "none for no image"),
+        ("image.jpg text --out preds.jsonl", "--out goes with --data"),
+        ("--data posts.jsonl", "--out FILE"),
+        ("--data posts.jsonl --out preds.jsonl --json", "--json"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, told, capsys):
+    with pytest.raises(SystemExit):
+        infer.parse_args(arguments.split())
+    assert told in capsys.readouterr().err
+
+
 def infer_file(*arguments):
     return infer.infer_file(
         infer.parse_args(list(map(str, arguments)) + ["--workers", "0", "--max-new-tokens", "8"])
