@@ -463,6 +463,7 @@ class Encoder:
     def image_patches(self, picture):
         """(pixel_values, image_grid_thw) of a PIL image within the model's limits of size."""
         process, most = self.image_processor, self.size["longest_edge"]
+        # To resize a picture to its own size takes longer than to read its pixels.
         fits = self.size["shortest_edge"] <= math.prod(picture.size) <= most
         fits = fits and not any(edge % self.token_side for edge in picture.size)
         image = process([picture], size=self.size, do_resize=not fits, return_tensors="pt")
@@ -531,9 +532,25 @@ class Answers:
     def to(self, device):
         return Answers(*(x.to(device, non_blocking=True) for x in (self.ids, self.mask)))
 
-    def rows(self, chosen):
-        """The answers of the rows that `chosen` (B,) bool selects, as wide as they need."""
-        ids, mask = self.ids[chosen], self.mask[chosen]
+    def rows(self, rows):
+        """The answers of some rows, as wide as they need."""
+        return self._cut(self.ids[rows], self.mask[rows])
+
+    def where(self, keep, other):
+        """These answers in the rows where `keep` (B,) is true, `other`'s elsewhere."""
+        import torch
+        from torch.nn.functional import pad
+
+        width = max(self.ids.shape[1], other.ids.shape[1])
+
+        def pick(ours, theirs):
+            ours, theirs = (pad(rows, (0, width - rows.shape[1])) for rows in (ours, theirs))
+            return torch.where(keep[:, None], ours, theirs)
+
+        return self._cut(pick(self.ids, other.ids), pick(self.mask, other.mask))
+
+    @staticmethod
+    def _cut(ids, mask):
         longest = max(3, int(mask.sum(1).max()))
         return Answers(ids[:, :longest], mask[:, :longest])
 
@@ -597,18 +614,6 @@ def collate(samples, encoder, pixel_values=None):
         cot = Answers.pad([sample.cot or sample.plain for sample in samples], encoder.pad)
         with_cot = torch.tensor([sample.cot is not None for sample in samples])
     return Batch(ids, prompt, plain, cot, with_cot, sum(sample.truncated for sample in samples))
-
-
-def prompt_rows(prompt, chosen):
-    """A Batch's prompt for the posts that `chosen` (B,) bool selects."""
-    per_image = ("pixel_values", "image_grid_thw")
-    rows = {name: values[chosen] for name, values in prompt.items() if name not in per_image}
-    if rows["mm_token_type_ids"].any():
-        with_image = prompt["mm_token_type_ids"].any(1)
-        images, grid = chosen[with_image], prompt["image_grid_thw"]
-        rows["image_grid_thw"] = grid[images]
-        rows["pixel_values"] = prompt["pixel_values"][images.repeat_interleave(grid.prod(1))]
-    return rows
 
 
 def concat_images(samples):
@@ -755,9 +760,6 @@ def ignore_signals(_):
 
 
 # --------------------------------------------------------------- settings of train.py and infer.py
-
-
-READ_HERE = ("max_length", "workers", "device")  # settings that a served model has no use for
 
 
 def add_reading_options(parser):

@@ -17,7 +17,6 @@ from data import (
     EncoderOptions,
     failed_prediction,
     parse_answer,
-    prompt_rows,
     read_prompt,
 )
 from evaluate import UserError, plural
@@ -49,14 +48,11 @@ class Prompt:
     last_hidden: torch.Tensor | None = None  # (B, 1, hidden), at the prompt's last token
     cache: object | None = None  # transformers' cache, what each layer keeps of the prompt
 
-    def rows(self, chosen):
-        """The Prompt of the posts that `chosen` (B,) bool selects, one at least."""
-        positions = self.positions[:, chosen]
-        if self.cache is None:
-            return Prompt(prompt_rows(self.inputs, chosen), positions)
-        mask = self.inputs["attention_mask"][chosen]  # of the inputs, all that is still needed
-        cache = continue_cache(self.cache, chosen)
-        return Prompt({"attention_mask": mask}, positions, self.last_hidden[chosen], cache)
+    def rows(self, rows):
+        """The Prompt of some of the posts. Of the inputs it keeps what an answer still needs."""
+        inputs = {"attention_mask": self.inputs["attention_mask"][rows]}
+        cache = continue_cache(self.cache, rows)
+        return Prompt(inputs, self.positions[:, rows], self.last_hidden[rows], cache)
 
 
 class DynamicCoT(nn.Module):
@@ -79,6 +75,9 @@ class DynamicCoT(nn.Module):
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         self.model, self.mode, self.gamma = model, mode, gamma
         self.share_prompt = share_prompt and mode in ("multitask", "dynamic")
+        # Whether plain answers and reasonings are trained together: where each pass reads the
+        # prompt again, and with FSDP, whose ranks must run the same passes.
+        self.one_pass = not share_prompt
 
     def forward(self, batch):
         """Per-sample losses of a Batch of B posts.
@@ -102,6 +101,9 @@ class DynamicCoT(nn.Module):
         with torch.no_grad():
             plain_loss = self.answer_loss(prompt, batch.plain)
         use_cot = (plain_loss < self.gamma) & batch.has_cot
+        if self.one_pass:
+            target = batch.cot.where(use_cot, batch.plain)
+            return self.answer_loss(prompt, target), plain_loss, use_cot
         # A pass for each kind: in one, plain answers would be padded to the longest reasoning.
         loss = torch.zeros_like(plain_loss)
         loss[use_cot] = self.loss_of(use_cot, prompt, batch.cot)
@@ -122,11 +124,12 @@ class DynamicCoT(nn.Module):
 
     def loss_of(self, chosen, prompt, answers):
         """L(y) of the posts that `chosen` (B,) bool selects; no pass if it selects none."""
-        if not chosen.any():
+        rows = chosen.nonzero()[:, 0]
+        if not len(rows):
             return chosen.new_zeros(0, dtype=torch.float32)
-        if chosen.all():  # nothing to copy
-            return self.answer_loss(prompt, answers)
-        return self.answer_loss(prompt.rows(chosen), answers.rows(chosen))
+        if len(rows) < len(chosen):
+            prompt, answers = prompt.rows(rows), answers.rows(rows)
+        return self.answer_loss(prompt, answers)
 
     def answer_loss(self, prompt, answers):
         """L(y) (B,): the mean negative log-likelihood of each answer's tokens, its end included."""
@@ -174,9 +177,8 @@ class DynamicCoT(nn.Module):
 class DistributedStep(DynamicCoT):
     """The step on several ranks, which must all run the same layers in the same order.
 
-    A rank whose micro-batch has no image runs the vision tower on a dummy image, a rank without any
-    post runs the model on a row that is not a post, and one whose posts all get the same kind of
-    answer runs the pass of the other kind for nothing.
+    A rank whose micro-batch has no image runs the vision tower on a dummy image, and a rank without
+    any post runs the model on a row that is not a post.
     """
 
     def forward(self, batch):
@@ -184,12 +186,6 @@ class DistributedStep(DynamicCoT):
         if len(batch):
             return results
         return tuple(None if result is None else result[:0].clone() for result in results)
-
-    def loss_of(self, chosen, prompt, answers):
-        if chosen.any():
-            return super().loss_of(chosen, prompt, answers)
-        first = torch.arange(len(chosen), device=chosen.device) == 0
-        return super().loss_of(first, prompt, answers)[:0]
 
     def read(self, inputs, **options):
         if "pixel_values" in inputs:

@@ -210,7 +210,7 @@ def changed_settings(folder, settings):
 def differences(before, now):
     """{name: "it was this, is that"} for all that differs between two dicts.
 
-    A list is the state of the file `name`, which says nothing to people.
+    A list is the size and time of the file `name`: of it only that it has changed is said.
     """
     found = {}
     for name in sorted(before.keys() | now.keys()):

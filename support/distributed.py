@@ -267,6 +267,7 @@ def shard(step_losses, device):
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     dtypes = {"param_dtype": compute_dtype(device), "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**dtypes)
+    step_losses.one_pass = True  # whatever kinds of answer a rank's samples get
     inner = step_losses.model.model
     for layer in (*inner.visual.blocks, *inner.language_model.layers, step_losses):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

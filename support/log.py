@@ -25,6 +25,7 @@ class TrainingLog:
     def __init__(self, args, folder, step, total, posts, ranks):
         self.args, self.folder, self.ranks, self.most_skipped = args, folder, ranks, posts // 100
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
+        self.one_pass = args.gradient_checkpointing or ranks.engine == "fsdp"  # as the step does
         self.choices = []
         self.writers, self.board, self.sums = {}, None, None
         kept = ranks.from_rank0(self.open_files, step)
@@ -80,7 +81,8 @@ class TrainingLog:
         count = len(batch)
         plain = torch.full_like(loss, math.nan) if plain_loss is None else plain_loss
         cot_tokens, plain_tokens = (x.mask[:count].sum(1) for x in (batch.cot, batch.plain))
-        answers = [torch.where(use_cot, cot_tokens, plain_tokens)]
+        chosen = torch.where(use_cot, cot_tokens, plain_tokens)
+        answers = [chosen] if self.one_pass else [chosen * use_cot, chosen * ~use_cot]
         if self.args.mode == "multitask":
             answers = [plain_tokens, cot_tokens]
         prompts = batch.prompt["attention_mask"][:count]
@@ -93,7 +95,8 @@ class TrainingLog:
             "tokens": prompts.sum() + sum(lengths.sum() for lengths in answers),
             "image_tokens": batch.prompt["mm_token_type_ids"][:count].sum(),
             # Tokens and padding.
-            "places": prompts.numel() + sum(count * lengths.max() for lengths in answers if count),
+            "places": prompts.numel()
+            + sum(lengths.count_nonzero() * lengths.max() for lengths in answers if count),
         }
         # One tensor that stays on the device: to read a value would wait for the GPU.
         values = {name: torch.as_tensor(x, device=loss.device) for name, x in values.items()}

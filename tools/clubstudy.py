@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data import EncodedPosts, Loader, Posts
 from evaluate import UserError, non_negative_int, read_jsonl
-from support.console import info, positive_int, progress
+from support.console import info, positive_int, progress, read_json
 from support.jsonl import write_atomic
 from tools.clubworld import KINDS, write_toy_model, write_world
 from train import TOY
@@ -82,9 +82,15 @@ class Cell:
         return self.mode == "multitask" or self.mode == "dynamic" and 0 < self.gamma < math.inf
 
     def run(self):
-        """Train and score, unless that is done, and predict with <think> forbidden."""
+        """Train and score, unless that is done, and predict with <think> forbidden.
+
+        Raises UserError for a cell of another number of epochs, such as an older default.
+        """
+        file = self.folder / "settings.json"
+        if file.exists() and read_json(file)["epochs"] != self.epochs:
+            raise UserError(f"{self.folder}: not of {self.epochs} epochs; choose another --out")
         if not (self.folder / "test_scores.json").exists():
-            resume = ["--resume"] if (self.folder / "settings.json").exists() else []
+            resume = ["--resume"] if file.exists() else []
             settings = {"seed": self.world, "mode": self.mode, "gamma": self.gamma}
             script("train.py", *resume, **settings, epochs=self.epochs, out=self.folder)
         if self.learns_both:
