@@ -36,7 +36,7 @@ from support.records import train_keyphrases
 from support.screen import say_end, say_model, say_posts
 
 # The toy model's own defaults; a setting on the command line takes precedence.
-TOY = dict(lr=2e-3, warmup=0.1, epochs=1.75, micro_batch=32, workers=0)
+TOY = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=0)
 TOY |= dict(valid_posts=200, max_new_tokens=64)
 
 # Settings that a resumed run may change; the others decide what is learned.
