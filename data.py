@@ -772,8 +772,7 @@ def add_reading_options(parser):
     add("--max-pixels", type=positive_int, help=f"{pixels_help} {model_s} {MAX_PIXELS})")
     length_help = "tokens of a prompt; a longer post's text is truncated"
     add("--max-length", type=positive_int, help=f"{length_help} {model_s} {MAX_LENGTH})")
-    tokens_help = "tokens that are generated for an answer at most"
-    add("--max-new-tokens", type=positive_int, default=512, help=tokens_help)
+    add("--max-new-tokens", type=positive_int, default=512, help="tokens of an answer at most")
     add("--workers", type=whole_number(0, 1024), default=2, help="processes that prepare images")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
 

@@ -257,7 +257,7 @@ def write_answers(model, encoder, batches, think="auto", max_new_tokens=512):
 
     think: auto lets the model decide; always starts the answer with <think>; never keeps <think>
     out of the whole answer. Where the chat template has opened <think>, always bans </think> at the
-    first position, and never starts with it. A start that is given is not a generated token.
+    first position, and never starts with it.
     """
     greedy, rows = Greedy(model, encoder, think, max_new_tokens), Rows()
     prompts = read_prompts(model, batches, greedy)
@@ -270,7 +270,7 @@ def write_answers(model, encoder, batches, think="auto", max_new_tokens=512):
                 greedy.extend(rows.answers, hidden)
                 for answer in rows.pop_finished():
                     text = encoder.decode(answer.tokens[: len(answer.tokens) - answer.ended])
-                    yield answer.id, (text, answer.generated, answer.ended)
+                    yield answer.id, (text, len(answer.tokens), answer.ended)
     finally:
         model.train(was_training)
 
@@ -289,7 +289,7 @@ def read_prompts(model, batches, greedy):
         lengths = inputs["attention_mask"].sum(1).tolist()
         positions = (prompt.positions.amax((0, 2)) + 1).tolist()
         answers = [
-            Answer(identity, list(begun), len(begun), length, position)
+            Answer(identity, list(begun), length, position)
             for identity, length, position in zip(batch.ids, lengths, positions, strict=True)
         ]
         greedy.extend(answers, prompt.last_hidden)

@@ -41,15 +41,9 @@ class Answer:
 
     id: str  # of its post
     tokens: list[int]
-    given: int  # of these tokens, those at its start that the model did not choose
     length: int  # tokens of prompt and answer that the model has read
     position: int  # M-RoPE's, of the token that it reads next
     ended: bool | None = None  # True: with an end token; False: it has reached the limit
-
-    @property
-    def generated(self):
-        """How many tokens the model chose, as a server and transformers count them."""
-        return len(self.tokens) - self.given
 
 
 class Rows(Cache):
@@ -187,7 +181,7 @@ class Greedy:
     def __init__(self, model, encoder, think, max_new_tokens):
         self.head = model.lm_head
         self.begun, self.banned = encoder.start(think)
-        self.max_new_tokens = max_new_tokens
+        self.longest = len(self.begun) + max_new_tokens
         vocabulary = model.config.text_config.vocab_size
         self.no_think = NoThink(encoder, vocabulary) if think == "never" else None
         # Published models may end with a second token. No other setting of theirs is inherited:
@@ -205,7 +199,7 @@ class Greedy:
         for answer, token in zip(answers, logits.argmax(1).tolist(), strict=True):
             if answer.ended is None:  # else its first token was its last
                 answer.tokens.append(token)
-                if token in self.ends or answer.generated == self.max_new_tokens:
+                if token in self.ends or len(answer.tokens) == self.longest:
                     answer.ended = token in self.ends
 
 

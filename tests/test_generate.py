@@ -87,7 +87,7 @@ def batches_of(posts):
 
 
 def theirs(model, posts, think, begun=(), banned=None):
-    """transformers' answers to the posts as one batch; what they begin with is not counted."""
+    """transformers' answers to the posts as one batch."""
     begun = list(begun)
     posts = [post | {"prompt": post["prompt"] + begun} for post in posts]
     inputs = batch_of(posts).prompt
@@ -105,7 +105,7 @@ def theirs(model, posts, think, begun=(), banned=None):
     for row in rows:
         ends = [place for place, token in enumerate(row) if token in {END, *OTHER_ENDS}]
         length = ends[0] if ends else LIMIT
-        answers.append((begun + row[:length], length + bool(ends), bool(ends)))
+        answers.append((begun + row[:length], len(begun) + length + bool(ends), bool(ends)))
     return answers
 
 

@@ -134,7 +134,7 @@ def test_reasoning_can_be_asked_for_and_forbidden(layout, wishing, think):
     assert first == encoder.tags[tag][0]
     if forced:
         assert text.startswith("<think></think>" if opened else "<think>")
-        assert tokens == 4  # and not the given start
+        assert tokens == 4 + len(encoder.tags[tag])
     else:
         chosen = first if think == "auto" else second
         assert text.startswith(encoder.decode([chosen]))
