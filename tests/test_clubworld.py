@@ -130,11 +130,11 @@ def test_a_foreign_folder_is_refused_and_an_empty_one_is_taken(tmp_path):
     assert (tmp_path / "empty" / "train.jsonl").exists()
 
 
-def test_mistakes_are_named(tmp_path, capsys):
-    for flag, value in (("--valid", "0"), ("--seed", "-1")):
-        with pytest.raises(SystemExit):
-            clubworld.parse_args(["--out", str(tmp_path / "world"), flag, value])
-        assert f"{flag}: '{value}' is not a whole number" in capsys.readouterr().err
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match="--valid"):
+        write_world(tmp_path / "world", valid=0)
+    with pytest.raises(UserError, match="--seed"):
+        write_world(tmp_path / "world", seed=-1)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
         write_world(tmp_path / "file" / "world", train=2, valid=1, test=1)

@@ -471,6 +471,11 @@ def make_folder(folder, label, settings, fill):
 def write_world(out, seed=0, train=POSTS["train"], valid=POSTS["valid"], test=POSTS["test"]):
     """Write train.jsonl, valid.jsonl, test.jsonl and images/ to `out`. Raises UserError."""
     counts = {"train": train, "valid": valid, "test": test}
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"--{name} {count}: a club world needs at least one post in each file")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: a seed can't be negative")
 
     def fill(folder):
         (folder / "images").mkdir()
