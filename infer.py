@@ -217,8 +217,9 @@ def read_finished(args, writer, index_of):
         return failed
     before = read_settings(out, dict)
     if different := differences(before, identity(args)):
-        what = f"something else ({'; '.join(different.values())})" if before else "unknown settings"
-        raise UserError(f"{out}: was made with {what}; choose another --out, or remove it")
+        what = f"something else ({', '.join(different)})" if before else "unknown settings"
+        changes = f": {'; '.join(different.values())}" if before else ""
+        raise UserError(f"{out}: was made with {what}{changes}; choose another --out, or remove it")
     for line, offset, row in writer.read():
         index = index_of.get(hash(parse_prediction(out, line, row)["id"]))
         if index is not None and row.get("error"):

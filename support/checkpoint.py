@@ -162,6 +162,7 @@ def open_run(folder, settings, resume=False, force=False):
     settings all the same, but not with other posts or another batch size: a place in an epoch
     means nothing without them.
     """
+    folder = Path(folder)
     file = folder / "settings.json"
     if resume:
         changed = changed_settings(folder, settings)

@@ -741,7 +741,7 @@ def test_places_that_cannot_be_written(world, tmp_path, out):
     with pytest.raises((UserError, OSError), match="not a file|can't be written|too long"):
         infer.infer_file(infer.parse_args([*arguments, "--out", out]))
     with pytest.raises((UserError, OSError), match="can't be written|too long"):
-        checkpoint.open_run(Path(out), {}, False)
+        checkpoint.open_run(out, {}, False)
     assert (tmp_path / "fifo").is_fifo()
     assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "src.txt"]
 

@@ -226,7 +226,7 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch):
     )
     assert infer_file(*arguments, "--out", out) == 0
     assert lines(out) == whole and len(asked) == 7 and not {p["id"] for p in whole[:5]} & set(asked)
-    changed = r"something else \(think was 'auto', is 'never'\); choose"
+    changed = r"something else \(think\): think was 'auto', is 'never'; choose"
     with pytest.raises(UserError, match=changed):
         infer_file(*arguments, "--out", out, "--think", "never")
     other = shutil.copytree(world / "toy", tmp_path / "other")
@@ -317,7 +317,7 @@ def test_a_failed_start_and_a_changed_model_or_file(world, tmp_path):
         infer_file(*arguments, "--model", tmp_path / "typo")
     assert not out.exists() and infer_file(*arguments, "--model", toy) == 0
     shutil.copy(world / "toy" / "model.safetensors", toy / "model.safetensors")
-    with pytest.raises(UserError, match=r"something else.*model.safetensors has changed\)"):
+    with pytest.raises(UserError, match=r"something else.*model.safetensors has changed; "):
         infer_file(*arguments, "--model", toy)
 
 
