@@ -10,21 +10,25 @@ from transformers.cache_utils import Cache, DynamicLayer
 TAG = "<think"
 
 
-def continue_cache(cache, rows=slice(None)):
+def continue_cache(cache, rows=None):
     """A cache that goes on from (the given rows of) another, whose tensors stay as they are.
 
     The gradient needs them. Keys and values are appended to out of place, but a recurrent state is
     overwritten.
     """
+
+    def chosen(tensor):  # its gradient is added up faster than that of tensor[rows]
+        return tensor if rows is None else tensor.index_select(0, rows)
+
     continued = copy.copy(cache)
     continued.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in continued.layers:
         if is_recurrent(layer):
             for name in ("conv_states", "recurrent_states"):
-                states = {key: state[rows] for key, state in getattr(layer, name).items()}
+                states = {key: chosen(state) for key, state in getattr(layer, name).items()}
                 setattr(layer, name, CopiedOnRead(states))
         else:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.keys, layer.values = chosen(layer.keys), chosen(layer.values)
     return continued
 
 
