@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluate import BYTE_ORDER_MARK, UserError, parse_line, read_lines, shown
-from support.bars import reading_progress
 from support.checkpoint import read_own
-from support.console import info, positive_int, reading, whole_number
+from support.console import info, positive_int, reading, reading_progress, whole_number
 from support.images import MAX_PIXELS, Unreadable, fit, load_image
 from support.jsonl import IndexedLines
 from support.phrases import WORDS_ONLY, split_keyphrases

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import data
 from evaluate import CJK, UserError, non_negative_int, normalize, plural, run
-from support.bars import WITHOUT_RATE, busy
+from support.bars import busy
 from support.chat import Failed, chat_request
 from support.client import Client
 from support.connection import OPENAI, add_server_options, endpoint, without_query
-from support.console import ArgumentParser, info, positive_int, progress, writing
+from support.console import WITHOUT_RATE, ArgumentParser, info, positive_int, progress, writing
 from support.images import MAX_PIXELS, Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, read_settings, write_settings
 from support.records import add_map_option

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +14,10 @@ from tqdm import tqdm
 
 from evaluate import ArgumentParser as OneLineParser
 from evaluate import UserError, shown
-from support.bars import Bar
+
+
+# A format for bars whose text has a speed of its own: with counts and times it fits 80 columns.
+WITHOUT_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -77,7 +81,18 @@ def info(text):
 def progress(iterable, total, desc="", unit="post", **options):
     """A tqdm bar on stderr, to be updated by hand where `iterable` is None."""
     options |= {"dynamic_ncols": True, "mininterval": 0.5}
-    return Bar(iterable, desc, total, unit=unit, **options)
+    return tqdm(iterable, desc, total, unit=unit, **options)
+
+
+def reading_progress(lines, path):
+    """Yield what `read_lines` yields, with a bar if the file takes longer than half a second."""
+    size = os.path.getsize(path) if os.path.isfile(path) else None
+    options = {"unit_scale": True, "delay": 0.5, "leave": False}
+    with progress(None, size, f"reading {Path(path).name}", "B", **options) as bar:
+        for number, offset, raw in lines:
+            if number % 1000 == 0:
+                bar.update(offset - bar.n)
+            yield number, offset, raw
 
 
 def first_line(error):

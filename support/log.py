@@ -5,9 +5,8 @@ import math
 import time
 
 from evaluate import UserError, plural
-from support.bars import WITHOUT_RATE
 from support.checkpoint import write_pointer
-from support.console import progress, writing
+from support.console import WITHOUT_RATE, progress, writing
 from support.jsonl import JsonlWriter
 from support.screen import bar_text, say_evaluation, say_steps
 
