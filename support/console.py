@@ -15,7 +15,6 @@ from tqdm import tqdm
 from evaluate import ArgumentParser as OneLineParser
 from evaluate import UserError, shown
 
-
 # A format for bars whose text has a speed of its own: with counts and times it fits 80 columns.
 WITHOUT_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
