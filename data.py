@@ -13,14 +13,14 @@ import math
 import os
 import re
 import signal
-import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from evaluate import BYTE_ORDER_MARK, UserError, parse_line, read_lines, shown
-from support.checkpoint import read_own
+from support.checkpoint import ENCODER_FILE, read_own
 from support.console import info, positive_int, reading, reading_progress, whole_number
 from support.images import MAX_PIXELS, Unreadable, fit, load_image
 from support.jsonl import IndexedLines
@@ -185,9 +185,9 @@ def read_prompt(path, *fields):
     """The prompt in a file, which must contain each of `fields`. Raises UserError."""
     with reading(path, "a prompt is a UTF-8 text file"):
         prompt = Path(path).read_text(encoding="utf-8")
-    for field in fields:
-        if field not in prompt:
-            raise UserError(f"{path}: the prompt has no {field} in it to say where that goes")
+    for name in fields:
+        if name not in prompt:
+            raise UserError(f"{path}: the prompt has no {name} in it to say where that goes")
     return prompt
 
 
@@ -296,11 +296,11 @@ class Skipped:
 
 
 class EncoderOptions(NamedTuple):
-    """How posts become prompts; None is what the model's folder says, else the default."""
+    """How posts become prompts."""
 
-    prompt_file: str | None = None
-    max_pixels: int | None = None
-    max_length: int | None = None
+    prompt: str = PROMPT
+    max_pixels: int = MAX_PIXELS
+    max_length: int = MAX_LENGTH  # in tokens
 
 
 class Encoder:
@@ -315,17 +315,12 @@ class Encoder:
     Raises UserError where the prompt or the chat template can't be used.
     """
 
-    def __init__(self, tokenizer, image_processor, image_token_id, prompt=PROMPT, options=None):
-        options = options or EncoderOptions()
-        if prompt.count("{text}") != 1:
-            raise UserError(
-                "the prompt must contain {text} once, to say where the post goes, not "
-                f"{prompt.count('{text}')} times"
-            )
-        self.tokenizer, self.image_processor, self.prompt = tokenizer, image_processor, prompt
+    def __init__(self, tokenizer, image_processor, image_token_id, options=None):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
         self.image_token_id = image_token_id
-        self.max_pixels = options.max_pixels or MAX_PIXELS
-        self.max_length = options.max_length or MAX_LENGTH
+        self.prompt, self.max_pixels, self.max_length = options or EncoderOptions()
+        if self.prompt.count("{text}") != 1:
+            raise UserError("the prompt must contain {text} once, to say where the post goes")
         self.size = {
             edge: int(min(image_processor.size[edge], self.max_pixels))
             for edge in ("shortest_edge", "longest_edge")
@@ -507,7 +502,7 @@ class EncodedPosts:
 
 
 @dataclass
-class Answers:
+class Targets:
     """Target tokens, padded on the right: `ids` and `mask` (1 at answer tokens), both (B, T).
 
     T is 3 at least: a model reads all but the last, and kernels that read a single token, as
@@ -523,35 +518,28 @@ class Answers:
 
         ids = torch.full((len(lists), max(3, *map(len, lists))), pad)
         mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(lists):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
+        for i, tokens in enumerate(lists):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            mask[i, : len(tokens)] = 1
         return cls(ids, mask)
 
     def to(self, device):
-        return Answers(*(x.to(device, non_blocking=True) for x in (self.ids, self.mask)))
-
-    def rows(self, rows):
-        """The answers of some rows, as wide as they need."""
-        return self._cut(self.ids[rows], self.mask[rows])
+        return Targets(*(x.to(device, non_blocking=True) for x in (self.ids, self.mask)))
 
     def where(self, keep, other):
-        """These answers in the rows where `keep` (B,) is true, `other`'s elsewhere."""
+        """These targets where `keep` (B,) is true, `other`'s elsewhere, as wide as they need."""
         import torch
         from torch.nn.functional import pad
 
         width = max(self.ids.shape[1], other.ids.shape[1])
 
         def pick(ours, theirs):
-            ours, theirs = (pad(rows, (0, width - rows.shape[1])) for rows in (ours, theirs))
+            ours, theirs = (pad(x, (0, width - x.shape[1])) for x in (ours, theirs))
             return torch.where(keep[:, None], ours, theirs)
 
-        return self._cut(pick(self.ids, other.ids), pick(self.mask, other.mask))
-
-    @staticmethod
-    def _cut(ids, mask):
+        ids, mask = pick(self.ids, other.ids), pick(self.mask, other.mask)
         longest = max(3, int(mask.sum(1).max()))
-        return Answers(ids[:, :longest], mask[:, :longest])
+        return Targets(ids[:, :longest], mask[:, :longest])
 
 
 @dataclass
@@ -562,22 +550,26 @@ class Batch:
         left, and pixel_values (patches, values), image_grid_thw (images, 3) where there are images.
     plain, cot: the two possible targets of each post; without reasoning, cot repeats plain.
     has_cot: (B,) bool.
+    truncated: how many of the posts' texts were truncated.
+    skipped: posts of the step whose images could not be read; the first micro-batch has them.
     """
 
     ids: list[str]
     prompt: dict
-    plain: Answers | None
-    cot: Answers | None
+    plain: Targets | None
+    cot: Targets | None
     has_cot: "torch.Tensor | None"
     truncated: int
+    skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self):
         return len(self.ids)
 
     def to(self, device):
         prompt = {name: value.to(device, non_blocking=True) for name, value in self.prompt.items()}
-        answers = (x if x is None else x.to(device) for x in (self.plain, self.cot, self.has_cot))
-        return Batch(self.ids, prompt, *answers, self.truncated)
+        targets = (self.plain, self.cot, self.has_cot)
+        plain, cot, has_cot = (x if x is None else x.to(device) for x in targets)
+        return replace(self, prompt=prompt, plain=plain, cot=cot, has_cot=has_cot)
 
 
 def collate(samples, encoder, pixel_values=None):
@@ -609,8 +601,8 @@ def collate(samples, encoder, pixel_values=None):
         prompt["image_grid_thw"] = torch.cat(grids)
     plain = cot = with_cot = None
     if samples[0].plain is not None:
-        plain = Answers.pad([sample.plain for sample in samples], encoder.pad)
-        cot = Answers.pad([sample.cot or sample.plain for sample in samples], encoder.pad)
+        plain = Targets.pad([sample.plain for sample in samples], encoder.pad)
+        cot = Targets.pad([sample.cot or sample.plain for sample in samples], encoder.pad)
         with_cot = torch.tensor([sample.cot is not None for sample in samples])
     return Batch(ids, prompt, plain, cot, with_cot, sum(sample.truncated for sample in samples))
 
@@ -623,12 +615,37 @@ def concat_images(samples):
     return torch.cat(images) if images else None
 
 
+@lru_cache(1)
 def epoch_order(count, batch_size, seed, epoch):
     """The steps of an epoch: lists of `batch_size` indices in an order set by (seed, epoch)."""
     import numpy as np
 
     order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+
+
+class TrainingOrder:
+    """The posts of every step of a run: item `step` is a list of `batch_size` indices.
+
+    Each epoch has an order of its own; the last one may be a part of one.
+    """
+
+    def __init__(self, count, batch_size, seed, epochs):
+        self.count, self.settings = count, (count, batch_size, seed)
+        self.epoch_steps = math.ceil(count / batch_size)
+        # Rounded before: 1.1 * 100, which is above 110 in binary, gives 110.
+        self.steps = max(1, math.ceil(round(epochs * self.epoch_steps, 6)))
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        epoch, index = divmod(step, self.epoch_steps)
+        return epoch_order(*self.settings, epoch)[index]
+
+    def ends_epoch(self, step):
+        """Whether an epoch, or the run, ends after so many steps."""
+        return step == self.steps or step > 0 and step % self.epoch_steps == 0
 
 
 def window(batch_size):
@@ -651,25 +668,27 @@ def by_length(samples, parts):
 class Steps:
     """A torch dataset whose items are whole steps: (micro-batches, skipped), or a UserError.
 
-    A micro-batch is (samples, pixel_values of all of them). Errors are returned: raised in a
-    worker, they would carry the worker's traceback.
+    A micro-batch is (samples, pixel_values of all of them). Of several ranks, each gets its share
+    of every step, in as many micro-batches as each of the others; some may be empty. Errors are
+    returned: raised in a worker, they would carry the worker's traceback.
     """
 
-    def __init__(self, dataset, shares, parts, keep_empty):
-        self.dataset, self.shares, self.parts = dataset, shares, parts
-        self.keep_empty = keep_empty
+    def __init__(self, dataset, order, micro_batch, ranks=None):
+        self.dataset, self.order, self.micro_batch = dataset, order, micro_batch
+        self.rank, self.world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
 
     def __len__(self):
-        return len(self.shares)
+        return len(self.order)
 
     def __getitem__(self, step):
+        indices = self.order[step]
+        parts = math.ceil(len(indices) / (self.world_size * self.micro_batch))
         try:
-            items = [self.dataset[index] for index in self.shares[step]]
+            items = [self.dataset[index] for index in indices[self.rank :: self.world_size]]
             samples = [item for item in items if isinstance(item, Sample)]
-            chunks = by_length(samples, self.parts[step])
-            if not self.keep_empty:
-                chunks = list(filter(None, chunks))
-            micro_batches = [(chunk, share_images(chunk)) for chunk in chunks]
+            if self.world_size == 1:  # no micro-batch is empty, but for the only one
+                parts = max(1, min(parts, len(samples)))
+            micro_batches = [(chunk, share_images(chunk)) for chunk in by_length(samples, parts)]
         except UserError as error:
             return error
         return micro_batches, [item for item in items if isinstance(item, Skipped)]
@@ -698,23 +717,21 @@ def share_images(samples):
 
 
 class Loader:
-    """Yields (micro-batches, skipped) for every list of indices in `steps`; workers encode posts.
+    """Yields (step, micro-batches) of the steps after the first `start`; workers encode posts.
 
-    dataset: an EncodedPosts. Of several ranks, each gets its share of every step, in as many
-    micro-batches as each of the others; some may be empty. `waited` is how many seconds the last
-    step's data took to come after it was asked for.
+    dataset: an EncodedPosts; order: the lists of indices of all steps, which count from 1; ranks:
+        the Ranks that share each step, if there are any.
 
     Raises UserError where a record has changed, or the system kills a worker.
     """
 
-    def __init__(self, dataset, steps, micro_batch, workers=0, rank=0, world_size=1):
+    def __init__(self, dataset, order, micro_batch, workers=0, ranks=None, start=0):
         from torch.utils.data import DataLoader
 
-        self.encoder, self.waited = dataset.encoder, 0.0
-        shares = [step[rank::world_size] for step in steps]
-        parts = [-(-len(step) // (world_size * micro_batch)) for step in steps]
+        self.encoder, self.start = dataset.encoder, start
         self.steps = DataLoader(
-            Steps(dataset, shares, parts, keep_empty=world_size > 1),
+            Steps(dataset, order, micro_batch, ranks),
+            sampler=range(start, len(order)),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=2 if workers else None,
@@ -723,19 +740,15 @@ class Loader:
 
     def __iter__(self):
         with closing(self._items()) as steps:  # after an error the workers end at once
-            while True:
-                started = time.perf_counter()
-                step = next(steps, None)
-                if step is None:
-                    return
-                if isinstance(step, UserError):
-                    raise step
-                micro_batches, skipped = step
+            for step, item in enumerate(steps, self.start + 1):
+                if isinstance(item, UserError):
+                    raise item
+                micro_batches, skipped = item
                 batches = [
                     collate(samples, self.encoder, images) for samples, images in micro_batches
                 ]
-                self.waited = time.perf_counter() - started
-                yield batches, skipped
+                batches[0].skipped = skipped
+                yield step, batches
 
     def _items(self):
         try:
@@ -776,21 +789,24 @@ def add_reading_options(parser):
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
 
 
-def use_own_limits(args, folder):
-    """Set --max-pixels and --max-length, where not given, as a model's folder has them.
+def own_options(folder):
+    """The EncoderOptions of a model's folder, with defaults for what it lacks. Raises UserError."""
+    return EncoderOptions(**read_own(folder))
 
-    Else they are the defaults. One that is given and differs is mentioned. Raises UserError.
+
+def resolve_options(args, folder):
+    """The EncoderOptions of a script: what `args` give, else what the model's folder has.
+
+    --max-pixels and --max-length are set in `args`, too; one that is given and is not the folder's
+    is mentioned. Raises UserError.
     """
-    own = read_own(folder)
-    for name, default in (("max_pixels", MAX_PIXELS), ("max_length", MAX_LENGTH)):
-        given = getattr(args, name)
+    own = own_options(folder)
+    for name in ("max_pixels", "max_length"):
+        given, default = getattr(args, name), getattr(own, name)
         if given is None:
-            setattr(args, name, own.get(name, default))
-        elif given != own.get(name, given):
+            setattr(args, name, default)
+        elif given != default and (Path(folder) / ENCODER_FILE).is_file():
             flag = "--" + name.replace("_", "-")
-            info(f"{flag} {given} is used instead of the model's own, {own[name]}")
-
-
-def encoder_options(args):
-    """The EncoderOptions in a script's arguments."""
-    return EncoderOptions(args.prompt_file, args.max_pixels, args.max_length)
+            info(f"{flag} {given} is used instead of the model's own, {default}")
+    prompt = read_prompt(args.prompt_file, "{text}") if args.prompt_file else own.prompt
+    return EncoderOptions(prompt, args.max_pixels, args.max_length)

@@ -31,8 +31,8 @@ from support.connection import OPENAI, add_server_options, endpoint, without_que
 from support.console import WITHOUT_RATE, ArgumentParser, info, positive_int, progress, writing
 from support.images import MAX_PIXELS, Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, read_settings, write_settings
+from support.log import say_output, say_posts, say_server
 from support.records import add_map_option
-from support.screen import say_output, say_posts, say_server
 
 PROMPT = """\
 You help to make training data for a model that predicts the keyphrases (hashtags) of a social \

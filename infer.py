@@ -26,7 +26,7 @@ from support.connection import add_server_options
 from support.console import ArgumentParser, info, out_of_memory, positive_int, progress, writing
 from support.images import Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, read_settings, to_line, write_settings
-from support.screen import say_model, say_output, say_posts, say_server, say_stopped, say_toy
+from support.log import say_model, say_output, say_posts, say_server, say_stopped, say_toy
 
 KEPT = "what was predicted is kept: make room and run this again"
 
@@ -46,8 +46,8 @@ def load_model(args):
     import model
     from support.distributed import compute_dtype, pick_device
 
-    device, options = pick_device(args.device), data.encoder_options(args)
-    vlm, encoder, _ = model.load(str(folder), device, compute_dtype(device), options)
+    device, options = pick_device(args.device), data.resolve_options(args, folder)
+    vlm, encoder, _ = model.load(folder, device, compute_dtype(device), options)
     return vlm, encoder
 
 
@@ -59,7 +59,7 @@ def infer_one(args):
     image = None if args.image == "none" else Path(args.image)
     if image is not None and not os.path.exists(image):
         raise UserError(f"{image}: no such file; for a text-only post write none instead")
-    data.use_own_limits(args, model_folder(args))
+    data.resolve_options(args, model_folder(args))
     record = {"id": "post", "text": args.text}
     predict = predict_served if args.base_url else predict_here
     try:
@@ -75,7 +75,7 @@ def infer_one(args):
     if prediction.get("cut"):
         tokens = plural(args.max_new_tokens, "token")
         info(f"the answer was cut off after {tokens}; see --max-new-tokens")
-    say_toy(model_folder(args), [record], lambda _: image)
+    say_toy(model_folder(args), [image])
 
 
 def predict_here(args, record, image):
@@ -85,7 +85,7 @@ def predict_here(args, record, image):
     import model
 
     batch = data.collate([encoder.encode(record, image, with_answers=False)], encoder)
-    (prediction,) = model.predict(vlm, encoder, [([batch], [])], args.think, args.max_new_tokens)
+    (prediction,) = model.predict(vlm, encoder, [(1, [batch])], args.think, args.max_new_tokens)
     return prediction
 
 
@@ -107,7 +107,7 @@ def infer_file(args):
     posts, out = data.Posts(args.data, names=args.map), Path(args.out)
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: not a file on a disk; --out is the file for the predictions")
-    data.use_own_limits(args, model_folder(args))
+    data.resolve_options(args, model_folder(args))
     writer = JsonlWriter(out, len(posts))
     with locked(out), contextlib.closing(writer):
         say_posts(posts)
@@ -131,7 +131,7 @@ def infer_file(args):
             with writing(out, KEPT):
                 writer.sort()
         code = summary(args, writer)
-    say_toy(model_folder(args), map(posts.__getitem__, todo[:100]), posts.image_path)
+    say_toy(model_folder(args), (posts.image_path(posts[index]) for index in todo[:100]))
     return code
 
 

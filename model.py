@@ -1,209 +1,109 @@
-"""The vision-language model, the Dynamic CoT training step, and generation.
+"""A vision-language model: what the training step asks of it, generation, and loading.
 
-The step (Ma et al., EMNLP 2025, section 3): measure without gradient the loss L(y_s) of the plain
-answer; below gamma the sample is taught to reason first, y_c, otherwise it keeps y_s.
+`read_prompt` and `answer_loss` are the two functions that the step in `train.py` is made of.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from data import (
-    PROMPT,
-    Encoder,
-    EncoderOptions,
-    failed_prediction,
-    parse_answer,
-    read_prompt,
-)
+from data import Encoder, failed_prediction, own_options, parse_answer
 from evaluate import UserError, plural
-from support.adapters import (
-    ADAPTER,
-    adapter_config,
-    inject_adapter,
-    read_adapter,
-)
-from support.checkpoint import base_of, find_model, read_own
-from support.console import first_line, hide_loading_report, read_json, reading
-from support.decoding import Answer, Greedy, Rows, continue_cache
+from support.adapters import ADAPTER, adapter_config, inject_adapter, read_adapter
+from support.checkpoint import base_of, find_model
+from support.console import hide_loading_report, read_json, reading
+from support.decoding import AnswerCache, Generation, Greedy, continue_cache
 from support.distributed import compute_dtype, full_tensor, parameters_and_buffers
-from support.folders import read_image_processor, read_tokenizer, weight_files
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
-MODES = ("sft", "cot", "multitask", "dynamic")
 
-
-# --------------------------------------------------------------------------------------- the step
+# ------------------------------------------------------------------------ a prompt and its answers
 
 
 @dataclass
 class Prompt:
-    """The image and prompt of B posts after the model has read them; every answer follows them."""
+    """The image and prompt of B posts after the model has read them; any answer may follow."""
 
-    inputs: dict  # input_ids, attention_mask, mm_token_type_ids (B, P), pixel_values, …
-    positions: torch.Tensor  # (3, B, P): M-RoPE counts time, rows and columns
-    last_hidden: torch.Tensor | None = None  # (B, 1, hidden), at the prompt's last token
-    cache: object | None = None  # transformers' cache, what each layer keeps of the prompt
-
-    def rows(self, rows):
-        """The Prompt of some of the posts. Of the inputs it keeps what an answer still needs."""
-        inputs = {"attention_mask": self.inputs["attention_mask"][rows]}
-        cache = continue_cache(self.cache, rows)
-        return Prompt(inputs, self.positions[:, rows], self.last_hidden[rows], cache)
+    attention_mask: torch.Tensor  # (B, P)
+    next_position: torch.Tensor  # (B,): M-RoPE's, of the first token of an answer
+    last_hidden: torch.Tensor  # (B, 1, hidden), at the prompt's last token
+    cache: object  # transformers' cache: what each layer keeps of the prompt
 
 
-class DynamicCoT(nn.Module):
-    """The loss of a training step.
+def read_prompt(model, inputs):
+    """Read image and prompt of B posts once, with gradient, for every answer that may follow.
 
-    All passes of a step stand in one `forward`: DDP and FSDP expect one forward per backward.
-
-    mode: sft -> L(y_s); cot -> L(y_c); multitask -> (L(y_s) + L(y_c)) / 2;
-        dynamic -> L(y_c) where L(y_s) < gamma, else L(y_s).
-    share_prompt: where a mode reads two answers, both follow the same prompt and attention is
-        causal, so the model reads image and prompt once, and each answer goes on from what the
-        layers keep of them: keys and values, or a recurrent state. Without it each answer is a
-        full pass of its own, as the method is written: the same gradient at a higher price, and
-        the only way under gradient checkpointing, which keeps no cache.
+    Attention is causal, so what the layers keep of the prompt (keys and values, or a recurrent
+    state) is the same for all answers: the gradient is that of a pass per answer. Gradient
+    checkpointing keeps no such cache: the inputs are returned as they are, and `answer_loss` reads
+    them with each answer.
     """
+    from transformers import DynamicCache
 
-    def __init__(self, model, mode="dynamic", gamma=0.4, share_prompt=True):
-        super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        self.model, self.mode, self.gamma = model, mode, gamma
-        self.share_prompt = share_prompt and mode in ("multitask", "dynamic")
-        # Whether plain answers and reasonings are trained together: where each pass reads the
-        # prompt again, and with FSDP, whose ranks must run the same passes.
-        self.one_pass = not share_prompt
-
-    def forward(self, batch):
-        """Per-sample losses of a Batch of B posts.
-
-        Returns (loss, plain_loss, use_cot): loss (B,) carries the gradient; plain_loss (B,) is
-        L(y_s), None in mode cot; use_cot (B,) bool says which samples were trained on y_c.
-        """
-        prompt = self.encode_prompt(batch.prompt)
-
-        if self.mode == "sft":
-            loss = self.answer_loss(prompt, batch.plain)
-            return loss, loss.detach(), torch.zeros_like(batch.has_cot)
-        if self.mode == "cot":
-            return self.answer_loss(prompt, batch.cot), None, batch.has_cot
-        if self.mode == "multitask":
-            plain_loss = self.answer_loss(prompt, batch.plain)
-            cot_loss = self.answer_loss(prompt, batch.cot)
-            return (plain_loss + cot_loss) / 2, plain_loss.detach(), batch.has_cot
-
-        assert self.mode == "dynamic"
-        with torch.no_grad():
-            plain_loss = self.answer_loss(prompt, batch.plain)
-        use_cot = (plain_loss < self.gamma) & batch.has_cot
-        if self.one_pass:
-            target = batch.cot.where(use_cot, batch.plain)
-            return self.answer_loss(prompt, target), plain_loss, use_cot
-        # A pass for each kind: in one, plain answers would be padded to the longest reasoning.
-        loss = torch.zeros_like(plain_loss)
-        loss[use_cot] = self.loss_of(use_cot, prompt, batch.cot)
-        loss[~use_cot] = self.loss_of(~use_cot, prompt, batch.plain)
-        return loss, plain_loss, use_cot
-
-    def encode_prompt(self, inputs):
-        """The Prompt of a batch's inputs; with `share_prompt` the model reads it, with gradient."""
-        from transformers import DynamicCache
-
-        without_pixels = {name: x for name, x in inputs.items() if name != "pixel_values"}
-        positions, _ = self.model.model.get_rope_index(**without_pixels)  # (3, B, P)
-        if not self.share_prompt:
-            return Prompt(inputs, positions)
-        cache = DynamicCache(config=self.model.config)
-        hidden = self.read(inputs, position_ids=positions, past_key_values=cache, use_cache=True)
-        return Prompt(inputs, positions, hidden[:, -1:], cache)
-
-    def loss_of(self, chosen, prompt, answers):
-        """L(y) of the posts that `chosen` (B,) bool selects; no pass if it selects none."""
-        rows = chosen.nonzero()[:, 0]
-        if not len(rows):
-            return chosen.new_zeros(0, dtype=torch.float32)
-        if len(rows) < len(chosen):
-            prompt, answers = prompt.rows(rows), answers.rows(rows)
-        return self.answer_loss(prompt, answers)
-
-    def answer_loss(self, prompt, answers):
-        """L(y) (B,): the mean negative log-likelihood of each answer's tokens, its end included."""
-        # A token is predicted from the one before it, so the last one is a target only.
-        ids, mask = answers.ids[:, :-1], answers.mask[:, :-1]  # (B, T - 1)
-        next_position = prompt.positions.amax((0, 2)) + 1  # M-RoPE: text follows the largest one
-        positions = next_position[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        positions = positions.expand(3, -1, -1)  # (3, B, T - 1), the same in all three for text
-        attention_mask = torch.cat([prompt.inputs["attention_mask"], mask], dim=1)
-
-        if self.share_prompt:
-            output = self.model.model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=attention_mask,
-                past_key_values=continue_cache(prompt.cache),
-                use_cache=True,
-            )
-            hidden = torch.cat([prompt.last_hidden, output.last_hidden_state], dim=1)
-        else:
-            no_images = torch.zeros_like(mask)
-            types = torch.cat([prompt.inputs["mm_token_type_ids"], no_images], dim=1)
-            inputs = prompt.inputs | {
-                "input_ids": torch.cat([prompt.inputs["input_ids"], ids], dim=1),
-                "mm_token_type_ids": types,
-                "attention_mask": attention_mask,
-                "position_ids": torch.cat([prompt.positions, positions], dim=2),
-            }
-            hidden = self.read(inputs, use_cache=False)[:, -answers.ids.shape[1] :]
-
-        # hidden is (B, T, hidden): the prompt's last token predicts the answer's first. Logits for
-        # the answers only: the product with the vocabulary is what costs most in a small model.
-        is_answer = answers.mask.bool()
-        logits = self.model.lm_head(hidden[is_answer]).float()  # (answer tokens, vocabulary)
-        losses = TokenLoss.apply(logits, answers.ids[is_answer])
-        token_loss = torch.zeros_like(is_answer, dtype=losses.dtype)  # (B, T), 0 at the padding
-        token_loss = token_loss.masked_scatter(is_answer, losses)
-        return token_loss.sum(1) / answers.mask.sum(1)
-
-    def read(self, inputs, **options):
-        """The model's last hidden state (B, P, hidden) over images and text."""
-        return self.model.model(**inputs, **options).last_hidden_state
+    if model.training and model.model.language_model.layers[0].gradient_checkpointing:
+        return inputs
+    positions, cache = rope_positions(model, inputs), DynamicCache(config=model.config)
+    options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+    hidden = model.model(**inputs, **options).last_hidden_state  # (B, P, hidden)
+    next_position = positions.amax((0, 2)) + 1  # text follows the largest position of an image
+    return Prompt(inputs["attention_mask"], next_position, hidden[:, -1:], cache)
 
 
-class DistributedStep(DynamicCoT):
-    """The step on several ranks, which must all run the same layers in the same order.
+def rope_positions(model, inputs):
+    """M-RoPE's positions (3, B, P) of a prompt's tokens: time, rows and columns."""
+    without_pixels = {name: x for name, x in inputs.items() if name != "pixel_values"}
+    return model.model.get_rope_index(**without_pixels)[0]
 
-    A rank whose micro-batch has no image runs the vision tower on a dummy image, and a rank without
-    any post runs the model on a row that is not a post.
+
+def answer_loss(model, prompt, targets):
+    """L(y) (B,): the mean negative log-likelihood of each target's tokens, its end included.
+
+    prompt: what `read_prompt` returned, or a batch's inputs, which are then read with the targets.
     """
+    # A token is predicted from the one before it, so the last one is a target only.
+    ids, mask = targets.ids[:, :-1], targets.mask[:, :-1]  # (B, T - 1)
+    if isinstance(prompt, Prompt):
+        hidden = read_after(model, prompt, ids, mask)
+    else:
+        hidden = read_together(model, prompt, ids, mask)
+    # hidden is (B, T, hidden): the prompt's last token predicts the answer's first. Logits for
+    # the answers only: the product with the vocabulary is what costs most in a small model.
+    is_answer = targets.mask.bool()
+    logits = model.lm_head(hidden[is_answer]).float()  # (answer tokens, vocabulary)
+    losses = TokenLoss.apply(logits, targets.ids[is_answer])
+    token_loss = torch.zeros_like(is_answer, dtype=losses.dtype)  # (B, T), 0 at the padding
+    token_loss = token_loss.masked_scatter(is_answer, losses)
+    return token_loss.sum(1) / targets.mask.sum(1)
 
-    def forward(self, batch):
-        results = super().forward(batch)
-        if len(batch):
-            return results
-        return tuple(None if result is None else result[:0].clone() for result in results)
 
-    def read(self, inputs, **options):
-        if "pixel_values" in inputs:
-            return super().read(inputs, **options)
-        # Before the language model, as with real images: FSDP needs one order of layers.
-        zero = self.dummy_vision_loss()
-        return super().read(inputs, **options) + zero
+def read_after(model, prompt, ids, mask):
+    """Hidden states (B, 1 + A, hidden) of the prompt's last token and A answer tokens."""
+    output = model.model(
+        input_ids=ids,
+        position_ids=answer_positions(prompt.next_position, ids),
+        attention_mask=torch.cat([prompt.attention_mask, mask], dim=1),
+        past_key_values=continue_cache(prompt.cache),
+        use_cache=True,
+    )
+    return torch.cat([prompt.last_hidden, output.last_hidden_state], dim=1)
 
-    def dummy_vision_loss(self):
-        """Zero, computed from the whole vision tower, so that its parameters take part."""
-        vision = self.model.model.visual
-        config, merge = vision.config, vision.config.spatial_merge_size
-        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        image = torch.zeros(merge**2, values, device=self.model.device)
-        grid = torch.tensor([[1, merge, merge]], device=image.device)
-        output = vision(image, grid_thw=grid, return_dict=True)
-        features = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
-        return 0 * sum(feature.float().sum() for feature in features)
+
+def read_together(model, inputs, ids, mask):
+    """The same in one pass over prompt and answer, which keeps no cache."""
+    positions = rope_positions(model, inputs)
+    behind = answer_positions(positions.amax((0, 2)) + 1, ids)
+    added = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(mask)}
+    joined = {name: torch.cat([inputs[name], x], dim=1) for name, x in added.items()}
+    joined["position_ids"] = torch.cat([positions, behind], dim=2)
+    hidden = model.model(**inputs | joined, use_cache=False).last_hidden_state
+    return hidden[:, -ids.shape[1] - 1 :]
+
+
+def answer_positions(first, ids):
+    """M-RoPE's positions (3, B, A) of answer tokens: they count on, the same on all three axes."""
+    positions = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
+    return positions.expand(3, -1, -1)
 
 
 class TokenLoss(torch.autograd.Function):
@@ -217,34 +117,29 @@ class TokenLoss(torch.autograd.Function):
     AT_ONCE = 2**23  # logits that are computed at a time
 
     @classmethod
-    def rows(cls, logits, *others):
+    def chunks(cls, logits, *others):
         size = max(1, cls.AT_ONCE // logits.shape[1])
         return zip(*(tensor.split(size) for tensor in (logits, *others)), strict=True)
 
     @staticmethod
     def forward(ctx, logits, targets):
-        for (rows,) in TokenLoss.rows(logits):
-            rows.copy_(rows.log_softmax(1))
+        for (chunk,) in TokenLoss.chunks(logits):
+            chunk.copy_(chunk.log_softmax(1))
         ctx.save_for_backward(logits, targets)
         return -logits.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx, gradient):
         log_p, targets = ctx.saved_tensors
-        for rows, target, grad_loss in TokenLoss.rows(log_p, targets[:, None], gradient[:, None]):
-            grad_log_p = torch.zeros_like(rows).scatter_(1, target, -grad_loss)
+        columns = targets[:, None], gradient[:, None]
+        for chunk, target, grad_loss in TokenLoss.chunks(log_p, *columns):
+            grad_log_p = torch.zeros_like(chunk).scatter_(1, target, -grad_loss)
             # log_softmax's own backward: formulas of our own round differently.
-            rows.copy_(torch._log_softmax_backward_data(grad_log_p, rows, 1, rows.dtype))
+            chunk.copy_(torch._log_softmax_backward_data(grad_log_p, chunk, 1, chunk.dtype))
         return log_p, None
 
 
 # ------------------------------------------------------------------------------------- generation
-
-
-def generate(model, encoder, batch, think="auto", max_new_tokens=512):
-    """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended)."""
-    answers = dict(write_answers(model, encoder, [batch], think, max_new_tokens))
-    return [answers[identity] for identity in batch.ids]
 
 
 @torch.no_grad()
@@ -252,31 +147,31 @@ def write_answers(model, encoder, batches, think="auto", max_new_tokens=512):
     """Yield (id, (text, generated tokens, whether it ended)) of each post as it becomes known.
 
     Greedy decoding with continuous batching: prompts are read a Batch at a time, and as many
-    answers are written at once as the largest Batch has posts. A finished answer leaves its row of
-    the cache to the next prompt.
+    answers are written at once as the largest Batch has posts. A finished answer leaves its place
+    in the cache to the next prompt.
 
-    think: auto lets the model decide; always starts the answer with <think>; never keeps <think>
-    out of the whole answer. Where the chat template has opened <think>, always bans </think> at the
-    first position, and never starts with it.
+    think: "auto" lets the model decide; "always" starts the answer with <think>; "never" keeps
+    <think> out of the whole answer. Where the chat template has opened <think>, "always" bans
+    </think> at the first position, and "never" starts with it.
     """
-    greedy, rows = Greedy(model, encoder, think, max_new_tokens), Rows()
+    greedy, cache = Greedy(model, encoder, think, max_new_tokens), AnswerCache()
     prompts = read_prompts(model, batches, greedy)
     was_training = model.training
     model.eval()
     try:
         with bf16_on_cuda(model.device):  # around all passes: it casts the weights once
-            while rows.fill(prompts):
-                hidden = model.model(**rows.inputs(model)).last_hidden_state
-                greedy.extend(rows.answers, hidden)
-                for answer in rows.pop_finished():
-                    text = encoder.decode(answer.tokens[: len(answer.tokens) - answer.ended])
-                    yield answer.id, (text, len(answer.tokens), answer.ended)
+            while cache.fill(prompts):
+                hidden = model.model(**cache.inputs(model)).last_hidden_state
+                greedy.extend(cache.generations, hidden)
+                for done in cache.pop_finished():
+                    text = encoder.decode(done.tokens[: len(done.tokens) - done.ended])
+                    yield done.id, (text, len(done.tokens), done.ended)
     finally:
         model.train(was_training)
 
 
 def read_prompts(model, batches, greedy):
-    """Yield (Answer with its first token, cache, its row in it) of each post of some Batches."""
+    """Yield (Generation with its first token, cache, its index in it) of each post of Batches."""
     for batch in batches:
         inputs = batch.to(model.device).prompt
         if begun := greedy.begun:
@@ -285,15 +180,14 @@ def read_prompts(model, batches, greedy):
             for name, values in added.items():
                 columns = inputs[name].new_tensor(values).expand(len(batch), -1)
                 inputs[name] = torch.cat([inputs[name], columns], dim=1)
-        prompt = DynamicCoT(model).encode_prompt(inputs)
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        positions = (prompt.positions.amax((0, 2)) + 1).tolist()
-        answers = [
-            Answer(identity, list(begun), length, position)
+        prompt = read_prompt(model, inputs)
+        lengths, positions = prompt.attention_mask.sum(1).tolist(), prompt.next_position.tolist()
+        generations = [
+            Generation(identity, list(begun), length, position)
             for identity, length, position in zip(batch.ids, lengths, positions, strict=True)
         ]
-        greedy.extend(answers, prompt.last_hidden)
-        yield from ((answer, prompt.cache, row) for row, answer in enumerate(answers))
+        greedy.extend(generations, prompt.last_hidden)
+        yield from ((new, prompt.cache, index) for index, new in enumerate(generations))
 
 
 def predict(model, encoder, loader, think="auto", max_new_tokens=512):
@@ -302,28 +196,25 @@ def predict(model, encoder, loader, think="auto", max_new_tokens=512):
     A prediction: {"id", "keyphrases", "think", "output", "tokens"}, with "cut" where the answer
     ran out of tokens, and with "error" (and no keyphrases) where the image could not be read.
     """
-    failed = []
+    skipped = []
 
     def batches():
-        for micro_batches, skipped in loader:
-            failed.extend(skipped)
-            yield from micro_batches
+        for _, micro_batches in loader:
+            for batch in micro_batches:
+                skipped.extend(batch.skipped)
+                if len(batch):
+                    yield batch
 
     def failures():
-        while failed:
-            post = failed.pop(0)
+        while skipped:
+            post = skipped.pop(0)
             yield failed_prediction(post.id, f"image {post.image}: {post.reason}")
 
     for identity, answer in write_answers(model, encoder, batches(), think, max_new_tokens):
         output, tokens, ended = answer
         keyphrases, reasoning = parse_answer(output)
-        prediction = {
-            "id": identity,
-            "keyphrases": keyphrases,
-            "think": reasoning,
-            "output": output,
-            "tokens": tokens,
-        }
+        prediction = {"id": identity, "keyphrases": keyphrases, "think": reasoning}
+        prediction |= {"output": output, "tokens": tokens}
         yield from failures()
         yield prediction if ended else prediction | {"cut": True}
     yield from failures()
@@ -338,27 +229,28 @@ def bf16_on_cuda(device):
 # ---------------------------------------------------------------------------------------- loading
 
 
+COPY = "copy it from the model it was trained from"
+
+
 def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
     """(model, encoder, folder) of a Qwen-VL model in Hugging Face layout.
 
-    name: a run, a checkpoint, a model or adapter folder, or a hub name; an adapter's folder gives
-        its base with the adapter on it.
-    options: an EncoderOptions; what it leaves out is as the folder has it, else the default.
+    name: a folder that `find_model` has found (Path), or what it finds one by; an adapter's folder
+        gives its base with the adapter on it.
+    options: the encoder's EncoderOptions, else those of the folder.
     weights: False leaves the weights uninitialized, since they will come from another rank.
 
-    Raises UserError where a file is missing, damaged, of another family, or only a pickle.
+    Raises UserError where a file is missing, damaged, or of another family.
     """
     from transformers import GenerationConfig
 
     hide_loading_report()
-    folder = base = find_model(name)
+    folder = base = name if isinstance(name, Path) else find_model(name)
     if (folder / ADAPTER).is_file():
         base = base_of(folder)
     check_family(base)
-    files = weight_files(base)
     tokenizer, image_processor = read_tokenizer(base), read_image_processor(base)
     if weights:
-        check_size(base, files)
         model = read_weights(base, dtype)
     else:
         model = empty_model(base, dtype)
@@ -367,27 +259,37 @@ def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
     if folder != base:
         model = read_adapter(folder, model, weights)
     check_fit(base, model, tokenizer, image_processor)
-    encoder = make_encoder(folder, model, tokenizer, image_processor, options)
+    encoder = make_encoder(folder, model.config, tokenizer, image_processor, options)
     return model.to(device), encoder, folder
 
 
-def make_encoder(folder, model, tokenizer, image_processor, options=None):
-    """The Encoder of a model, with what `options` leave out as the folder has it."""
-    options, own = options or EncoderOptions(), read_own(folder)
-    file, prompt = options.prompt_file, own.pop("prompt", PROMPT)
-    prompt = read_prompt(file) if file else prompt
-    own = {name: value for name, value in own.items() if getattr(options, name) is None}
-    options = options._replace(**own)
-    image_token = model.config.image_token_id
-    try:
-        return Encoder(tokenizer, image_processor, image_token, prompt, options)
-    except UserError as error:
-        raise UserError(f"{file or folder}: {error}") from None
-    except Exception as error:  # a chat template is a program of its own
-        raise UserError(
-            f"{tokenizer.name_or_path}: its chat template can't be used ({first_line(error)}); "
-            "copy it from the model it was trained from"
-        ) from None
+def make_encoder(folder, config, tokenizer, image_processor, options=None):
+    """The Encoder of a model; without `options` it is as the folder has it. Raises UserError."""
+    options = options or own_options(folder)
+    with reading(f"{folder}: its chat template", COPY):  # a program of its own
+        return Encoder(tokenizer, image_processor, config.image_token_id, options)
+
+
+def read_tokenizer(folder):
+    """The tokenizer of a folder, with its chat template. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    with reading(f"{folder}: its tokenizer", COPY):
+        if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise FileNotFoundError("no tokenizer.json, no vocab.json")  # else it would be empty
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        template = folder / "chat_template.json"  # transformers reads it for processors only
+        if not tokenizer.chat_template and template.is_file():
+            tokenizer.chat_template = read_json(template)["chat_template"]
+    return tokenizer
+
+
+def read_image_processor(folder):
+    """The image processor of a folder. Raises UserError."""
+    from transformers import AutoImageProcessor
+
+    with reading(f"{folder}: its preprocessor_config.json", COPY):
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def check_family(folder):
@@ -405,6 +307,10 @@ def read_weights(folder, dtype):
     from transformers import AutoModelForImageTextToText
 
     with reading(f"{folder}: its weights"):
+        index = folder / "model.safetensors.index.json"
+        names = set(read_json(index)["weight_map"].values()) if index.is_file() else ()
+        if not all(name.endswith(".safetensors") for name in names):
+            raise UserError(f"{index}: names files that are not safetensors, which are not read")
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
@@ -466,48 +372,21 @@ def unsharded_model(model):
     return copy
 
 
-def check_size(folder, files):
-    """Raise UserError where config.json describes a far larger model than the weight files hold.
-
-    A config that lacks its sizes has transformers' defaults, those of a 7B model.
-    """
-    from safetensors import safe_open
-
-    stored = 0
-    for file in files:
-        with reading(file), safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                stored += math.prod(tensors.get_slice(name).get_shape())
-    with reading(f"{folder}/config.json", "copy it again"):
-        described = empty_model(folder, device="meta").num_parameters()
-    if described > 2 * stored:
-        raise UserError(
-            f"{folder}/config.json: describes {described:,} weights, the *.safetensors files hold "
-            f"{stored:,}; copy it from the model it was trained from"
-        )
-
-
 def check_fit(folder, model, tokenizer, image_processor):
     """Raise UserError where tokenizer, image processor and model are not of one model."""
-    import numpy as np
-
-    mend = "from the model it was trained from"
     embeddings, known = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if known > embeddings:
         raise UserError(
-            f"{folder}: its tokenizer has {known} tokens, its weights {embeddings}; copy the "
-            f"tokenizer's files {mend}"
+            f"{folder}: its tokenizer has {known} tokens, its weights {embeddings}; {COPY}"
         )
-    vision = model.config.vision_config
-    expected = 3 * vision.temporal_patch_size * vision.patch_size**2
-    # Most errors of preprocessor_config.json appear only when an image is processed.
-    image = np.zeros((64, 64, 3), np.uint8)
-    with reading(f"{folder}: its preprocessor_config.json", f"copy it {mend}"):
+    vision, file = model.config.vision_config, f"{folder}: its preprocessor_config.json"
+    expected = 3 * vision.temporal_patch_size * vision.patch_size**2, vision.spatial_merge_size
+    with reading(file, COPY):  # most of its errors appear only when an image is processed
+        image = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
         patches = image_processor([image], do_resize=True, return_tensors="pt")["pixel_values"]
-        found, merge = patches.shape[1], image_processor.merge_size
-    if (found, merge) != (expected, vision.spatial_merge_size):
+        found = patches.shape[1], image_processor.merge_size
+    if found != expected:
         raise UserError(
-            f"{folder}: its preprocessor_config.json makes patches of {found} values, merged by "
-            f"{merge}; its weights expect {expected}, merged by {vision.spatial_merge_size}; copy "
-            f"it {mend}"
+            f"{file} and its weights differ in values of a patch and patches of a token: {found}, "
+            f"{expected}; {COPY}"
         )

@@ -12,12 +12,19 @@ import json
 import math
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 import data
 from evaluate import UserError, non_negative_int, plural, run, score, table
-from support.bars import busy
+from model import answer_loss, bf16_on_cuda, load, predict, read_prompt, unsharded_model
+from support.adapters import adapter_config, add_adapter, need_peft
 from support.checkpoint import Checkpoints, Stop, checkpoint_of, find_model, is_local, open_run
 from support.console import (
     ArgumentParser,
@@ -31,9 +38,8 @@ from support.console import (
 )
 from support.distributed import Ranks, compute_dtype, full_tensor
 from support.jsonl import locked, to_line, write_atomic
-from support.log import TrainingLog, tensorboard_writer
+from support.log import TrainingLog, say_end, say_model, say_posts, tensorboard_writer
 from support.records import train_keyphrases
-from support.screen import say_end, say_model, say_posts
 
 # The toy model's own defaults; a setting on the command line takes precedence.
 TOY = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=0)
@@ -73,8 +79,11 @@ def add_run_options(add):
 
 
 def add_training_options(add):
-    mode_help = "sft: plain answers; cot: reasoning; multitask: both; dynamic: gamma decides"
-    add("--mode", choices=["sft", "cot", "multitask", "dynamic"], default="dynamic", help=mode_help)
+    first_lines = {name: mode.losses.__doc__.splitlines()[0] for name, mode in MODES.items()}
+    mode_help = "; ".join(
+        f"{name}: {line.rstrip('.').lower()}" for name, line in first_lines.items()
+    )
+    add("--mode", choices=list(MODES), default="dynamic", help=mode_help)
     gamma_help = "a sample whose plain answer has a loss below this is taught to reason"
     add("--gamma", type=number_in("[0, inf]"), default=0.4, help=gamma_help)
     epochs_help = "passes over the posts, such as 5 or 2.5; one step at least"
@@ -118,78 +127,113 @@ def parse_args(arguments=None, parser=None):
     return args
 
 
+# --------------------------------------------------------------------------------------- the step
+
+
+class TrainingStep(nn.Module):
+    """Per-sample losses of a micro-batch of B posts. DDP and FSDP expect one forward per backward.
+
+    The method is `dynamic` (Ma et al., EMNLP 2025, section 3). Every mode returns (loss,
+    plain_loss, use_cot), each (B,): `loss` carries the gradient; `plain_loss` is L(y_s), or None;
+    `use_cot` is true where the target was y_c.
+    """
+
+    def __init__(self, model, mode="dynamic", gamma=0.4):
+        super().__init__()
+        self.model, self.mode, self.gamma = model, MODES[mode], gamma
+
+    def forward(self, batch):
+        return self.mode.losses(self, batch)
+
+    def sft(self, batch):
+        """Plain answers."""
+        loss = answer_loss(self.model, batch.prompt, batch.plain)
+        return loss, loss.detach(), torch.zeros_like(batch.has_cot)
+
+    def cot(self, batch):
+        """Answers that reason first."""
+        return answer_loss(self.model, batch.prompt, batch.cot), None, batch.has_cot
+
+    def multitask(self, batch):
+        """The mean of both losses."""
+        prompt = read_prompt(self.model, batch.prompt)
+        plain_loss = answer_loss(self.model, prompt, batch.plain)
+        cot_loss = answer_loss(self.model, prompt, batch.cot)
+        return (plain_loss + cot_loss) / 2, plain_loss.detach(), batch.has_cot
+
+    def dynamic(self, batch):
+        """Answers that reason where the plain one has a loss below gamma."""
+        prompt = read_prompt(self.model, batch.prompt)  # image and prompt, once
+        with torch.no_grad():
+            plain_loss = answer_loss(self.model, prompt, batch.plain)  # L(y_s)
+        use_cot = (plain_loss < self.gamma) & batch.has_cot
+        target = batch.cot.where(use_cot, batch.plain)
+        return answer_loss(self.model, prompt, target), plain_loss, use_cot
+
+
+class Mode(NamedTuple):
+    """A row of the table below, which is all that the rest of the project knows of a mode."""
+
+    losses: Callable  # of a TrainingStep and a Batch
+    trains: str  # the target of a sample: "plain", "cot", "both", or "either", chosen for each
+    shares_prompt: bool = False  # whether a prompt is read once, for more than one answer
+
+
+MODES = {
+    "sft": Mode(TrainingStep.sft, "plain"),
+    "cot": Mode(TrainingStep.cot, "cot"),
+    "multitask": Mode(TrainingStep.multitask, "both", shares_prompt=True),
+    "dynamic": Mode(TrainingStep.dynamic, "either", shares_prompt=True),
+}
+
 # --------------------------------------------------------------------------------------- the loop
 
 
 def train(args, ranks):
     """The whole run; returns (model, encoder, run folder)."""
-    posts, valid, folder, resumed = open_files(args, ranks)
-    model, encoder, source, training_step = build_model(args, folder, resumed, ranks)
-    from torch.nn.utils import clip_grad_norm_  # now: mistakes in the files are told before
-
-    from model import bf16_on_cuda
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters, args)
+    posts, valid, folder = open_files(args, ranks)
+    model, encoder, source, training_step = build_model(args, folder, ranks)
+    optimizer = make_optimizer(model, args)
     checkpoints = Checkpoints(folder, model, optimizer, encoder, source, ranks)
-
-    steps_per_epoch = math.ceil(len(posts) / args.batch_size)
-    total = round_up(args.epochs * steps_per_epoch)
-    step = checkpoints.restore() if resumed else 0
+    start = checkpoints.restore()
+    order = data.TrainingOrder(len(posts), args.batch_size, args.seed, args.epochs)
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
-    with TrainingLog(args, folder, step, total, len(posts), ranks) as log, Stop() as stop:
+    loader = data.Loader(encoded, order, args.micro_batch, args.workers, ranks, start)
 
-        def validate():
+    def validate(step):
+        if valid and order.ends_epoch(step) and step > log.evaluated:
             with stop.at_once():  # nothing is lost: a resumed run validates again
                 _, scores = predict_and_score(model, encoder, valid, args.valid_posts, args, ranks)
             log.add_evaluation(step, scores)
 
-        if valid and step > log.evaluated and (step % steps_per_epoch == 0 or step == total):
-            validate()
-        while step < total:
-            epoch, done = divmod(step, steps_per_epoch)
-            steps = data.epoch_order(len(posts), args.batch_size, args.seed, epoch)
-            steps = steps[done:]  # skip what was trained before resuming
-            steps = steps[: total - step]  # the last epoch may be a part of one
-            loader = data.Loader(
-                encoded, steps, args.micro_batch, args.workers, ranks.rank, ranks.world_size
-            )
-            for micro_batches, skipped in loader:
-                log.start_step(loader.waited)
-                ranks.seed(args.seed, step)  # dropout
-                lr = learning_rate(step, total, args)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                images = sum("pixel_values" in batch.prompt for batch in micro_batches)
-                samples, images = ranks.total([sum(map(len, micro_batches)), images])
-                for i, batch in enumerate(micro_batches):
-                    # DDP reduces gradients once per step, FSDP after every micro-batch.
-                    ranks.sync_gradients(i == len(micro_batches) - 1)
-                    batch = batch.to(ranks.device)
-                    with bf16_on_cuda(ranks.device):
-                        loss, plain_loss, use_cot = training_step(batch)  # (B,) each
-                    # The mean is over all samples of the step, on all ranks. DDP and FSDP average
-                    # gradients over ranks, so multiply by world_size to get their sum.
-                    (loss.sum() / samples.clamp(min=1) * ranks.world_size).backward()
-                    log.add(batch, loss, plain_loss, use_cot)
-                ranks.drop_unused_gradients(model, samples, images)
-                norm = full_tensor(clip_grad_norm_(parameters, args.clip or math.inf))
-                if not norm.isfinite():
-                    raise ranks.error(f"step {step + 1}: {NOT_FINITE}")
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                log.end_step(step, epoch, lr, norm, skipped)
-                if ranks.any(stop.asked):
-                    checkpoints.save(step)
-                    stop.leave(f"stopped after step {step} of {total}; --resume continues", ranks)
-                if args.save_every and step % args.save_every == 0:
-                    checkpoints.save(step)
-                    checkpoints.prune(args.keep)
-            checkpoints.save(step)
-            if valid:
-                validate()
-            checkpoints.prune(args.keep)
+    with TrainingLog(args, MODES[args.mode], folder, order, start, ranks) as log, Stop() as stop:
+        validate(start)
+        for step, micro_batches in log.timed(loader):
+            ranks.seed(args.seed, step)  # dropout
+            lr = set_learning_rate(optimizer, step, len(order), args)
+            samples = ranks.total(sum(map(len, micro_batches)))
+            for batch in ranks.on_device(micro_batches):
+                with bf16_on_cuda(ranks.device):
+                    loss, plain_loss, use_cot = training_step(batch)  # (B,) each
+                # The mean over all samples of the step. DDP and FSDP average gradients over ranks.
+                (loss.sum() / samples * ranks.world_size).backward()
+                log.add(batch, loss, plain_loss, use_cot)
+            ranks.drop_unused_gradients(model, micro_batches)
+            norm = full_tensor(clip_grad_norm_(model.parameters(), args.clip or math.inf))
+            if not norm.isfinite():
+                raise ranks.error(f"step {step}: {NOT_FINITE}")
+            optimizer.step()
+            optimizer.zero_grad()
+            log.end_step(step, lr, norm, micro_batches)
+            stopped = ranks.any(stop.asked)
+            if stopped or order.ends_epoch(step) or step % (args.save_every or len(order)) == 0:
+                checkpoints.save(step)
+                if stopped:
+                    stop.leave(
+                        f"stopped after step {step} of {len(order)}; --resume continues", ranks
+                    )
+                validate(step)
+                checkpoints.prune(args.keep)
     return model, encoder, folder
 
 
@@ -199,29 +243,29 @@ NOT_FINITE = (
 )
 
 
-def round_up(steps):
-    """A whole number of steps, at least 1; 1.1 * 100, which is above 110 in binary, gives 110."""
-    return max(1, math.ceil(round(steps, 6)))
+def set_learning_rate(optimizer, step, total, args):
+    """Set the learning rate of a step, which counts from 1, and return it."""
+    lr = learning_rate(step, total, args)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def learning_rate(step, total, args):
     """Linear warm-up to --lr, then half a cosine down to --final-lr of it."""
     warmup = max(1, round(args.warmup * total))
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
+    if step <= warmup:
+        return args.lr * step / warmup
+    done = (step - 1 - warmup) / max(1, total - warmup)
     return args.lr * (args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def make_optimizer(parameters, args):
-    """AdamW with weight decay on matrices only."""
-    import torch
-
-    matrices = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
+def make_optimizer(model, args):
+    """AdamW on the trained parameters, with weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, float(args.beta2)), fused=True)
 
@@ -230,18 +274,16 @@ def make_optimizer(parameters, args):
 
 
 def open_files(args, ranks):
-    """(posts, validation posts or None, run folder, whether to resume from its last checkpoint)."""
+    """(posts, validation posts or None, run folder); the folder is made, or opened to resume."""
     posts = ranks.from_rank0(data.Posts, args.train, True, args.map)
-    valid = None
-    if args.valid:
-        valid = ranks.from_rank0(data.Posts, args.valid, True, args.map)
+    valid = ranks.from_rank0(data.Posts, args.valid, True, args.map) if args.valid else None
     ranks.on_rank0(check_reasoning, posts, args.mode)
     ranks.on_rank0(say_posts, posts)
     if valid:
         ranks.on_rank0(say_posts, valid, "Validation", args.valid_posts)
-    folder, settings = Path(args.out), ranks.on_rank0(run_settings, args, posts)
-    ranks.on_rank0(open_run, folder, settings, args.resume, args.force)
-    return posts, valid, folder, args.resume and ranks.from_rank0((folder / "last").is_file)
+    settings = ranks.on_rank0(run_settings, args, posts)
+    ranks.on_rank0(open_run, Path(args.out), settings, args.resume, args.force)
+    return posts, valid, Path(args.out)
 
 
 def run_settings(args, posts):
@@ -255,64 +297,47 @@ def run_settings(args, posts):
 
 
 def check_reasoning(posts, mode):
-    """cot and multitask need reasoning for every post, dynamic for some. Raises UserError."""
-    missing = posts.without_cot
-    if missing and mode in ("cot", "multitask"):
+    """Raise UserError where posts lack the reasoning that a mode trains them on."""
+    missing, trains = posts.without_cot, MODES[mode].trains
+    if missing and trains in ("cot", "both"):
         raise UserError(
             f"{posts.path}: {missing} of {plural(len(posts), 'post')} without a 'cot'; --mode "
             f"{mode} needs it for all: let gen_cot.py write it, or use --mode dynamic, which "
             "trains those posts on their plain answers"
         )
-    if missing == len(posts) and mode == "dynamic":
+    if missing == len(posts) and trains == "either":
         raise UserError(
             f"{posts.path}: no post has a 'cot', so none can be taught to reason; let gen_cot.py "
             "write it, or use --mode sft"
         )
 
 
-def build_model(args, folder, resumed, ranks):
+def build_model(args, folder, ranks):
     """(model, encoder, folder it was read from, the training step as a module of all ranks)."""
-    source = ranks.from_rank0(find_model, str(folder / "last") if resumed else args.model)
-    ranks.on_rank0(data.use_own_limits, args, source)
+    last = folder / "last"  # there is one only if the run is resumed
+    source = ranks.from_rank0(lambda: find_model(str(last) if last.is_file() else args.model))
+    options = ranks.from_rank0(data.resolve_options, args, source)
     name = source if is_local(args.model) else args.model
-    with busy(f"loading {name}", disable=ranks.rank > 0):
-        model, encoder, training_step = load_model(args, source, ranks)
-    ranks.on_rank0(say_model, name, model, ranks)
-    return model, encoder, source, training_step
-
-
-def load_model(args, source, ranks):
-    """(model, encoder, the training step as a module of all ranks)."""
-    import torch
-
-    from model import DistributedStep, DynamicCoT, load
-
+    ranks.info(f"loading {name} …")
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ranks.device.type == "cpu":  # threads that share a core with a worker slow each other down
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
     # What is trained is float32, an adapter's weights, too.
-    dtype = compute_dtype(ranks.device) if args.lora else torch.float32
-    model, encoder, _ = ranks.on_all_ranks(
-        load, str(source), "cpu", dtype, data.encoder_options(args), weights=ranks.rank == 0
-    )
+    dtype, on_rank0 = compute_dtype(ranks.device) if args.lora else torch.float32, ranks.rank == 0
+    model, encoder, _ = ranks.on_all_ranks(load, source, "cpu", dtype, options, on_rank0)
     encoder = ranks.from_rank0(lambda: encoder)  # a network folder may answer ranks differently
     ranks.on_all_ranks(freeze, model, args)
     model.train()
     if args.gradient_checkpointing:
         old_name = model.gradient_checkpointing_enable  # transformers is renaming it
         getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-    step_class = DistributedStep if ranks.world_size > 1 else DynamicCoT
-    literal = args.gradient_checkpointing  # keeps no cache
-    training_step = step_class(model, args.mode, args.gamma, share_prompt=not literal)
-    return model, encoder, ranks.wrap_model(training_step)
+    training_step = ranks.wrap_model(TrainingStep(model, args.mode, args.gamma))
+    ranks.on_rank0(say_model, name, model, ranks)
+    return model, encoder, source, training_step
 
 
 def freeze(model, args):
     """Freeze what --freeze-vision leaves out; with --lora all but the adapter. Raises UserError."""
-    import torch
-
-    from support.adapters import adapter_config, add_adapter
-
     if not args.lora:
         model.model.visual.requires_grad_(not args.freeze_vision)
     if adapter := adapter_config(model):
@@ -337,8 +362,6 @@ def predict_and_score(model, encoder, posts, most, args, ranks):
     The scores also have "cut" and "unreadable": how many answers ran out of tokens, and how many
     images could not be read.
     """
-    from model import predict, unsharded_model
-
     batch_size = 4 * args.micro_batch  # without gradients there is room for more
     count = min(most, len(posts))
     share = range(ranks.rank, count, ranks.world_size)
@@ -404,15 +427,12 @@ def use_club_world(args, ranks):
     if ranks.rank == 0:
         info(f"No --train given: the club world (seed {args.seed}) in {world}")
     ranks.on_rank0(write_world, world, args.seed)
-    with busy("making the toy model", disable=ranks.rank > 0):
-        ranks.on_rank0(write_toy_model, world / "toy", args.seed)
+    ranks.on_rank0(write_toy_model, world / "toy", args.seed)
 
 
 def check_args(args):
     """Raise UserError for settings that don't go together, or that need a missing package."""
     if args.lora:
-        from support.adapters import need_peft
-
         need_peft()
     if args.tensorboard:
         tensorboard_writer()

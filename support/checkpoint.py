@@ -294,12 +294,14 @@ class Checkpoints:
         write_pointer(self.run, "last", folder.name)
 
     def restore(self):
-        """Read the last checkpoint's optimizer state; returns its step. Raises UserError.
+        """Read the last checkpoint's optimizer state; returns its step, 0 where there is none.
 
-        The weights are those of the model, which was loaded from that checkpoint.
+        The weights are those of the model, which was loaded from that checkpoint. Raises UserError.
         """
         from torch.distributed import checkpoint, is_initialized
 
+        if not self.ranks.from_rank0((self.run / "last").is_file):
+            return 0
         folder = self.ranks.from_rank0(read_pointer, self.run / "last")
         try:
             text = f"reading the training state in {folder}"

@@ -1,4 +1,4 @@
-"""What answers lean on: caches that they share or take turns in, and the choice of tokens."""
+"""How answers are written: caches that are continued or filled in turns, the choice of tokens."""
 
 import copy
 from dataclasses import dataclass
@@ -10,25 +10,16 @@ from transformers.cache_utils import Cache, DynamicLayer
 TAG = "<think"
 
 
-def continue_cache(cache, rows=None):
-    """A cache that goes on from (the given rows of) another, whose tensors stay as they are.
+def continue_cache(cache):
+    """A cache that goes on from another, whose tensors stay as they are: the gradient needs them.
 
-    The gradient needs them. Keys and values are appended to out of place, but a recurrent state is
-    overwritten.
+    Keys and values are appended to out of place, but a recurrent state is overwritten.
     """
-
-    def chosen(tensor):  # its gradient is added up faster than that of tensor[rows]
-        return tensor if rows is None else tensor.index_select(0, rows)
-
     continued = copy.copy(cache)
     continued.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in continued.layers:
-        if is_recurrent(layer):
-            for name in ("conv_states", "recurrent_states"):
-                states = {key: chosen(state) for key, state in getattr(layer, name).items()}
-                setattr(layer, name, CopiedOnRead(states))
-        else:
-            layer.keys, layer.values = chosen(layer.keys), chosen(layer.values)
+    for layer in filter(is_recurrent, continued.layers):
+        for name in ("conv_states", "recurrent_states"):
+            setattr(layer, name, CopiedOnRead(getattr(layer, name)))
     return continued
 
 
@@ -40,7 +31,7 @@ class CopiedOnRead(dict):
 
 
 @dataclass
-class Answer:
+class Generation:
     """An answer that is being written."""
 
     id: str  # of its post
@@ -50,85 +41,87 @@ class Answer:
     ended: bool | None = None  # True: with an end token; False: it has reached the limit
 
 
-class Rows(Cache):
-    """The cache of the answers that are being written, a row each; they come and go.
+class AnswerCache(Cache):
+    """The cache of the answers that are being written: each has a slot, and they come and go.
 
-    A row's tokens stand in its first columns, however long the other rows are, and a mask hides
-    what is behind them. So a new answer is copied into a free row, the next tokens are written in
-    place, and no row needs padding on the left. There are as many rows as the largest of the
-    batches that the answers come from, and as many columns as the longest answer needed.
+    An answer's tokens stand in the first columns of its slot, however long the others are, and a
+    mask hides what is behind them. So a new answer is copied into a free slot, the next tokens are
+    written in place, and nothing needs padding on the left. There are as many slots as the largest
+    of the batches that the answers come from, and as many columns as the longest answer needed.
     """
 
     ROOM = 64  # columns to grow by
 
     def __init__(self):
         super().__init__(layers=[])
-        self.answers, self.most = [], 1
+        self.generations, self.slots = [], 1
         self.stored = []  # two tensors a layer: keys and values, or a recurrent state's parts
 
     def fill(self, prompts):
-        """Take in (answer, cache, row) of an iterator while there is room; returns the answers."""
-        while len(self.answers) < self.most and (prompt := next(prompts, None)):
+        """Take in (Generation, cache, index) of an iterator while there are free slots."""
+        while len(self.generations) < self.slots and (prompt := next(prompts, None)):
             self.add(*prompt)
-        return self.answers
+        return self.generations
 
-    def add(self, answer, cache, row):
-        """Take in an answer that goes on from a row of `cache`, which is padded on the left."""
+    def add(self, generation, cache, index):
+        """Take in an answer that goes on from sequence `index` of a left-padded `cache`."""
         if not self.layers:
             self.stored = [[tensor[:0] for tensor in tensors(layer)] for layer in cache.layers]
             self.layers = list(map(self.make_layer, self.stored, cache.layers))
-        self.most = max(self.most, len(tensors(cache.layers[0])[0]))
-        place = len(self.answers)
-        self.answers.append(answer)
+        self.slots = max(self.slots, len(tensors(cache.layers[0])[0]))
+        slot = len(self.generations)
+        self.generations.append(generation)
         for stored, layer in zip(self.stored, cache.layers, strict=True):
-            for index, tensor in enumerate(tensors(layer)):
-                new = tensor[row] if is_recurrent(layer) else tensor[row, :, -answer.length :]
-                self.reserve(stored, index, new.shape[1])
-                stored[index][place, :, : new.shape[1]] = new
+            for part, tensor in enumerate(tensors(layer)):
+                new = tensor[index]
+                if not is_recurrent(layer):
+                    new = new[:, -generation.length :]
+                self.reserve(stored, part, new.shape[1])
+                stored[part][slot, :, : new.shape[1]] = new
 
     def make_layer(self, stored, layer):
         """The layer of this cache for two stored tensors, given that of another."""
         if not is_recurrent(layer):
-            return EndsOfRows(self, stored)
+            return SlotLayer(self, stored)
         layer = copy.copy(layer)
-        layer.conv_states, layer.recurrent_states = (FirstRows(self, stored, i) for i in (0, 1))
+        layer.conv_states, layer.recurrent_states = (SlotStates(self, stored, i) for i in (0, 1))
         return layer
 
-    def reserve(self, stored, index, columns):
-        """Replace a stored tensor (rows, …, columns, …) by a larger one where it is too small."""
-        old = stored[index]
-        if len(old) < self.most or old.shape[2] < columns:
+    def reserve(self, stored, part, columns):
+        """Replace a stored tensor (slots, …, columns, …) by a larger one where it is too small."""
+        old = stored[part]
+        if len(old) < self.slots or old.shape[2] < columns:
             shape = list(old.shape)
-            shape[0] = self.most
+            shape[0] = self.slots
             if shape[2] < columns:
                 shape[2] = columns + self.ROOM
-            stored[index] = old.new_zeros(shape)
-            stored[index][: len(old), :, : old.shape[2]] = old
+            stored[part] = old.new_zeros(shape)
+            stored[part][: len(old), :, : old.shape[2]] = old
 
     def pop_finished(self):
         """Drop the answers that are finished, and return them."""
         finished = []
-        for row in reversed(range(len(self.answers))):
-            if self.answers[row].ended is not None:
-                finished.append(self.answers[row])
-                self.answers[row] = self.answers[-1]  # the last one takes the row
-                self.answers.pop()
+        for slot in reversed(range(len(self.generations))):
+            if self.generations[slot].ended is not None:
+                finished.append(self.generations[slot])
+                self.generations[slot] = self.generations[-1]  # the last one takes the slot
+                self.generations.pop()
                 for stored in self.stored:
                     for tensor in stored:
-                        tensor[row] = tensor[len(self.answers)]
+                        tensor[slot] = tensor[len(self.generations)]
         return finished
 
     def inputs(self, model):
-        """The inputs with which a model reads the last token of each of R answers."""
-        numbers = [(answer.tokens[-1], answer.position, answer.length) for answer in self.answers]
-        for answer in self.answers:
-            answer.position += 1
-            answer.length += 1
+        """The inputs with which a model reads the last token of each of G answers."""
+        numbers = [(each.tokens[-1], each.position, each.length) for each in self.generations]
+        for each in self.generations:
+            each.position += 1
+            each.length += 1
         numbers = torch.tensor(numbers, device=model.device)
         ids, positions, self.ends = numbers[:, :1], numbers[:, 1:2], numbers[:, 2]
-        self.places = torch.arange(len(numbers), device=model.device)
-        self.width = max(answer.length for answer in self.answers)
-        # Added to the scores of attention (R, heads, 1, columns): -inf behind the end of a row.
+        self.used = torch.arange(len(numbers), device=model.device)
+        self.width = max(each.length for each in self.generations)
+        # Added to the scores of attention (G, heads, 1, columns): -inf behind an answer's end.
         behind = torch.arange(self.width, device=model.device) > self.ends[:, None]
         mask = torch.zeros_like(behind, dtype=model.dtype).masked_fill(behind, -torch.inf)
         return {
@@ -140,31 +133,31 @@ class Rows(Cache):
         }
 
 
-class EndsOfRows(DynamicLayer):
-    """A layer of Rows whose next keys and values (R, heads, 1, …) go to each row's end."""
+class SlotLayer(DynamicLayer):
+    """A layer of an AnswerCache: keys and values (G, heads, 1, …) go to the end of each slot."""
 
-    def __init__(self, rows, stored):
+    def __init__(self, cache, stored):
         super().__init__()
-        self.rows, self.stored = rows, stored
+        self.cache, self.stored = cache, stored
 
     def update(self, *keys_and_values, **_):
-        rows = self.rows
-        for index, new in enumerate(keys_and_values[:2]):
-            rows.reserve(self.stored, index, rows.width)
-            new = new[:, :, 0].to(self.stored[index].dtype)  # under autocast, values are bf16
-            self.stored[index][rows.places, :, rows.ends] = new
-        return [tensor[: len(rows.answers), :, : rows.width] for tensor in self.stored]
+        cache = self.cache
+        for part, new in enumerate(keys_and_values[:2]):
+            cache.reserve(self.stored, part, cache.width)
+            new = new[:, :, 0].to(self.stored[part].dtype)  # under autocast, values are bf16
+            self.stored[part][cache.used, :, cache.ends] = new
+        return [tensor[: len(cache.generations), :, : cache.width] for tensor in self.stored]
 
 
-class FirstRows(dict):
-    """A part of a layer's recurrent state: that of the rows in use."""
+class SlotStates(dict):
+    """A part of a layer's recurrent state: that of the slots in use."""
 
-    def __init__(self, rows, stored, index):
+    def __init__(self, cache, stored, part):
         super().__init__()
-        self.rows, self.stored, self.index = rows, stored, index
+        self.cache, self.stored, self.part = cache, stored, part
 
     def __getitem__(self, _):
-        return self.stored[self.index][: len(self.rows.answers)]
+        return self.stored[self.part][: len(self.cache.generations)]
 
 
 def is_recurrent(layer):
@@ -173,7 +166,7 @@ def is_recurrent(layer):
 
 
 def tensors(layer):
-    """The two tensors that a layer of a cache keeps, with a row for each sequence."""
+    """The two tensors that a layer of a cache keeps, one row a sequence."""
     if is_recurrent(layer):
         return layer.conv_states[0], layer.recurrent_states[0]
     return layer.keys, layer.values
@@ -193,18 +186,18 @@ class Greedy:
         ends = model.generation_config.eos_token_id
         self.ends = {encoder.end_of_turn, *(ends if isinstance(ends, list) else [ends])}
 
-    def extend(self, answers, hidden):
+    def extend(self, generations, hidden):
         """Add a token to each unfinished one of B answers, given last hidden (B, 1, hidden)."""
         logits = self.head(hidden[:, 0]).float()  # (B, vocabulary)
-        if self.banned is not None and not answers[0].tokens:
+        if self.banned is not None and not generations[0].tokens:
             logits[:, self.banned] = -torch.inf
         if self.no_think:
-            logits = self.no_think([answer.tokens for answer in answers], logits)
-        for answer, token in zip(answers, logits.argmax(1).tolist(), strict=True):
-            if answer.ended is None:  # else its first token was its last
-                answer.tokens.append(token)
-                if token in self.ends or len(answer.tokens) == self.longest:
-                    answer.ended = token in self.ends
+            logits = self.no_think([each.tokens for each in generations], logits)
+        for each, token in zip(generations, logits.argmax(1).tolist(), strict=True):
+            if each.ended is None:  # else its first token was its last
+                each.tokens.append(token)
+                if token in self.ends or len(each.tokens) == self.longest:
+                    each.ended = token in self.ends
 
 
 class NoThink:

@@ -8,7 +8,6 @@ from datetime import timedelta
 from functools import cached_property
 
 from evaluate import UserError
-from support.bars import busy
 from support.console import first_line, info
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
@@ -17,21 +16,22 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
 def torchrun_ranks():
     """(rank, world_size, rank on this machine) by torchrun's variables; (0, 1, 0) without them.
 
-    Raises UserError where some are missing, or don't go together.
+    Raises UserError where some are missing, or contradict each other.
     """
     found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
     if found.keys().isdisjoint(TORCHRUN[:3]):  # a cluster may set the others for every job
         return 0, 1, 0
-    settings = ", ".join(f"{name}={value}" for name, value in found.items())
-    mend = "start several processes with torchrun; for one process, unset these variables"
-    if missing := [name for name in TORCHRUN if name not in found]:
-        raise UserError(f"{settings} without {', '.join(missing)} in the environment: {mend}")
     try:
         rank, world_size, local_rank, port = (int(found[name]) for name in TORCHRUN[:4])
-    except ValueError:
-        port = 0
-    if not 0 < port < 2**16 or not 0 <= local_rank <= rank < world_size:
-        raise UserError(f"{settings} in the environment don't go together: {mend}")
+        right = 0 < port < 2**16 and 0 <= local_rank <= rank < world_size
+    except (KeyError, ValueError):
+        right = False
+    if not right or "MASTER_ADDR" not in found:
+        settings = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise UserError(
+            f"{settings} in the environment: {', '.join(TORCHRUN)} must be set together; start "
+            "several processes with torchrun, or unset these variables for one process"
+        )
     return rank, world_size, local_rank
 
 
@@ -82,8 +82,8 @@ class Ranks:
         self.distributed = self.world_size > 1
         self.device_name = device
         if self.distributed:
-            with busy(f"waiting for {self.world_size} ranks", disable=self.rank > 0):
-                self.meet(local_rank)
+            self.info(f"waiting for {self.world_size} ranks …")
+            self.meet(local_rank)
 
     def meet(self, local_rank):
         """Join the other ranks. Raises UserError."""
@@ -125,6 +125,11 @@ class Ranks:
             sys.exit(1)
 
     # ------------------------------------------------------------------ who does what, and errors
+
+    def info(self, text):
+        """Print a line on rank 0's stderr."""
+        if self.rank == 0:
+            info(text)
 
     def error(self, text):
         """The error to raise for a mistake that all ranks find."""
@@ -183,27 +188,26 @@ class Ranks:
         all_gather_object(lists, items)
         return [item for part in lists for item in part]
 
-    def all_reduce(self, tensor):
-        """The sum of a tensor over all ranks, in place."""
-        if self.distributed:
-            from torch.distributed import all_reduce
-
-            all_reduce(tensor)
-        return tensor
-
-    def total(self, numbers):
-        """The sum over all ranks of a number, or of each in a list, as a tensor on the device."""
+    def all_reduce(self, numbers):
+        """The sums over all ranks of a list of numbers, or of a tensor's values, as a list."""
         import torch
 
-        return self.all_reduce(torch.tensor(numbers, device=self.device))
+        if self.distributed:
+            numbers = torch.as_tensor(numbers, device=self.device)
+            torch.distributed.all_reduce(numbers)
+        return numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
+
+    def total(self, number):
+        """The sum of a number over all ranks."""
+        return self.all_reduce([number])[0]
 
     def any(self, flag):
         """Whether a flag is true on any rank."""
-        return bool(self.total(int(bool(flag)))) if self.distributed else bool(flag)
+        return self.total(int(bool(flag))) > 0
 
     # ---------------------------------------------------------------------------------- the model
 
-    def wrap_model(self, step_losses):
+    def wrap_model(self, training_step):
         """Prepare the training step's module for all ranks; rank 0 has read the weights.
 
         DDP where the whole training state takes at most half of a GPU's memory, else FSDP2: it
@@ -211,24 +215,26 @@ class Ranks:
         gradients in float32. Returns the module.
         """
         if not self.distributed:
-            return step_losses.to(self.device)
+            return training_step.to(self.device)
         import torch
 
-        state = (16 * p.numel() if p.requires_grad else p.nbytes for p in step_losses.parameters())
+        parameters = training_step.parameters()
+        state = (16 * p.numel() if p.requires_grad else p.nbytes for p in parameters)
         auto = "fsdp" if self.any(not self.fits(sum(state))) else "ddp"
         self.engine = auto if self.parallel == "auto" else self.parallel
-        values = [tensor.detach() for tensor in parameters_and_buffers(step_losses)]
+        run_all_layers(training_step)
+        values = [tensor.detach() for tensor in parameters_and_buffers(training_step)]
         if self.engine == "ddp":
-            step_losses.to(self.device)
+            training_step.to(self.device)
         else:
-            shard(step_losses, self.device)
-        for tensor, value in zip(parameters_and_buffers(step_losses), values, strict=True):
+            shard(training_step, self.device)
+        for tensor, value in zip(parameters_and_buffers(training_step), values, strict=True):
             broadcast(tensor, value.to(self.device))
         if self.engine == "ddp":
-            self.ddp = step_losses = torch.nn.parallel.DistributedDataParallel(
-                step_losses, gradient_as_bucket_view=True, init_sync=False
+            self.ddp = training_step = torch.nn.parallel.DistributedDataParallel(
+                training_step, gradient_as_bucket_view=True, init_sync=False
             )
-        return step_losses
+        return training_step
 
     def fits(self, size):
         """Whether `size` bytes take at most half of the device's memory."""
@@ -238,20 +244,63 @@ class Ranks:
             return True
         return size <= torch.cuda.get_device_properties(self.device).total_memory / 2
 
-    def sync_gradients(self, now):
-        """Whether DDP averages gradients over the ranks in the backward pass that comes next."""
-        if self.ddp is not None:
-            self.ddp.require_backward_grad_sync = now
+    def on_device(self, micro_batches):
+        """Yield a step's micro-batches on the device; of a single process none without a post.
 
-    def drop_unused_gradients(self, model, samples, images):
-        """Remove the gradients, all zero, of what no post of a step used: one rank has none.
+        DDP averages gradients over the ranks in the last one's backward pass, FSDP in each.
+        """
+        for batch in micro_batches:
+            if self.ddp is not None:
+                self.ddp.require_backward_grad_sync = batch is micro_batches[-1]
+            if len(batch) or self.distributed:
+                yield batch.to(self.device)
+
+    def drop_unused_gradients(self, model, micro_batches):
+        """Remove the gradients, all zero, of what no post of a step used on any rank.
 
         AdamW would move these weights: by weight decay, and by its mean of earlier gradients.
         """
-        if self.distributed:
-            unused = [] if images else model.model.visual.parameters()
-            for parameter in unused if samples else model.parameters():
-                parameter.grad = None
+        images = sum("pixel_values" in batch.prompt for batch in micro_batches)
+        samples, images = self.all_reduce([sum(map(len, micro_batches)), images])
+        unused = [] if images else model.model.visual.parameters()
+        for parameter in unused if samples else model.parameters():
+            parameter.grad = None
+
+
+def run_all_layers(training_step):
+    """Let a rank run all layers, as the others do, where its micro-batch has no image or no post.
+
+    DDP and FSDP need the same layers in the same order on all ranks. A micro-batch without an image
+    runs the vision tower on a dummy one, whose features are multiplied by zero; one without a post
+    has a placeholder (see `data.collate`), of which the results are dropped.
+    """
+    inner = training_step.model.model
+
+    def add_dummy_image(_, args, kwargs):
+        # Only a prompt has these types; what follows on a cache, and inference, needs no image.
+        if inner.training and "mm_token_type_ids" in kwargs and "pixel_values" not in kwargs:
+            embeddings = inner.get_input_embeddings()(kwargs["input_ids"])
+            embeddings = embeddings + zero_of_dummy_image(inner.visual, embeddings.device)
+            return args, kwargs | {"input_ids": None, "inputs_embeds": embeddings}
+
+    def drop_placeholder(_, args, results):
+        if not len(args[0]):
+            return tuple(None if result is None else result[:0].clone() for result in results)
+
+    inner.register_forward_pre_hook(add_dummy_image, with_kwargs=True)
+    training_step.register_forward_hook(drop_placeholder)
+
+
+def zero_of_dummy_image(vision, device):
+    """Zero, computed from all of the vision tower, so that its parameters get a gradient."""
+    import torch
+
+    config, merge = vision.config, vision.config.spatial_merge_size
+    values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    image, grid = torch.zeros(merge**2, values, device=device), torch.tensor([[1, merge, merge]])
+    output = vision(image, grid_thw=grid.to(device), return_dict=True)
+    features = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    return 0 * sum(feature.float().sum() for feature in features)
 
 
 def parameters_and_buffers(module):
@@ -259,7 +308,7 @@ def parameters_and_buffers(module):
     return [*module.parameters(), *module.buffers()]
 
 
-def shard(step_losses, device):
+def shard(training_step, device):
     """FSDP2: each layer of the language model and of the vision tower alone, the rest together."""
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -267,9 +316,8 @@ def shard(step_losses, device):
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     dtypes = {"param_dtype": compute_dtype(device), "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**dtypes)
-    step_losses.one_pass = True  # whatever kinds of answer a rank's samples get
-    inner = step_losses.model.model
-    for layer in (*inner.visual.blocks, *inner.language_model.layers, step_losses):
+    inner = training_step.model.model
+    for layer in (*inner.visual.blocks, *inner.language_model.layers, training_step):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
 
 

@@ -1,14 +1,17 @@
-"""The log of a training run: log.jsonl, choices.jsonl, skipped.jsonl, and the progress bar."""
+"""The log of a training run, and what a run tells the person in front of it, on stderr."""
 
 import contextlib
 import math
+import shlex
+import shutil
+import textwrap
 import time
 
-from evaluate import UserError, plural
-from support.checkpoint import write_pointer
-from support.console import WITHOUT_RATE, progress, writing
+from evaluate import UserError, plural, read_jsonl
+from support.checkpoint import read_pointer, step_of, write_pointer
+from support.console import WITHOUT_RATE, info, progress, writing
+from support.distributed import compute_dtype
 from support.jsonl import JsonlWriter
-from support.screen import bar_text, say_evaluation, say_steps
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
 REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None}
@@ -16,28 +19,28 @@ NO_ROOM = "the last checkpoint is kept: make room and continue with --resume"
 
 
 class TrainingLog:
-    """Logs every step and evaluation of a run; a resumed run's log goes on after `step`.
+    """Logs every step and evaluation of a run: log.jsonl, choices.jsonl, skipped.jsonl, a bar.
 
-    What a step did is summed on the device until its end. Rank 0 alone writes and shows.
+    A resumed run's log goes on after `step`. What a step did is summed on the device until its end.
+    Rank 0 alone writes and shows.
+
+    mode: the row of train.MODES; order: a data.TrainingOrder.
     """
 
-    def __init__(self, args, folder, step, total, posts, ranks):
-        self.args, self.folder, self.ranks, self.most_skipped = args, folder, ranks, posts // 100
+    def __init__(self, args, mode, folder, order, step, ranks):
+        self.args, self.mode, self.folder = args, mode, folder
+        self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
-        self.one_pass = args.gradient_checkpointing or ranks.engine == "fsdp"  # as the step does
-        self.choices = []
-        self.writers, self.board, self.sums = {}, None, None
+        self.choices, self.writers, self.board, self.sums = [], {}, None, None
         kept = ranks.from_rank0(self.open_files, step)
         self.skipped = {line["id"] for line in kept["skipped.jsonl"]}
         for line in kept["log.jsonl"]:
             self.remember(line)
         if args.tensorboard:
             self.board = ranks.on_rank0(tensorboard_writer(), str(folder), purge_step=step + 1)
-        self.epoch_steps = math.ceil(posts / args.batch_size)
-        if ranks.rank == 0:
-            say_steps(args, folder, step, total)
+        ranks.on_rank0(say_steps, args, folder, step, len(order))
         options = {"initial": step, "bar_format": WITHOUT_RATE, "disable": ranks.rank > 0}
-        self.bar = progress(None, total, **options)
+        self.bar = progress(None, len(order), **options)
 
     def __enter__(self):
         return self
@@ -69,9 +72,16 @@ class TrainingLog:
             with writing(self.folder / name, NO_ROOM):
                 self.writers[name].append(*lines)
 
-    def start_step(self, waited):
-        """Start the step's clock; it has waited `waited` seconds for its data before."""
-        self.waited, self.started = waited, time.perf_counter() - waited
+    def timed(self, loader):
+        """Yield what a loader yields; a step's time begins when its data are asked for."""
+        steps = iter(loader)
+        while True:
+            self.started = time.perf_counter()
+            item = next(steps, None)
+            if item is None:
+                return
+            self.waited = time.perf_counter() - self.started
+            yield item
 
     def add(self, batch, loss, plain_loss, use_cot):
         """Add one micro-batch's per-sample losses and choices (B,)."""
@@ -80,22 +90,16 @@ class TrainingLog:
         count = len(batch)
         plain = torch.full_like(loss, math.nan) if plain_loss is None else plain_loss
         cot_tokens, plain_tokens = (x.mask[:count].sum(1) for x in (batch.cot, batch.plain))
-        chosen = torch.where(use_cot, cot_tokens, plain_tokens)
-        answers = [chosen] if self.one_pass else [chosen * use_cot, chosen * ~use_cot]
-        if self.args.mode == "multitask":
-            answers = [plain_tokens, cot_tokens]
-        prompts = batch.prompt["attention_mask"][:count]
+        targets = torch.where(use_cot, cot_tokens, plain_tokens)
+        if self.mode.trains == "both":
+            targets = plain_tokens + cot_tokens
         values = {
             "samples": count,
             "loss": loss.detach().sum(),
             "plain_loss": plain.detach().sum(),
             "use_cot": use_cot.sum(),
             "truncated": batch.truncated,
-            "tokens": prompts.sum() + sum(lengths.sum() for lengths in answers),
-            "image_tokens": batch.prompt["mm_token_type_ids"][:count].sum(),
-            # Tokens and padding.
-            "places": prompts.numel()
-            + sum(lengths.count_nonzero() * lengths.max() for lengths in answers if count),
+            "tokens": batch.prompt["attention_mask"][:count].sum() + targets.sum(),
         }
         # One tensor that stays on the device: to read a value would wait for the GPU.
         values = {name: torch.as_tensor(x, device=loss.device) for name, x in values.items()}
@@ -104,25 +108,23 @@ class TrainingLog:
         if self.args.log_choices:
             self.choices.append((batch.ids, plain, use_cot))
 
-    def end_step(self, step, epoch, lr, norm, skipped):
+    def end_step(self, step, lr, norm, micro_batches):
         """Write the step's line. Raises UserError once more than 1% of the posts were skipped."""
         sums = {"samples": 0}
         if self.sums is not None:  # one rank has no micro-batch where no image can be read
-            sums = dict(zip(self.names, self.ranks.all_reduce(self.sums).tolist(), strict=True))
+            sums = dict(zip(self.names, self.ranks.all_reduce(self.sums), strict=True))
         if samples := sums["samples"]:
-            tokens, places = sums["tokens"], sums["places"]
             seconds = time.perf_counter() - self.started
             line = {
                 "step": step,
-                "epoch": epoch,
+                "epoch": (step - 1) // self.order.epoch_steps,
                 "loss": sums["loss"] / samples,
                 "cot_share": sums["use_cot"] / samples,
                 "plain_loss": number_or_none(sums["plain_loss"] / samples),
                 "lr": lr,
                 "grad_norm": norm.item(),
                 "samples": int(samples),
-                "tokens": int(tokens),
-                "padding": round((places - tokens) / (places - sums["image_tokens"]), 4),
+                "tokens": int(sums["tokens"]),
                 "seconds": round(seconds, 3),
                 "waited": round(self.waited, 3),
             }
@@ -131,10 +133,11 @@ class TrainingLog:
             self.write("log.jsonl", line)
             self.write_choices(step)
             self.write_scalars(step, line)
-            text = bar_text(line["loss"], line["cot_share"], tokens / seconds)
+            text = bar_text(line["loss"], line["cot_share"], line["tokens"] / seconds)
             self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         self.sums = None
+        skipped = [post for batch in micro_batches for post in batch.skipped]
         if self.ranks.any(skipped):
             self.add_skipped(step, self.ranks.all_gather(skipped))
 
@@ -145,11 +148,11 @@ class TrainingLog:
         if not self.args.log_choices:
             return
         ids, plain_loss, use_cot = zip(*self.choices, strict=True)
-        rows = torch.stack([torch.cat(plain_loss), torch.cat(use_cot).float()]).tolist()
+        values = torch.stack([torch.cat(plain_loss), torch.cat(use_cot).float()]).tolist()
         lines = []
-        for identity, loss, reasoned in zip(sum(ids, []), *rows, strict=True):
+        for identity, loss, chosen in zip(sum(ids, []), *values, strict=True):
             loss = number_or_none(round(loss, 6))
-            line = {"step": step, "id": identity, "plain_loss": loss, "reasons": bool(reasoned)}
+            line = {"step": step, "id": identity, "plain_loss": loss, "use_cot": bool(chosen)}
             lines.append(line)
         self.write("choices.jsonl", *self.ranks.all_gather(lines))
         self.choices = []
@@ -167,7 +170,7 @@ class TrainingLog:
             self.skipped.add(post.id)
             line = {"step": step, "id": post.id, "image": post.image, "reason": post.reason}
             self.write("skipped.jsonl", line)
-        if len(self.skipped) > self.most_skipped:
+        if len(self.skipped) > self.order.count // 100:
             raise self.ranks.error(
                 f"{plural(len(self.skipped), 'image')} could not be read, more than 1% of the "
                 f"training posts; they are listed in {self.folder / 'skipped.jsonl'}, the last: "
@@ -180,7 +183,8 @@ class TrainingLog:
             line = {"step": step, "valid": scores}
             self.write("log.jsonl", line)
             self.remember(line)
-            say_evaluation(step / self.epoch_steps, step, scores, best=self.best[1] == step)
+            epoch, best = step / self.order.epoch_steps, self.best[1] == step
+            say_evaluation(epoch, step, scores, best)
             for name, values in scores.items():
                 if isinstance(values, dict):
                     self.write_scalars(step, values, f"valid/{name}")
@@ -207,3 +211,172 @@ def tensorboard_writer():
     except ImportError:
         raise UserError("--tensorboard needs one more package: pip install tensorboard") from None
     return SummaryWriter
+
+
+# -------------------------------------------------------------------- the header, for all scripts
+
+
+def say(label, text):
+    """Print a labelled paragraph, wrapped to the terminal's width (80 columns without one)."""
+    width = max(40, shutil.get_terminal_size().columns)
+    indents = {"initial_indent": f"{label:<10} ", "subsequent_indent": " " * 11}
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    info(textwrap.fill(str(text), width, **indents, **options))
+
+
+def say_posts(posts, label="Posts", most=None):
+    """How many posts there are, and what they have; the first `most` are used."""
+    count = len(posts)
+    reasoning = some(count - posts.without_cot, count)
+    note = f"; the first {most:,} are used" if most and most < count else ""
+    say(
+        label,
+        f"{posts.path}: {plural(count, 'post')}, {some(posts.with_image, count)} with an image, "
+        f"{reasoning} with reasoning, {posts.keyphrases / count:.1f} keyphrases per post{note}",
+    )
+
+
+def some(part, whole):
+    """`all`, `none`, or how many."""
+    return "all" if part == whole else f"{part:,}" if part else "none"
+
+
+def say_model(name, model, ranks=None):
+    """A model's parameters, and where and how it runs; `ranks` are those that train it."""
+    import torch
+
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, needed in sizes if needed)
+    device, weights = model.device, str(model.dtype).removeprefix("torch.")
+    cuda = device.type == "cuda"
+    where = [torch.cuda.get_device_name(device) if cuda else device.type.upper(), weights]
+    text = f"{name}: {short(total)} parameters"
+    if ranks:
+        text += f", {'all' if trained == total else short(trained)} of them trained"
+        if cuda and compute_dtype(device) == torch.bfloat16:
+            where.append("bfloat16 autocast")
+        engine = f" ({ranks.engine})" if ranks.engine else ""
+        where.append(plural(ranks.world_size, "rank") + engine)
+    say("Model", text)
+    say("Device", ", ".join(where))
+
+
+def short(number):
+    """A large number as `3.75 billion`, `1.24 million` or `12,345`."""
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.2f} {name}"
+    return f"{number:,}"
+
+
+def say_server(name, client):
+    """A served model, and where and how often it is asked."""
+    say("Model", f"{name} at {client.server}, {plural(client.workers, 'request')} at a time")
+
+
+def say_output(out, done, failed=0):
+    """Where the results go, and how many posts are done, or have failed, already."""
+    before = [f"{count:,} {what}" for count, what in ((done, "done"), (failed, "failed")) if count]
+    say("Writes", f"{out}: {', '.join(before)} before" if before else out)
+
+
+def say_steps(args, folder, step, total):
+    """How a run trains from `step` on, and where it writes."""
+    start = f", from step {step + 1:,} on" if step else ""
+    start = ", all of them done before" if step >= total else start
+    gamma = f", gamma {args.gamma}" if args.mode == "dynamic" else ""
+    posts, epochs = plural(args.batch_size, "post"), plural(args.epochs, "epoch")
+    say(
+        "Steps",
+        f"{total:,} with {posts} each, {epochs}{start}; mode {args.mode}{gamma}, "
+        f"learning rate {args.lr:g}",
+    )
+    say("Writes", folder)
+
+
+@contextlib.contextmanager
+def say_stopped(writer):
+    """Where the block is stopped, say how far the file of a JsonlWriter is, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done, total = sum(offset >= 0 for offset in writer.offsets), len(writer.offsets)
+        info(
+            f"stopped: {writer.path} has {done} of {plural(total, 'post')}; the same command goes "
+            "on from there"
+        )
+        raise
+
+
+# ------------------------------------------------------------------------- evaluations and the end
+
+
+def bar_text(loss, cot_share, speed):
+    """The figures of a training bar: with counts and times they fit 80 columns."""
+    unit = next((unit for unit in ((1e6, "M"), (1e3, "k")) if speed >= unit[0]), (1, ""))
+    return f"loss {loss:.3f}, CoT {cot_share:.0%}, {speed / unit[0]:.3g}{unit[1]} tokens/s"
+
+
+def f1(scores):
+    """`F1@1 57.3 all, 61.0 unseen` of what `score` returns."""
+    names = [name for name in ("all", "unseen") if scores[name]["posts"]]
+    return "F1@1 " + ", ".join(f"{100 * scores[name]['F1@1']:.1f} {name}" for name in names)
+
+
+def say_evaluation(epoch, step, scores, best):
+    """The line on an evaluation, above the progress bar."""
+    found = scores["all"]
+    parts = [f"epoch {epoch:.3g}", f"step {step}", f1(scores)]
+    parts.append(f"{found['tokens']:.1f} tokens a post, {found['reasoned']:.0%} reasoned")
+    for name, text in (("cut", "cut off"), ("unreadable", "images unreadable")):
+        if scores[name]:
+            parts.append(f"{scores[name]} {text}")
+    info("  ".join([*parts, *["(best)"] * best]))
+
+
+def say_end(args, folder, device, started):
+    """What a run took, its checkpoints, and three commands to go on with.
+
+    started: when it began, by time.monotonic().
+    """
+    lines = read_jsonl(folder / "log.jsonl")
+    scores = {line["step"]: line["valid"] for _, _, line in lines if "valid" in line}
+    say("Done", f"in {time.monotonic() - started:,.0f} s, peak memory {peak_memory(device)}")
+    checkpoints = {}
+    for name in ("best", "last"):
+        if (folder / name).is_file():
+            checkpoints.setdefault(read_pointer(folder / name), []).append(name)
+    for checkpoint, names in checkpoints.items():
+        found = scores.get(step_of(checkpoint))
+        say(", ".join(names).capitalize(), f"{checkpoint}{': ' + f1(found) if found else ''}")
+    posts, predictions = args.test or args.valid or "test.jsonl", folder / "preds.jsonl"
+    command("Predict", "infer.py --data", posts, "--out", predictions, "--model", folder)
+    command("Score", "evaluate.py", predictions, posts, "--train", args.train)
+    command("Curves", "-m tools.curves", folder, "--out", folder / "curves.png")
+
+
+def command(label, script, *arguments):
+    """Print a command on one line, to be copied."""
+    info(f"{label:<10} python {script} {shlex.join(map(str, arguments))}")
+
+
+def say_toy(folder, images):
+    """Say so where a model is the toy and an image (None: there is none) is not a club world's."""
+    worlds = (image.resolve().parents[:2] for image in images if image)
+    foreign = (not any((place / "world.json").is_file() for place in two) for two in worlds)
+    if (folder / "toy.json").is_file() and any(foreign):
+        real = "--model Qwen/Qwen2.5-VL-3B-Instruct"
+        info(f"{folder}: this model knows only the club world; real photos need a real one: {real}")
+
+
+def peak_memory(device):
+    """The most memory that a GPU, or else this process, has used until now, as text."""
+    if device.type == "cuda":
+        import torch
+
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of the GPU"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"

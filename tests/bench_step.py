@@ -32,8 +32,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Answers, Batch  # noqa: E402
-from model import MODES, DynamicCoT  # noqa: E402
+from data import Batch, Targets  # noqa: E402
+from model import MODES, TrainingStep  # noqa: E402
 from support.console import (  # noqa: E402
     HelpFormatter,
     fraction,
@@ -150,7 +150,7 @@ def random_batch(args, model):
 
     def answers(length):
         ids = torch.randint(low, high, (args.posts, length), generator=draw)
-        return Answers(ids, torch.ones_like(ids))
+        return Targets(ids, torch.ones_like(ids))
 
     names = [str(post) for post in range(args.posts)]
     plain, cot = answers(args.plain), answers(args.cot)
@@ -182,7 +182,7 @@ def targets(batch, reasons):
     """The target of each post, padded to the longest: y_c where `reasons` (B,), else y_s."""
     pairs = zip(reasons.tolist(), batch.cot.ids.tolist(), batch.plain.ids.tolist(), strict=True)
     lists = [cot if reason else plain for reason, cot, plain in pairs]
-    return Answers.pad(lists, 0).to(batch.has_cot.device)
+    return Targets.pad(lists, 0).to(batch.has_cot.device)
 
 
 def obvious(model, batch):
@@ -196,12 +196,12 @@ def make_step(way, model, optimizer, batch):
     """A function that does one optimizer step and returns the per-sample losses before it."""
     answers = targets(batch, batch.has_cot)
     known = Batch(batch.ids, batch.prompt, answers, None, batch.has_cot, truncated=0)
-    losses_of = {mode: lambda m=mode: DynamicCoT(model, m, torch.inf)(batch)[0] for mode in MODES}
+    losses_of = {mode: lambda m=mode: TrainingStep(model, m, torch.inf)(batch)[0] for mode in MODES}
     losses_of |= {
         "a": lambda: obvious(model, batch),
-        "b": lambda: DynamicCoT(model, "dynamic", torch.inf, share_prompt=False)(batch)[0],
-        "c": lambda: DynamicCoT(model, "dynamic", torch.inf)(batch)[0],
-        "d": lambda: DynamicCoT(model, "sft")(known)[0],
+        "b": lambda: TrainingStep(model, "dynamic", torch.inf, share_prompt=False)(batch)[0],
+        "c": lambda: TrainingStep(model, "dynamic", torch.inf)(batch)[0],
+        "d": lambda: TrainingStep(model, "sft")(known)[0],
     }
 
     def step():

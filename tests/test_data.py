@@ -10,6 +10,7 @@ import shutil
 import struct
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -373,7 +374,7 @@ def encoder(tmp_path_factory):
     return make_encoder(tmp_path_factory.mktemp("processor"))
 
 
-def make_encoder(folder, prompt=data.PROMPT, **options):
+def make_encoder(folder, **options):
     """An Encoder of the published kind; `options` are those of EncoderOptions."""
     from transformers import AutoImageProcessor
 
@@ -382,7 +383,7 @@ def make_encoder(folder, prompt=data.PROMPT, **options):
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     tokenizer, processor = qwen_tokenizer(), AutoImageProcessor.from_pretrained(folder)
     image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return Encoder(tokenizer, processor, image_token, prompt, EncoderOptions(**options))
+    return Encoder(tokenizer, processor, image_token, EncoderOptions(**options))
 
 
 def picture(path, width=112, height=84):
@@ -577,9 +578,10 @@ def test_ranks_share_every_step_in_as_many_micro_batches_each(world, tmp_path, s
     encoder, posts = make_encoder(tmp_path), data.Posts(world / "train.jsonl")
     steps = [list(range(start, min(start + 9, 47))) for start in range(0, 47, 9)] + [[47]]
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
-    shares = [list(data.Loader(encoded, steps, 2, 0, rank, size)) for rank in range(size)]
+    everyone = [SimpleNamespace(rank=rank, world_size=size) for rank in range(size)]
+    shares = [list(data.Loader(encoded, steps, 2, 0, ranks)) for ranks in everyone]
     for number, step in enumerate(steps):
-        of_ranks = [share[number][0] for share in shares]
+        of_ranks = [share[number][1] for share in shares]
         assert {len(of_rank) for of_rank in of_ranks} == {-(-len(step) // (2 * size))}
         batches = sum(of_ranks, [])
         assert all(len(batch) <= 2 and batch.plain.ids.shape[1] > 1 for batch in batches)
@@ -631,8 +633,8 @@ def test_images_stay_with_their_posts_and_are_not_copied(
 
     monkeypatch.setattr(data, "collate", collate_received)
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
-    ((micro_batches, skipped),) = data.Loader(encoded, [list(range(12))], micro_batch, workers)
-    assert [post.id for post in skipped] == [records[6]["id"]]
+    ((step, micro_batches),) = data.Loader(encoded, [list(range(12))], micro_batch, workers)
+    assert step == 1 and [post.id for post in micro_batches[0].skipped] == [records[6]["id"]]
     assert sorted(sum((batch.ids for batch in micro_batches), [])) == sorted(alone)
     for batch, pixel_values in zip(micro_batches, received, strict=True):
         for name in ("pixel_values", "image_grid_thw"):
@@ -652,7 +654,7 @@ def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
     path.write_text("".join(map(to_line, records)), encoding="utf-8")
     encoded = data.EncodedPosts(data.Posts(path), make_encoder(tmp_path), with_answers=True)
     places = tokens = 0
-    for micro_batches, _ in data.Loader(encoded, data.epoch_order(960, 32, 0, 0), micro_batch=4):
+    for _, micro_batches in data.Loader(encoded, data.epoch_order(960, 32, 0, 0), micro_batch=4):
         for batch in micro_batches:
             for mask in (batch.prompt["attention_mask"], batch.plain.mask):
                 places, tokens = places + mask.numel(), tokens + int(mask.sum())

@@ -25,7 +25,7 @@ from PIL import Image
 import data
 import published
 import train
-from model import FAMILIES, DistributedStep, DynamicCoT
+from model import FAMILIES, DistributedStep, TrainingStep
 from support import checkpoint
 from support.distributed import Ranks
 from support.jsonl import to_line
@@ -279,7 +279,7 @@ def test_the_dummy_image_changes_nothing(family):
     model, posts = tiny_model(family), random_posts(family, [None, None, None])
     for share_prompt in (True, False):
         gradients = []
-        for Step in (DynamicCoT, DistributedStep):
+        for Step in (TrainingStep, DistributedStep):
             step = Step(model, "dynamic", 4.0, share_prompt)
             step.zero_grad()
             loss = step(batch_of(posts))[0]

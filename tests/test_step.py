@@ -1,24 +1,28 @@
 """The training step against things that are right for another reason."""
 
+import contextlib
 import copy
 import importlib
+import json
 
 import pytest
 import torch
 
-from data import Answers
-from model import FAMILIES, MODES, DynamicCoT, TokenLoss
-from tiny import batch_of, random_posts, tiny_model
+import train
+from data import Targets
+from model import FAMILIES, TokenLoss
+from tiny import batch_of, literal, random_posts, tiny_model, train_alone
+from train import MODES, TrainingStep
 
 GRIDS = [(4, 4), (2, 6), None, (6, 4), (2, 2), (4, 2)]
 
 
 def gradients(step, batch):
     step.zero_grad()
-    loss, plain_loss, reasons = step(batch)
+    loss, plain_loss, use_cot = step(batch)
     loss.mean().backward()
     found = {name: parameter.grad.clone() for name, parameter in step.named_parameters()}
-    return loss.detach(), plain_loss, reasons, found
+    return loss.detach(), plain_loss, use_cot, found
 
 
 def single_loss(model, post, answer):
@@ -56,51 +60,48 @@ def median_gamma(model, posts):
 @pytest.mark.parametrize("mode", ["multitask", "dynamic"])  # the others have nothing to share
 def test_the_shared_prompt_step_equals_the_literal_one(model, posts, median_gamma, mode):
     batch = batch_of(posts)
-    shared = gradients(DynamicCoT(model, mode, median_gamma, share_prompt=True), batch)
-    literal = gradients(DynamicCoT(model, mode, median_gamma, share_prompt=False), batch)
-    torch.testing.assert_close(shared[0], literal[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(shared[1], literal[1], rtol=0, atol=1e-5)
-    assert torch.equal(shared[2], literal[2])
+    step = TrainingStep(model, mode, median_gamma)
+    shared = gradients(step, batch)
+    with literal():
+        apart = gradients(step, batch)
+    torch.testing.assert_close(shared[0], apart[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(shared[1], apart[1], rtol=0, atol=1e-5)
+    assert torch.equal(shared[2], apart[2])
     if mode == "dynamic":
         assert 0 < shared[2].sum() < len(posts)
     # How a mixture's products round depends on the CPU: up to 1.24e-5; the others, below 2e-6.
     close = 2e-5 if model.config.model_type == "qwen3_5_moe" else 1e-5
-    for name, gradient in literal[3].items():
+    for name, gradient in apart[3].items():
         assert gradient.norm() > 0, name
         assert (shared[3][name] - gradient).norm() <= close * gradient.norm(), name
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_losses_equal_those_of_transformers_for_each_post_alone(
-    model, posts, median_gamma, share_prompt
-):
+def test_losses_equal_those_of_transformers_for_each_post_alone(model, posts, median_gamma):
     with torch.no_grad():
         plain = torch.stack([single_loss(model, post, post["plain"]) for post in posts])
         cot = torch.stack(
             [single_loss(model, post, post["cot"] or post["plain"]) for post in posts]
         )
-        reasons = (plain < median_gamma) & torch.tensor([post["cot"] is not None for post in posts])
+        use_cot = (plain < median_gamma) & torch.tensor([post["cot"] is not None for post in posts])
         expected = {
             "sft": plain,
             "cot": cot,
             "multitask": (plain + cot) / 2,
-            "dynamic": torch.where(reasons, cot, plain),
+            "dynamic": torch.where(use_cot, cot, plain),
         }
         for mode, losses in expected.items():
-            loss, _, chosen = DynamicCoT(model, mode, median_gamma, share_prompt)(batch_of(posts))
+            loss, _, chosen = TrainingStep(model, mode, median_gamma)(batch_of(posts))
             torch.testing.assert_close(loss, losses, rtol=0, atol=1e-5)
             if mode == "dynamic":
-                assert torch.equal(chosen, reasons)
+                assert torch.equal(chosen, use_cot)
 
 
 def test_gamma_just_above_and_below_one_samples_loss(model, posts):
     batch = batch_of(posts)
     with torch.no_grad():
-        plain_loss = DynamicCoT(model, "sft")(batch)[0]
-        for gamma, reasons in ((plain_loss[1] + 1e-3, True), (plain_loss[1] - 1e-3, False)):
-            for share_prompt in (True, False):
-                chosen = DynamicCoT(model, "dynamic", float(gamma), share_prompt)(batch)[2]
-                assert bool(chosen[1]) is reasons
+        plain_loss = TrainingStep(model, "sft")(batch)[0]
+        for gamma, use_cot in ((plain_loss[1] + 1e-3, True), (plain_loss[1] - 1e-3, False)):
+            assert bool(TrainingStep(model, "dynamic", float(gamma))(batch)[2][1]) is use_cot
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -117,7 +118,7 @@ def test_the_gradient_is_the_literal_loop_written_with_transformers_alone(
         targets = targets.get(mode, [cot if easy else plain])
         for target in targets:
             (single_loss(literal, post, target) / len(posts) / len(targets)).backward()
-    step = DynamicCoT(model, mode, median_gamma)
+    step = TrainingStep(model, mode, median_gamma)
     _, _, _, ours = gradients(step, batch_of(posts))
     close = 2e-5 if mode == "dynamic" else 5e-5  # Qwen3.5's vision tower rounds more in the others
     for name, parameter in literal.named_parameters():
@@ -134,24 +135,22 @@ def test_the_vision_tower_runs_once_a_step(model, posts, mode):
         tower.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, tower in towers.items()
     ]
-    _, _, reasons = DynamicCoT(model, mode, gamma=4.0)(batch_of(posts))
+    TrainingStep(model, mode, gamma=4.0)(batch_of(posts))
     for hook in hooks:
         hook.remove()
-    # dynamic: the prompt, the probe, and each kind of answer that is trained
-    passes = {"sft": 1, "cot": 1, "multitask": 3, "dynamic": 2 + len(reasons.unique())}
-    assert calls == ["image"] + ["text"] * passes[mode]
+    passes = 3 if MODES[mode].shares_prompt else 1  # the prompt and two answers
+    assert calls == ["image"] + ["text"] * passes
 
 
 def test_logits_are_made_at_answer_tokens_only(model, posts):
-    rows = []
+    counts = []
     hook = model.lm_head.register_forward_hook(
-        lambda module, args, output: rows.append(output.shape[0])
+        lambda module, args, output: counts.append(output.shape[0])
     )
     batch = batch_of(posts)
-    _, _, reasons = DynamicCoT(model, "dynamic", gamma=4.0)(batch)
+    _, _, use_cot = TrainingStep(model, "dynamic", gamma=4.0)(batch)
     hook.remove()
-    answers = batch.plain.mask, batch.cot.mask[reasons], batch.plain.mask[~reasons]
-    assert rows == [tokens for mask in answers if (tokens := mask.sum())]
+    assert counts == [batch.plain.mask.sum(), batch.cot.where(use_cot, batch.plain).mask.sum()]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 50])
@@ -179,12 +178,12 @@ def test_the_tokens_losses_are_those_of_cross_entropy(monkeypatch, tokens, at_on
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_every_parameter_gets_a_gradient_under_bf16_autocast(model, posts, mode, share_prompt):
+@pytest.mark.parametrize("context", [contextlib.nullcontext, literal])
+def test_every_parameter_gets_a_gradient_under_bf16_autocast(model, posts, mode, context):
     """Autocast's copies of the weights, made in the probe under no_grad, must not be trained on."""
-    step = DynamicCoT(model, mode, gamma=4.0, share_prompt=share_prompt)
+    step = TrainingStep(model, mode, gamma=4.0)
     step.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
+    with context(), torch.autocast("cpu", torch.bfloat16):
         loss, _, _ = step(batch_of(posts))
     loss.mean().backward()
     for name, parameter in step.named_parameters():
@@ -198,7 +197,7 @@ def test_any_split_into_micro_batches_gives_the_same_update(family):
     updates = []
     for size in (1, 2, 4, 8):
         model = tiny_model(family)
-        step = DynamicCoT(model, "dynamic", gamma=4.0)
+        step = TrainingStep(model, "dynamic", gamma=4.0)
         for start in range(0, 8, size):
             (step(batch_of(posts[start : start + size]))[0].sum() / 8).backward()
         # The gradient is the update of plain SGD, without the rounding of weights near 1.
@@ -217,16 +216,15 @@ def test_answers_of_one_token_need_no_kernel_of_generation(family, monkeypatch):
     model, posts = tiny_model(family), random_posts(family, GRIDS, plain=(2, 2), cot=(2, 2))
     batch = batch_of(posts)
     batch.plain, batch.cot = (
-        Answers.pad([post[name] for post in posts], pad=0) for name in ("plain", "cot")
+        Targets.pad([post[name] for post in posts], pad=0) for name in ("plain", "cot")
     )
     for mode in MODES:
-        loss, _, use_cot = DynamicCoT(model, mode, gamma=5.0)(batch)
+        loss, _, use_cot = TrainingStep(model, mode, gamma=5.0)(batch)
         loss.mean().backward()
     assert 0 < use_cot.sum() < len(posts)
     with torch.no_grad():
         targets = [
-            post["cot" if reasons else "plain"]
-            for post, reasons in zip(posts, use_cot, strict=True)
+            post["cot" if chosen else "plain"] for post, chosen in zip(posts, use_cot, strict=True)
         ]
         expected = torch.stack(
             [single_loss(model, post, target) for post, target in zip(posts, targets, strict=True)]
@@ -238,10 +236,32 @@ def test_a_batch_of_text_only_posts(model, family):
     posts = random_posts(family, [None, None, None])
     with torch.no_grad():
         expected = torch.stack([single_loss(model, post, post["plain"]) for post in posts])
-        loss, _, _ = DynamicCoT(model, "sft")(batch_of(posts))
+        loss, _, _ = TrainingStep(model, "sft")(batch_of(posts))
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
 
 
-def test_an_unknown_mode_is_refused(model):
-    with pytest.raises(ValueError, match="sft, cot"):
-        DynamicCoT(model, "both")
+def test_a_fifth_mode_is_a_function_and_a_row(tmp_path, world, monkeypatch):
+    """As docs/contributing.md has it: the settings, the step, the log and the costs know it."""
+    family = "qwen2_5_vl"
+    model, posts = tiny_model(family), random_posts(family, GRIDS, without_cot=(4,))
+
+    def coin(step, batch):
+        """Answers that reason for every second post."""
+        use_cot = batch.has_cot & (torch.arange(len(batch)) % 2 == 0)
+        target = batch.cot.where(use_cot, batch.plain)
+        return train.answer_loss(step.model, batch.prompt, target), None, use_cot
+
+    monkeypatch.setitem(MODES, "coin", train.Mode(coin, "either"))
+    loss, _, use_cot = TrainingStep(model, "coin")(batch_of(posts))
+    assert use_cot.tolist() == [True, False, True, False, False, False]  # the fifth has no cot
+    expected = [
+        single_loss(model, post, post["cot" if chosen else "plain"])
+        for post, chosen in zip(posts, use_cot, strict=True)
+    ]
+    torch.testing.assert_close(loss, torch.stack(expected), rtol=0, atol=1e-5)
+    assert "coin: answers that reason for every second post" in train.make_parser().format_help()
+    options = "--epochs 0.01 --batch-size 8 --micro-batch 8 --workers 0 --device cpu --mode coin"
+    files = ["--model", world / "toy", "--train", world / "train.jsonl", "--out", tmp_path / "run"]
+    train_alone(*files, options)
+    (line,) = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert line["cot_share"] == 0.5 and line["plain_loss"] is None

@@ -1,9 +1,12 @@
 """Tiny random models of the supported families, and batches of random posts for them."""
 
+import contextlib
+
+import pytest
 import torch
 
 import train
-from data import Answers, Batch
+from data import Batch, Targets
 from support.distributed import Ranks
 
 VOCABULARY, IMAGE_TOKEN = 97, 90
@@ -87,6 +90,14 @@ def train_alone(*arguments):
         return train.train(args, ranks)
 
 
+@contextlib.contextmanager
+def literal():
+    """In this block a step reads the prompt again with each answer, as the method is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "read_prompt", lambda model, inputs: inputs)
+        yield
+
+
 def random_posts(family, grids, seed=0, text=(3, 9), plain=(2, 5), cot=(8, 14), without_cot=()):
     """Raw material for `batch_of`: one post a grid (rows, columns of patches); None: no image."""
     draw = torch.Generator().manual_seed(seed)
@@ -132,7 +143,7 @@ def batch_of(posts):
 
     def answers(lists):
         width = max(map(len, lists))
-        return Answers(
+        return Targets(
             torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in lists]),
             torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in lists]),
         )

@@ -76,8 +76,9 @@ def shell(script, options, launch=""):
 
 def measured_lengths(args, posts, model):
     """(Lengths, tokens of the teacher's instruction) of some posts, by the model's tokenizer."""
-    from model import make_encoder
     from support.folders import read_image_processor, read_tokenizer
+
+    from model import make_encoder
 
     try:
         folder = find_model(args.model, ["*.json", "*.txt", "*.jinja"])
