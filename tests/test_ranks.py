@@ -1,8 +1,5 @@
 """Torchrun's variables, and what a device computes in."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,37 +49,23 @@ def test_torchruns_variables(environment):
 
 
 @pytest.mark.parametrize(
-    "variables, message",
+    "variables",
     [
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 without RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR in"),
-        ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK=0, WORLD_SIZE=1 without LOCAL_RANK"),
-        ({k: v for k, v in TWO.items() if k != "LOCAL_RANK"}, "without LOCAL_RANK in the env"),
-        ({k: v for k, v in TWO.items() if k != "MASTER_PORT"}, "without MASTER_PORT in the env"),
-        (TWO | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2, .* don't go together"),
-        (TWO | {"RANK": "-1"}, "don't go together"),
-        (TWO | {"RANK": "0"}, "LOCAL_RANK=1, .* don't go together"),
-        (TWO | {"LOCAL_RANK": "-1"}, "don't go together"),
-        (TWO | {"WORLD_SIZE": "two"}, "don't go together"),
-        (TWO | {"WORLD_SIZE": ""}, "don't go together"),
-        (TWO | {"MASTER_PORT": "0"}, "don't go together"),
-        (TWO | {"MASTER_PORT": "99999"}, "don't go together"),
+        {"WORLD_SIZE": "4"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {name: value for name, value in TWO.items() if name != "MASTER_ADDR"},
+        TWO | {"RANK": "2"},
+        TWO | {"RANK": "-1"},
+        TWO | {"RANK": "0"},
+        TWO | {"LOCAL_RANK": "-1"},
+        TWO | {"WORLD_SIZE": ""},
+        TWO | {"MASTER_PORT": "99999"},
     ],
 )
-def test_variables_that_torchrun_would_not_set(environment, variables, message):
+def test_variables_that_torchrun_would_not_set(environment, variables):
     environment(**variables)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match="must be set together; start several processes with torch"):
         Ranks("cpu")
-    assert "torchrun" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_the_command_says_so_and_writes_nothing(world, tmp_path):
-    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
-    command = [sys.executable, ROOT / "train.py", *files]
-    environment = os.environ | {"WORLD_SIZE": "4"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: WORLD_SIZE=4 without RANK")
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_place_where_ranks_cannot_meet(environment, monkeypatch):
