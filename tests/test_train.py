@@ -3,14 +3,10 @@
 import importlib
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -19,12 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data import TrainingOrder
 from evaluate import UserError
 from support import checkpoint
 from support.distributed import Ranks
-from support.jsonl import locked
-from support.log import TrainingLog
 from tiny import train_alone, words
 
 ROOT = Path(__file__).parent.parent
@@ -110,192 +103,6 @@ def test_the_split_into_micro_batches_changes_nothing_but_rounding(train_on):
         split = train_on(f"split{size}", "--gamma 5 --micro-batch", size)
         assert values(split, "loss") == pytest.approx(values(whole, "loss"), rel=1e-3)
         assert values(split, "cot_share") == values(whole, "cot_share")
-
-
-def test_an_interrupted_run_resumes_to_the_same_weights_and_log(train_on, monkeypatch):
-    whole = train_on("whole", "--gamma 5")
-    monkeypatch.setattr(checkpoint.Checkpoints, "prune", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_on("stopped", "--gamma 5")
-    monkeypatch.undo()
-    stopped = train_on("stopped", "--gamma 5 --resume")
-    assert same(weights(whole), weights(stopped))
-    assert timeless(whole) == timeless(stopped)
-
-
-def test_steps_after_the_last_checkpoint_are_done_again(train_on, monkeypatch):
-    """Stopped in mid-epoch: the log's later lines, and a torn one, are dropped and written anew."""
-    whole = train_on("whole")
-    saves = []
-    save = checkpoint.Checkpoints.save
-
-    def save_once(self, step):
-        saves.append(step)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-        save(self, step)
-
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_once)
-    with pytest.raises(KeyboardInterrupt):
-        train_on("stopped")
-    monkeypatch.undo()
-    with open(whole.with_name("stopped") / "log.jsonl", "a") as log:
-        log.write('{"step": 17, "lo')
-    stopped = train_on("stopped", "--resume")
-    assert same(weights(whole), weights(stopped))
-    assert [line["step"] for line in lines(stopped / "log.jsonl")] == list(range(1, 17))
-
-
-def timeless(run):
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "waited")}
-        for line in lines(run / "log.jsonl")
-    ]
-
-
-def wait_for(condition, process):
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
-
-
-def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(train_on, world, tmp_path):
-    """Real processes: kill -9 in mid-epoch, kill -9 inside a save, SIGTERM, each resumed."""
-    options = ["--gamma 5 --save-every 3 --valid", world / "valid.jsonl"]
-    whole, run = train_on("whole", *options), tmp_path / "run"
-
-    def start(*more):
-        files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", run]
-        sizes = "--epochs 2 --batch-size 8 --lr 2e-3 --workers 0 --max-new-tokens 16"
-        command = [sys.executable, str(ROOT / "train.py"), *words(*files, sizes, *options, *more)]
-        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(command, **streams)
-
-    def logged(count):
-        log = run / "log.jsonl"
-        return lambda: log.exists() and len(lines(log)) >= count
-
-    process = start()
-    wait_for(logged(4), process)
-    process.kill()
-    process.communicate()
-    assert (run / "last").read_text() == "step-3\n"
-
-    process = start("--resume")
-    wait_for(lambda: (run / ".step-9.partial").exists(), process)
-    process.kill()
-    process.communicate()
-    assert [folder.name for folder in checkpoint.list_checkpoints(run)][-1] in ("step-8", "step-9")
-
-    process = start("--resume")
-    wait_for(logged(13), process)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "--resume continues" in errors and "Traceback" not in errors
-    step = int(checkpoint.read_pointer(run / "last").name.removeprefix("step-"))
-    assert 11 <= step < 16 and lines(run / "log.jsonl")[-1]["step"] == step
-
-    process = start("--resume")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert same(weights(whole), weights(run)) and timeless(whole) == timeless(run)
-    assert (whole / "best").read_text() == (run / "best").read_text() and not list(run.glob(".*"))
-
-
-def test_checkpoints_in_mid_epoch_and_how_many_are_kept(train_on, world):
-    run = train_on("run", "--save-every 3 --keep 2 --valid", world / "valid.jsonl")
-    names = {folder.name for folder in checkpoint.list_checkpoints(run)}
-    newest, best = {"step-15", "step-16"}, (run / "best").read_text().strip()
-    assert newest <= names <= newest | {best}
-
-
-def test_a_signal_ends_validation_at_once_and_a_second_one_everything(train_on, world, monkeypatch):
-    options = ["--gamma 5 --valid", world / "valid.jsonl"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "predict_and_score", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        train_on("run", *options)
-    run = train_on("run", *options, "--resume")
-    assert timeless(run) == timeless(train_on("whole", *options))
-    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
-    with checkpoint.Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_resuming_with_other_posts_or_settings(train_on, world, tmp_path):
-    posts = tmp_path / "posts.jsonl"
-    text = (world / "train.jsonl").read_text().replace("images/", f"{world}/images/")
-    posts.write_text(text)
-    train_on("run", "--epochs 1", posts=posts)
-    posts.write_text(text.replace("new kit", "old kit"))
-    with pytest.raises(UserError, match="epochs was 1, is 2, train_digest was"):
-        train_on("run", "--resume", posts=posts)
-    run = train_on("run", "--resume --force", posts=posts)
-    assert lines(run / "log.jsonl")[-1]["step"] == 16
-    posts.write_text("".join(text.splitlines(keepends=True)[:60]))
-    with pytest.raises(UserError, match="posts was 64, is 60"):
-        train_on("run", "--resume --force", posts=posts)
-
-
-@pytest.mark.parametrize(
-    "name, told",
-    [
-        ("step-8/optimizer/*.safetensors", "step-8: can't resume from it"),
-        ("step-8/progress.json", "step-8: can't resume from it"),
-        ("step-8/model.safetensors", "step-8: its weights: can't be read"),
-        ("settings.json", "settings.json: can't be read"),
-    ],
-)
-def test_resuming_from_a_damaged_file(train_on, name, told):
-    run = train_on("run", "--epochs 1")
-    (file,) = run.glob(name)
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match=f"^{run}/{told}"):
-        train_on("run", "--epochs 1 --resume")
-
-
-def test_a_run_killed_before_its_last_checkpoint_was_named(train_on):
-    """Between the rename that makes a checkpoint whole and the pointer to it."""
-    whole = train_on("run")
-    (whole / "last").unlink()
-    with pytest.raises(UserError, match="there is a run already"):
-        train_on("run")
-    assert (train_on("run", "--resume") / "last").read_text() == "step-16\n"
-
-
-def test_a_resumed_run_can_save_more_than_once(train_on, monkeypatch):
-    monkeypatch.setattr(checkpoint.Checkpoints, "prune", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_on("run", "--epochs 3")
-    monkeypatch.undo()
-    run = train_on("run", "--epochs 3 --resume")
-    assert {path.name for path in run.iterdir() if path.is_dir()} == {"step-24"}
-    assert (run / "step-24" / "tokenizer.json").is_file()
-
-
-def test_a_run_stopped_between_saving_and_validating_validates_first(train_on, world, monkeypatch):
-    """At an epoch's end, and at the run's end in mid-epoch."""
-    options = ["--gamma 5 --epochs 1.5 --valid", world / "valid.jsonl"]
-    whole = train_on("whole", *options)
-    assert [line["step"] for line in evaluations(whole)] == [8, 12]
-    measure = train.predict_and_score
-    for count in (0, 1):
-        calls = iter([measure] * count)
-
-        def limited(*args, calls=calls):
-            return next(calls)(*args)  # StopIteration once there is none
-
-        monkeypatch.setattr(train, "predict_and_score", limited)
-        with pytest.raises(StopIteration):
-            train_on(f"stopped{count}", *options)
-        monkeypatch.undo()
-        stopped = train_on(f"stopped{count}", *options, "--resume")
-        assert evaluations(whole) == evaluations(stopped)
-        assert (whole / "best").read_text() == (stopped / "best").read_text()
 
 
 def test_an_epoch_and_a_tenth_is_the_beginning_of_two(train_on):
@@ -489,25 +296,6 @@ def test_gradient_checkpointing_and_a_frozen_vision_tower(train_on, world, monke
         assert torch.equal(before[name], after[name]) == ("visual" in name), name
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(train_on, monkeypatch):
-    write_state = checkpoint.write_state
-    calls = []
-
-    def fill_up(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        return write_state(*args)
-
-    monkeypatch.setattr(checkpoint, "write_state", fill_up)
-    with pytest.raises(UserError, match="No space left.*--resume"):
-        train_on("run")
-    monkeypatch.undo()
-    run = train_on("run", "--resume")
-    assert (run / "last").read_text().strip() == "step-16"
-    assert same(weights(run), weights(train_on("whole")))
-
-
 def test_the_checkpoint_is_a_model_folder_like_its_source(train_on, world):
     from transformers import AutoModelForImageTextToText
 
@@ -536,42 +324,6 @@ def test_a_saved_pointer_that_names_nothing_is_told(tmp_path):
 
 
 # ------------------------------------------------------------------ one run at a time, TensorBoard
-
-HOLDER = """
-import multiprocessing, sys, time
-from support.jsonl import locked
-with locked(sys.argv[1]):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-    child.start()
-    print(child.pid, flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
-    """Until the first one ends, even by kill -9 and with a worker process that outlives it."""
-    log, lock = tmp_path / "run" / "log.jsonl", tmp_path / "run" / ".log.jsonl.lock"
-    command = [sys.executable, "-c", HOLDER, log]
-    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child = int(holder.stdout.readline())
-    try:
-        files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", log.parent]
-        command = [sys.executable, "train.py", *words(*files, "--workers 0")]
-        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        host = socket.gethostname()
-        assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
-        assert second.stderr.startswith(f"error: {log}: another run is writing to it")
-        assert f"process {holder.pid} on {host}" in second.stderr
-        assert os.listdir(log.parent) == [lock.name]
-        holder.kill()
-        holder.wait()
-        assert lock.read_text() == f"process {holder.pid} on {host}"
-        with locked(log):
-            assert lock.read_text() == f"process {os.getpid()} on {host}"
-        assert not lock.exists()
-    finally:
-        holder.kill()
-        os.kill(child, signal.SIGKILL)
 
 
 def scalars(run):
@@ -669,36 +421,3 @@ def test_the_command_line(world, tmp_path):
     scores = json.loads((tmp_path / "run2" / "test_scores.json").read_text())
     assert math.isfinite(scores["all"]["F1@1"])
     shutil.rmtree(tmp_path / "run2")
-
-
-def test_a_resumed_run_has_the_choices_of_the_whole_one(train_on, world, monkeypatch):
-    few = world / "few.jsonl"  # 24 posts: three steps of eight an epoch
-    head = (world / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:24]
-    few.write_text("".join(head), encoding="utf-8")
-    whole = train_on("whole", "--log-choices", posts=few)
-    save = checkpoint.Checkpoints.save
-
-    def save_once(checkpoints, step):
-        if step == 6:  # after the steps of the second epoch were logged
-            raise KeyboardInterrupt
-        return save(checkpoints, step)
-
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_once)
-    with pytest.raises(KeyboardInterrupt):
-        train_on("stopped", "--log-choices", posts=few)
-    monkeypatch.undo()
-    stopped = whole.parent / "stopped"
-    assert lines(stopped / "choices.jsonl")[-1]["step"] == 6
-    with open(stopped / "choices.jsonl", "a") as file:
-        file.write('{"step": 7, "id"')
-    torn = (stopped / "choices.jsonl").read_bytes()
-    train_on("stopped", "--log-choices", "--resume", posts=few)
-    assert lines(stopped / "choices.jsonl") == lines(whole / "choices.jsonl")
-    # Without the setting nothing is written; what is after the step is dropped all the same.
-    (stopped / "choices.jsonl").write_bytes(torn)
-    row = train.parse_args(["--train", "few.jsonl"]), train.MODES["dynamic"]
-    order = TrainingOrder(24, 8, 0, 2)
-    with Ranks("cpu") as ranks, TrainingLog(*row, stopped, order, 3, ranks) as log:
-        log.write_choices(4)
-    first_epoch = [choice for choice in lines(whole / "choices.jsonl") if choice["step"] <= 3]
-    assert lines(stopped / "choices.jsonl") == first_epoch

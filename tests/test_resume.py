@@ -1,0 +1,266 @@
+"""Runs that are interrupted, killed or refused, and what a resumed run ends with."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from evaluate import UserError
+from support import checkpoint
+from support.jsonl import locked
+from tiny import train_alone, words
+
+ROOT = Path(__file__).parent.parent
+SIZES = "--epochs 2 --batch-size 8 --lr 2e-3 --workers 0 --max-new-tokens 16"
+
+
+def weights(run):
+    return load_file(checkpoint.read_pointer(run / "last") / "model.safetensors")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(run):
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "waited")}
+        for line in lines(run / "log.jsonl")
+    ]
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+def same(one, other):
+    """Whether two runs have the same weights, log, choices and best checkpoint."""
+    ours, theirs = weights(one), weights(other)
+    return (
+        ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        and timeless(one) == timeless(other)
+        and lines(one / "choices.jsonl") == lines(other / "choices.jsonl")
+        and (one / "best").read_text() == (other / "best").read_text()
+    )
+
+
+@pytest.fixture(scope="module")
+def options(world):
+    return ["--gamma 5 --save-every 3 --log-choices --valid", world / "valid.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def whole(world, options, tmp_path_factory):
+    """A run that nobody interrupts: 16 steps, two epochs."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", out]
+    train_alone(*files, SIZES, *options)
+    return out
+
+
+def stop_call(number, error):
+    """A function's decorator: its call of that number raises an error instead."""
+
+    def decorate(function):
+        calls = []
+
+        def called(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == number:
+                raise error
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorate
+
+
+STOPS = {
+    "after the first save": (checkpoint.Checkpoints, "prune", 1, KeyboardInterrupt()),
+    "before a later save": (checkpoint.Checkpoints, "save", 4, KeyboardInterrupt()),
+    "in a save": (checkpoint, "write_state", 3, OSError(28, "No space left on device")),
+    "in the first validation": (train, "predict_and_score", 1, KeyboardInterrupt()),
+    "in the last validation": (train, "predict_and_score", 2, KeyboardInterrupt()),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_an_interrupted_run_resumes_to_the_whole_one(
+    train_on, whole, options, monkeypatch, tmp_path, stop
+):
+    """Lines after the last checkpoint, and torn ones, are dropped and written anew."""
+    owner, name, number, error = STOPS[stop]
+    monkeypatch.setattr(owner, name, stop_call(number, error)(getattr(owner, name)))
+    message = "No space left.*--resume" if stop == "in a save" else None
+    with pytest.raises((KeyboardInterrupt, UserError), match=message):
+        train_on("run", *options)
+    monkeypatch.undo()
+    run = tmp_path / "run"
+    for file in ("log.jsonl", "choices.jsonl"):
+        with open(run / file, "a") as log:
+            log.write('{"step": 17, "lo')
+    if stop == "before a later save":
+        choices = [line for line in lines(whole / "choices.jsonl") if line["step"] <= 8]
+        shutil.copytree(run, tmp_path / "other")
+        silent = [options[0].replace("--log-choices ", ""), options[1]]
+        train_on("other", *silent, "--resume")
+        assert lines(tmp_path / "other" / "choices.jsonl") == choices
+    train_on("run", *options, "--resume")
+    assert same(whole, run) and not list(run.glob(".*"))
+    names = {folder.name for folder in checkpoint.list_checkpoints(run)}
+    kept = {"step-16", (run / "best").read_text().strip()}
+    assert kept <= names <= kept | {"step-15"}  # which an end in validation leaves
+
+
+def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(
+    whole, options, world, tmp_path
+):
+    """Real processes: kill -9 in mid-epoch, kill -9 inside a save, SIGTERM, each resumed."""
+    run = tmp_path / "run"
+
+    def start(*more):
+        files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", run]
+        sizes = "--epochs 2 --batch-size 8 --lr 2e-3 --workers 0 --max-new-tokens 16"
+        command = [sys.executable, str(ROOT / "train.py"), *words(*files, sizes, *options, *more)]
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, **streams)
+
+    def logged(count):
+        log = run / "log.jsonl"
+        return lambda: log.exists() and len(lines(log)) >= count
+
+    process = start()
+    wait_for(logged(4), process)
+    process.kill()
+    process.communicate()
+    assert (run / "last").read_text() == "step-3\n"
+
+    process = start("--resume")
+    wait_for(lambda: (run / ".step-9.partial").exists(), process)
+    process.kill()
+    process.communicate()
+    assert [folder.name for folder in checkpoint.list_checkpoints(run)][-1] in ("step-8", "step-9")
+
+    process = start("--resume")
+    wait_for(logged(13), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--resume continues" in errors and "Traceback" not in errors
+    step = int(checkpoint.read_pointer(run / "last").name.removeprefix("step-"))
+    assert 11 <= step < 16 and lines(run / "log.jsonl")[-1]["step"] == step
+
+    process = start("--resume")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert same(whole, run) and not list(run.glob(".*"))
+
+
+def test_checkpoints_in_mid_epoch_and_how_many_are_kept(train_on, world):
+    run = train_on("run", "--save-every 3 --keep 2 --valid", world / "valid.jsonl")
+    names = {folder.name for folder in checkpoint.list_checkpoints(run)}
+    newest, best = {"step-15", "step-16"}, (run / "best").read_text().strip()
+    assert newest <= names <= newest | {best}
+
+
+def test_a_second_signal_ends_everything():
+    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
+    with checkpoint.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with checkpoint.Stop() as stop, pytest.raises(KeyboardInterrupt), stop.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_killed_before_its_last_checkpoint_was_named(train_on):
+    """Between the rename that makes a checkpoint whole and the pointer to it."""
+    whole = train_on("run")
+    (whole / "last").unlink()
+    with pytest.raises(UserError, match="there is a run already"):
+        train_on("run")
+    assert (train_on("run", "--resume") / "last").read_text() == "step-16\n"
+
+
+def test_resuming_with_other_posts_or_settings(train_on, world, tmp_path):
+    posts = tmp_path / "posts.jsonl"
+    text = (world / "train.jsonl").read_text().replace("images/", f"{world}/images/")
+    posts.write_text(text)
+    train_on("run", "--epochs 1", posts=posts)
+    posts.write_text(text.replace("new kit", "old kit"))
+    with pytest.raises(UserError, match="epochs was 1, is 2, train_digest was"):
+        train_on("run", "--resume", posts=posts)
+    run = train_on("run", "--resume --force", posts=posts)
+    assert lines(run / "log.jsonl")[-1]["step"] == 16
+    posts.write_text("".join(text.splitlines(keepends=True)[:60]))
+    with pytest.raises(UserError, match="posts was 64, is 60"):
+        train_on("run", "--resume --force", posts=posts)
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("step-8/optimizer/*.safetensors", "step-8: can't resume from it"),
+        ("step-8/progress.json", "step-8: can't resume from it"),
+        ("step-8/model.safetensors", "step-8: its weights: can't be read"),
+        ("settings.json", "settings.json: can't be read"),
+    ],
+)
+def test_resuming_from_a_damaged_file(train_on, name, told):
+    run = train_on("run", "--epochs 1")
+    (file,) = run.glob(name)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"^{run}/{told}"):
+        train_on("run", "--epochs 1 --resume")
+
+
+HOLDER = """
+import multiprocessing, sys, time
+from support.jsonl import locked
+with locked(sys.argv[1]):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
+    """Until the first one ends, even by kill -9 and with a worker process that outlives it."""
+    log, lock = tmp_path / "run" / "log.jsonl", tmp_path / "run" / ".log.jsonl.lock"
+    command = [sys.executable, "-c", HOLDER, log]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", log.parent]
+        command = [sys.executable, "train.py", *words(*files, "--workers 0")]
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        host = socket.gethostname()
+        assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
+        assert second.stderr.startswith(f"error: {log}: another run is writing to it")
+        assert f"process {holder.pid} on {host}" in second.stderr
+        assert os.listdir(log.parent) == [lock.name]
+        holder.kill()
+        holder.wait()
+        assert lock.read_text() == f"process {holder.pid} on {host}"
+        with locked(log):
+            assert lock.read_text() == f"process {os.getpid()} on {host}"
+        assert not lock.exists()
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
