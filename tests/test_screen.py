@@ -1,32 +1,26 @@
 """What a run shows: header, bar, validation, end, the word on the toy; the page of transcripts."""
 
 import io
-import itertools
 import json
 import re
 import shlex
 import sys
-import time
 
-import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import evaluate
 import gen_cot
 import infer
 import make_transcripts
 import train
-from data import Posts
+from data import Posts, TrainingOrder
 from evaluate import read_lines
-from support import bars
-from support.bars import WITHOUT_RATE, Bar, busy, reading_progress
 from support.checkpoint import read_pointer
-from support.images import from_club_world
-from support.log import TrainingLog
-from support.screen import bar_text
+from support.console import WITHOUT_RATE, reading_progress
+from support.log import TrainingLog, bar_text
 from tiny import words
-from tools.clubworld import SCENES, draw_scene, draw_shirt, make_clubs
 
 
 def lines(path):
@@ -89,7 +83,7 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
         "3 with 8 posts each, 0.75 epochs; mode dynamic, gamma 0.4"
     )
     assert header["Writes    "] == str(folder / "run")
-    assert f"saving {last} … 00:0" in shown
+    assert f"saving {last} …" in shown
 
     (line,) = [line for line in lines(folder / "run" / "log.jsonl") if "valid" in line]
     scores = line["valid"]
@@ -130,7 +124,8 @@ def test_an_evaluation_that_is_not_the_best_and_one_without_unseen_keyphrases(tm
     scores["unreadable"] = 3
     from support.distributed import Ranks
 
-    with Ranks("cpu") as ranks, TrainingLog(args, tmp_path, 0, 9, 25, ranks) as log:
+    row, order = train.MODES["dynamic"], TrainingOrder(25, 10, 0, 3)
+    with Ranks("cpu") as ranks, TrainingLog(args, row, tmp_path, order, 0, ranks) as log:
         log.add_evaluation(3, scores)
         scores["unseen"]["posts"] = scores["unreadable"] = 0
         log.add_evaluation(7, scores)
@@ -145,79 +140,25 @@ def test_an_evaluation_that_is_not_the_best_and_one_without_unseen_keyphrases(tm
 # ------------------------------------------------------------------------------------------- bars
 
 
-def bar_at(clock, **options):
-    """A Bar whose clock is `clock[0]`, on a terminal of its own."""
-    bar = Bar(file=io.StringIO(), **options)
-    bar._time, bar.start_t = lambda: clock[0], clock[0]
-    return bar
-
-
-def test_no_forecast_from_a_slow_first_step():
-    """A first step of 100 s, and then one a second: of 900 there are 15 minutes to go, not 25 h."""
-    clock = [0.0]
-    bar = bar_at(clock, total=901, bar_format=WITHOUT_RATE, ncols=80)
-    for seconds in (100, 1, 1):
-        assert "<?]" in str(bar) or seconds == 1
-        clock[0] += seconds
-        bar.n += 1
-        shown = str(bar)
-        assert ("<?]" in shown) == (seconds == 100), shown
-    assert "3/901 [01:42<14:58]" in shown
-    bar.close()
-    resumed = bar_at(clock, total=10, initial=4)
-    assert "4/10 [00:00<?, ?it/s]" in str(resumed)
-    resumed.n, clock[0] = 5, clock[0] + 9
-    assert "5/10 [00:09<?, ?it/s]" in str(resumed)
-    resumed.n, clock[0] = 6, clock[0] + 2
-    assert "6/10 [00:11<00:08,  2.00s/it]" in str(resumed)
-    resumed.close()
-
-
 @pytest.mark.parametrize("loss, share, speed", [(0.337, 0.583, 12_345), (12.3456, 1, 999.4)])
 def test_the_training_bar_fits_80_columns(loss, share, speed):
     """A long run of the largest data set, five epochs of 10,332 steps, after ten hours."""
-    clock = [0.0]
     for columns in (79, 59, None):  # tqdm leaves the last column free
-        bar = bar_at(clock, total=51_660, bar_format=WITHOUT_RATE, ncols=columns)
-        bar.n = 1
-        str(bar)
-        bar.n, clock[0] = 25_831, clock[0] + 37_425
+        bar = tqdm(file=io.StringIO(), total=51_660, bar_format=WITHOUT_RATE, ncols=columns)
+        bar.n, bar.start_t = 25_831, bar.start_t - 37_425
         bar.set_postfix_str(bar_text(loss, share, speed), refresh=False)
         shown = str(bar)
-        whole = (
-            f"loss {loss:.3f}, {share:.0%} on CoT, {'12.3k' if speed > 1e3 else '999'} tokens/s]"
-        )
+        whole = f"loss {loss:.3f}, CoT {share:.0%}, {'12.3k' if speed > 1e3 else '999'} tokens/s]"
         assert "25831/51660 [10:23:45<10:2" in shown
         assert shown.endswith(whole) == (columns != 59), shown
         assert columns is None or len(shown) <= columns
         bar.close()
 
 
-def test_a_bar_goes_on_while_nothing_comes_and_busy_says_what_for(monkeypatch):
-    monkeypatch.setattr(bars, "TICK", 0.01)
-    screen = io.StringIO()
-    with busy("loading the weights", file=screen) as bar:
-        for _ in range(1000):
-            if screen.getvalue().count("loading the weights … 00:") > 2:
-                break
-            time.sleep(0.01)
-    assert screen.getvalue().count("loading the weights … 00:") > 2
-    assert bar.closed.is_set() and screen.getvalue().endswith("\r")  # nothing of it is left
-    assert make_transcripts.screen(screen.getvalue(), 80) == [""]
-
-
-def test_reading_a_file_passes_its_lines_on_and_counts_its_bytes(tmp_path, monkeypatch):
+def test_reading_a_file_passes_its_lines_on(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text("".join(f"line {number}\n" for number in range(2500)))
-    made = []
-    monkeypatch.setattr(bars, "Bar", lambda **options: made.append(Bar(**options)) or made[0])
-    found, places = [], []
-    for item in reading_progress(read_lines(path), path):
-        found.append(item)
-        places.append(made[0].n)
-    assert found == list(read_lines(path)) and made[0].total == path.stat().st_size
-    offsets = [offset for _, offset, _ in found]
-    assert [places[0], places[1000], places[-1]] == [0, offsets[999], offsets[1999]]
+    assert list(reading_progress(read_lines(path), path)) == list(read_lines(path))
 
 
 # -------------------------------------------------------------------------------- the other headers
@@ -242,85 +183,24 @@ def test_gen_cot_says_what_it_sends_where(world, tmp_path, monkeypatch, capsys):
 # --------------------------------------------------------------------------------------- the toy
 
 
-def photos():
-    """Pictures of 84 x 84 pixels that are no drawings: gradients, noise, JPEG, one colour."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:240, 0:320] / 240
-    for noise, quality, way in itertools.product((0, 3, 25), (30, 90), (0, 3, 4)):
-        slopes = rng.uniform(-150, 150, (2, 3))
-        colours = x[..., None] * slopes[0] + y[..., None] * slopes[1] + rng.uniform(60, 200, 3)
-        colours += rng.normal(0, noise, colours.shape)
-        image = Image.fromarray(colours.clip(0, 255).astype(np.uint8))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality)
-        image = Image.open(file).convert("RGB")
-        yield image.resize((84, 84), way)
-        yield image.crop((0, 0, 84, 84))
-        yield image.convert("L").convert("RGB").resize((84, 84), way)
-    for colour in ("white", "black", (120, 130, 200)):
-        yield Image.new("RGB", (84, 84), colour)
-
-
-def test_drawings_of_the_club_world_are_told_from_photos():
-    rng, count = np.random.default_rng(1), 0
-    for seed in (0, 1, 100):
-        for club in make_clubs(seed):
-            for _ in range(3):
-                assert from_club_world(draw_shirt(rng, club))
-                count += 1
-        for scene in 40 * SCENES:
-            assert from_club_world(draw_scene(rng, scene))
-    assert count == 3 * 32 * 3
-    assert not [image for image in photos() if from_club_world(image)]
-    assert not from_club_world(draw_scene(rng, "cup").resize((168, 168)))
-
-
 def test_the_toy_says_that_it_is_one(world, train_on, tmp_path, monkeypatch, capsys):
     """One line for a photo, none for its own world's pictures; with every checkpoint of a toy."""
     run = train_on("run", "--epochs 0.1")
     photo = tmp_path / "my photo.jpg"
-    next(photos()).resize((300, 200)).save(photo)
+    Image.new("RGB", (300, 200)).save(photo)
     drawn = Posts(world / "test.jsonl").image_path(lines(world / "test.jsonl")[0])
     capsys.readouterr()
-    for image, told in ((photo, True), (drawn, False), ("none", False)):
+    for image, told in ((photo, 1), (drawn, 0), ("none", 0)):
         post = [str(image), "it's two\nlines", "--model", str(run), "--max-new-tokens", "4"]
         assert call(monkeypatch, infer, *post) == 0
-        shown = capsys.readouterr().err.splitlines()
-        shown = [line for line in shown if "cut off" not in line]
-        assert len(shown) == told
-        if told:
-            assert "this model knows only the club world; a real photo needs a real" in shown[0]
-            command = shlex.split(shown[0].partition("model: ")[2])
-            assert command[2:4] == [str(photo), "it's two lines"]
-            assert command[4:] == ["--model", "Qwen/Qwen2.5-VL-3B-Instruct"]
-
-    records = lines(world / "test.jsonl")[:3]
-    for record in records:
-        record["image"] = str(world / record["image"])
-    for name, told in (("drawn", 0), ("photo", 1)):
-        if told:
-            records[1]["image"] = records[2]["image"] = str(photo)
-        posts = tmp_path / f"{name}.jsonl"
-        posts.write_text("".join(json.dumps(record) + "\n" for record in records))
-        files = ["--data", posts, "--out", tmp_path / f"{name}.preds", "--model", world / "toy"]
+        assert capsys.readouterr().err.count("this model knows only the club world") == told
+    record = lines(world / "test.jsonl")[0]
+    for image, told in ((photo, 1), (drawn, 0)):
+        posts = tmp_path / f"{told}.jsonl"
+        posts.write_text(json.dumps(record | {"image": str(image)}) + "\n")
+        files = ["--data", posts, "--out", tmp_path / f"{told}.preds", "--model", world / "toy"]
         assert call(monkeypatch, infer, *words(*files, "--workers 0 --max-new-tokens 2")) == 0
-        shown = capsys.readouterr().err
-        assert shown.count("knows only the club world") == told
-        if told:
-            assert "knows only the club world" in shown.splitlines()[-1]
-
-
-def test_another_model_is_not_taken_for_the_toy(world, tmp_path, capsys):
-    from support.screen import say_toy
-
-    next(photos()).save(tmp_path / "photo.jpg")
-    record = {"text": "a"}
-    say_toy(tmp_path, [record], lambda _: tmp_path / "photo.jpg")
-    assert capsys.readouterr().err == ""
-    say_toy(world / "toy", [record], lambda _: tmp_path / "none.jpg")  # an error of its own
-    assert capsys.readouterr().err == ""
-    say_toy(world / "toy", [record], lambda _: tmp_path / "photo.jpg")
-    assert "knows only the club world" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("knows only the club world") == told
 
 
 # ------------------------------------------------------------------------------------- transcripts
