@@ -195,9 +195,9 @@ def train(args, ranks):
     model, encoder, source, training_step = build_model(args, folder, ranks)
     optimizer = make_optimizer(model, args)
     checkpoints = Checkpoints(folder, model, optimizer, encoder, source, ranks)
-    start = checkpoints.restore()
     order = data.TrainingOrder(len(posts), args.batch_size, args.seed, args.epochs)
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
+    start = checkpoints.restore()
     loader = data.Loader(encoded, order, args.micro_batch, args.workers, ranks, start)
 
     def validate(step):

@@ -26,14 +26,15 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from data import Batch, Targets  # noqa: E402
-from model import MODES, TrainingStep  # noqa: E402
 from support.console import (  # noqa: E402
     HelpFormatter,
     fraction,
@@ -41,7 +42,9 @@ from support.console import (  # noqa: E402
     positive_int,
     progress,
 )
+from tiny import literal  # noqa: E402
 from tools.cost import PEAKS, Flops, Lengths  # noqa: E402
+from train import MODES, TrainingStep  # noqa: E402
 
 # Vocabulary, tied; hidden, layers, heads, kv heads, mlp; vision hidden, depth, heads, mlp.
 SHAPES = {
@@ -148,12 +151,12 @@ def random_batch(args, model):
         "image_grid_thw": torch.tensor([[1, side, side]] * args.posts),
     }
 
-    def answers(length):
+    def targets(length):
         ids = torch.randint(low, high, (args.posts, length), generator=draw)
         return Targets(ids, torch.ones_like(ids))
 
     names = [str(post) for post in range(args.posts)]
-    plain, cot = answers(args.plain), answers(args.cot)
+    plain, cot = targets(args.plain), targets(args.cot)
     has_cot = torch.arange(args.posts) < round(args.cot_share * args.posts)
     return Batch(names, prompt, plain, cot, has_cot, truncated=0).to(args.device)
 
@@ -161,52 +164,46 @@ def random_batch(args, model):
 # ------------------------------------------------------------------------------------ the four ways
 
 
-def full_pass(model, prompt, answers):
-    """Per-sample losses (B,) of prompt + answers in one pass with logits at every token."""
-    ids = torch.cat([prompt["input_ids"], answers.ids], dim=1)
+def full_pass(model, prompt, targets):
+    """Per-sample losses (B,) of prompt + targets in one pass with logits at every token."""
+    ids = torch.cat([prompt["input_ids"], targets.ids], dim=1)
     inputs = prompt | {
         "input_ids": ids,
-        "attention_mask": torch.cat([prompt["attention_mask"], answers.mask], dim=1),
+        "attention_mask": torch.cat([prompt["attention_mask"], targets.mask], dim=1),
         "mm_token_type_ids": (ids == model.config.image_token_id).int(),
     }
     nothing = torch.full_like(prompt["input_ids"], -100)
-    labels = torch.cat([nothing, answers.ids.masked_fill(answers.mask == 0, -100)], dim=1)
+    labels = torch.cat([nothing, targets.ids.masked_fill(targets.mask == 0, -100)], dim=1)
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     losses = cross_entropy(
         logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
     )
-    return losses.view(len(ids), -1).sum(1) / answers.mask.sum(1)
-
-
-def targets(batch, reasons):
-    """The target of each post, padded to the longest: y_c where `reasons` (B,), else y_s."""
-    pairs = zip(reasons.tolist(), batch.cot.ids.tolist(), batch.plain.ids.tolist(), strict=True)
-    lists = [cot if reason else plain for reason, cot, plain in pairs]
-    return Targets.pad(lists, 0).to(batch.has_cot.device)
+    return losses.view(len(ids), -1).sum(1) / targets.mask.sum(1)
 
 
 def obvious(model, batch):
     with torch.no_grad():
         plain_loss = full_pass(model, batch.prompt, batch.plain)
-    reasons = (plain_loss < torch.inf) & batch.has_cot
-    return full_pass(model, batch.prompt, targets(batch, reasons))
+    use_cot = (plain_loss < torch.inf) & batch.has_cot
+    return full_pass(model, batch.prompt, batch.cot.where(use_cot, batch.plain))
 
 
 def make_step(way, model, optimizer, batch):
     """A function that does one optimizer step and returns the per-sample losses before it."""
-    answers = targets(batch, batch.has_cot)
-    known = Batch(batch.ids, batch.prompt, answers, None, batch.has_cot, truncated=0)
-    losses_of = {mode: lambda m=mode: TrainingStep(model, m, torch.inf)(batch)[0] for mode in MODES}
+    known = replace(batch, plain=batch.cot.where(batch.has_cot, batch.plain))
+    steps = {mode: TrainingStep(model, mode, torch.inf) for mode in MODES}
+    losses_of = {mode: lambda m=mode: steps[m](batch)[0] for mode in MODES}
     losses_of |= {
         "a": lambda: obvious(model, batch),
-        "b": lambda: TrainingStep(model, "dynamic", torch.inf, share_prompt=False)(batch)[0],
-        "c": lambda: TrainingStep(model, "dynamic", torch.inf)(batch)[0],
-        "d": lambda: TrainingStep(model, "sft")(known)[0],
+        "b": lambda: steps["dynamic"](batch)[0],  # within `literal`
+        "c": lambda: steps["dynamic"](batch)[0],
+        "d": lambda: steps["sft"](known)[0],
     }
 
     def step():
         device = batch.has_cot.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        passes = literal() if way == "b" else nullcontext()
+        with passes, torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             losses = losses_of[way]()
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -344,7 +341,9 @@ def main():
     flops = model_flops(model, batch)
     steps = {way: make_step(way, model, optimizer, batch) for way in args.ways}
     seconds, busy = time_in_turns(steps, args.rounds, args.device)
-    tokens = batch.prompt["input_ids"].numel() + int(targets(batch, batch.has_cot).mask.sum())
+    tokens = batch.prompt["input_ids"].numel() + int(
+        batch.cot.where(batch.has_cot, batch.plain).mask.sum()
+    )
     peak = next((value for part, value in PEAKS.items() if part in name), None)
     print_table(seconds, busy, memory, tokens, flops, peak)
     if args.modes:
