@@ -135,14 +135,13 @@ class Posts(IndexedLines):
                     f"{path} line {line} (id {shown(record['id'])}): this id was already used on "
                     f"line {first}"
                 )
-            self.add(line, offset, raw)
+            self.offsets.append(offset)
+            self.lines.append(line)
             self.with_image += bool(record.get("image"))
             self.without_cot += not has_cot(record)
             self.keyphrases += len(record.get("keyphrases", ()))
         if not self.offsets:
             raise UserError(f"{path}: no posts in it")
-        self.size = os.stat(path).st_size
-        self.open()
         look_over(self, for_training)
 
     def original(self, index):

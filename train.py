@@ -30,9 +30,11 @@ from support.console import (
     ArgumentParser,
     fraction,
     info,
-    number_in,
+    non_negative_number,
+    number,
     out_of_memory,
     positive_int,
+    positive_number,
     progress,
     whole_number,
 )
@@ -85,21 +87,26 @@ def add_training_options(add):
     )
     add("--mode", choices=list(MODES), default="dynamic", help=mode_help)
     gamma_help = "a sample whose plain answer has a loss below this is taught to reason"
-    add("--gamma", type=number_in("[0, inf]"), default=0.4, help=gamma_help)
+    add("--gamma", type=non_negative_number, default=0.4, help=gamma_help)
     epochs_help = "passes over the posts, such as 5 or 2.5; one step at least"
-    add("--epochs", type=number_in("(0, 1e6]"), default=5, help=epochs_help)
+    add("--epochs", type=positive_number, default=5, help=epochs_help)
     add("--batch-size", type=positive_int, default=32, help="posts per step, over all GPUs")
-    add("--lr", type=number_in("(0, inf)"), default=5e-5, help="peak learning rate")
+    add("--lr", type=positive_number, default=5e-5, help="peak learning rate")
     warmup_help = "share of the steps with a rising learning rate"
     add("--warmup", type=fraction, default=0.03, help=warmup_help)
     add(
         "--final-lr", type=fraction, default=0.02, help="share of the peak left at the cosine's end"
     )
     decay_help = "weight decay of AdamW, for matrices only"
-    add("--weight-decay", type=number_in("[0, inf)"), default=0.01, help=decay_help)
-    add("--beta2", type=number_in("[0, 1)"), default=0.98, help="second beta of AdamW")
+    add("--weight-decay", type=non_negative_number, default=0.01, help=decay_help)
+    add(
+        "--beta2",
+        type=number("a number from 0 to below 1", lambda x: 0 <= x < 1),
+        default=0.98,
+        help="second beta of AdamW",
+    )
     clip_help = "maximum gradient norm; 0: no clipping"
-    add("--clip", type=number_in("[0, inf]"), default=1.0, help=clip_help)
+    add("--clip", type=non_negative_number, default=1.0, help=clip_help)
     seed_help = "sets the order of the posts, the club world and the toy model"
     add("--seed", type=non_negative_int, default=0, help=seed_help)
 

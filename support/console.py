@@ -38,18 +38,16 @@ class ArgumentParser(OneLineParser):
         super().__init__(formatter_class=HelpFormatter, **kwargs)
 
 
-def number_in(interval):
-    """argparse type: a number in an interval; "[0, 1)" is from 0 to below 1."""
-    low, high = map(float, interval[1:-1].split(","))
-    excluded = [end for end, mark in ((low, interval[0]), (high, interval[-1])) if mark in "()"]
+def number(name, is_right):
+    """argparse type: a number for which `is_right` holds; `name` says which these are."""
 
     def convert(text):
         try:
             value = float(text)
         except ValueError:
-            value = math.nan  # which is in no interval
-        if not low <= value <= high or value in excluded:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number in {interval}")
+            value = math.nan
+        if not is_right(value):
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {name}")
         return int(value) if value.is_integer() and value < 1e15 else value  # 5, not 5.0
 
     return convert
@@ -69,7 +67,9 @@ def whole_number(low, high):
 
 
 positive_int = whole_number(1, 10**9)
-fraction = number_in("[0, 1]")
+positive_number = number("a number above 0", lambda x: 0 < x < math.inf)
+non_negative_number = number("a number of at least 0", lambda x: x >= 0)  # infinity, too
+fraction = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 def info(text):

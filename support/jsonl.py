@@ -9,10 +9,8 @@ import socket
 import tempfile
 from array import array
 from pathlib import Path
-from zlib import crc32
 
 from evaluate import UserError, parse_line, read_lines
-from support.bars import busy
 from support.console import reading, writing
 
 BLOCKED = (BlockingIOError, PermissionError)
@@ -135,55 +133,35 @@ def open_lock(lock_path, path):
 class IndexedLines:
     """Lines of a file, each read from disk when it is asked for.
 
-    Only byte offsets, line numbers and checksums stay in memory (20 bytes a line). Forked processes
-    share the file, others open it anew. It must not be changed meanwhile.
+    Only byte offsets and line numbers stay in memory (16 bytes a line). The file must not be
+    changed meanwhile: its size and time tell.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        self.offsets, self.lines, self.checksums = array("Q"), array("Q"), array("I")
+        self.offsets, self.lines = array("Q"), array("Q")
+        self.state = self.current_state()
 
     def __len__(self):
         return len(self.offsets)
 
-    def add(self, line, offset, raw):
-        """Add the line that `evaluate.read_lines` yielded."""
-        self.offsets.append(offset)
-        self.lines.append(line)
-        self.checksums.append(crc32(raw.removesuffix(b"\n")))
+    def current_state(self):
+        """The file's size and time. Raises UserError."""
+        with reading(self.path, "every machine of a run must see it"):
+            state = os.stat(self.path)
+        return state.st_size, state.st_mtime_ns
 
     def raw(self, index):
-        """The bytes of a line without its end. Raises UserError where they have changed."""
-        start = self.offsets[index]
-        end = self.offsets[index + 1] if index + 1 < len(self) else self.size
-        raw = self.read(start, end - start).partition(b"\n")[0]
-        if crc32(raw) != self.checksums[index]:
-            raise UserError(
-                f"{self.path} line {self.lines[index]}: the file was changed while it was in use; "
-                "start again"
-            )
-        return raw
+        """The bytes of a line. Raises UserError where the file has changed."""
+        if self.current_state() != self.state:
+            raise UserError(f"{self.path}: the file was changed while it was in use; start again")
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[index])
+            return file.readline()
 
-    def open(self):
-        """Open the file for `read`. Raises UserError."""
-        if hasattr(os, "pread"):
-            with reading(self.path, "every machine of a run must see it"):
-                self.file = os.open(self.path, os.O_RDONLY)
-
-    def read(self, start, size):
-        """A part of the file, as bytes."""
-        if hasattr(os, "pread"):  # it moves no position, so that forked workers can share the file
-            return os.pread(self.file, size, start)
-        with open(self.path, "rb") as file:  # Windows
-            file.seek(start)
-            return file.read(size)
-
-    def __getstate__(self):  # a spawned worker and another rank open the file themselves
-        return {name: value for name, value in self.__dict__.items() if name != "file"}
-
-    def __setstate__(self, state):
+    def __setstate__(self, state):  # another machine's copy may have a time of its own
         self.__dict__.update(state)
-        self.open()
+        self.state = self.state[0], self.current_state()[1]
 
     def digest(self):
         """A fingerprint of the file's content."""
@@ -277,8 +255,7 @@ class JsonlWriter:
                 end += len(line)
                 yield line
 
-        with busy(f"sorting {self.path.name}", delay=1):
-            write_atomic(self.path, in_order())
+        write_atomic(self.path, in_order())
         self.end = None
 
     def close(self):

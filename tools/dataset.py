@@ -21,8 +21,8 @@ from support.console import (
     ArgumentParser,
     fraction,
     info,
-    number_in,
     positive_int,
+    positive_number,
     reading,
     whole_number,
     writing,
@@ -273,7 +273,7 @@ def parse_args(arguments=None):
     )
     add("--overlap", type=fraction, help=overlap)
     likeness = "with --overlap: how much test's and valid's means may differ from all posts'"
-    add("--likeness", type=number_in("(0, inf]"), default=0.1, help=likeness)
+    add("--likeness", type=positive_number, default=0.1, help=likeness)
     add("--test", metavar="N", type=positive_int, help="posts in test.jsonl", required=True)
     valid = "posts in valid.jsonl, 0 for none"
     add("--valid", metavar="N", type=non_negative_int, help=valid, required=True)

@@ -23,7 +23,14 @@ import data
 import train
 from evaluate import UserError, plural, run
 from support.checkpoint import changed_settings, read_pointer
-from support.console import ArgumentParser, fraction, info, number_in, positive_int, read_json
+from support.console import (
+    ArgumentParser,
+    fraction,
+    info,
+    non_negative_number,
+    positive_int,
+    read_json,
+)
 from support.jsonl import locked, write_atomic
 from tools import clubstudy, memory
 from tools.clubstudy import GOES_ON, ROOT, Report, markdown, read, signed
@@ -199,7 +206,7 @@ def parse_args(arguments=None):
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/study"), help="the folder of all rows")
     gammas_help = "also train dynamic with these gammas (default: six on the club worlds)"
-    add("--gammas", nargs="*", type=number_in("[0, inf]"), help=gammas_help)
+    add("--gammas", nargs="*", type=non_negative_number, help=gammas_help)
     add = parser.add_argument_group("your data").add_argument
     add("--train", metavar="FILE", help="posts to train on (JSONL)")
     add("--valid", metavar="FILE", help="posts to validate on; the best checkpoint is then scored")
@@ -226,7 +233,7 @@ def add_plan_options(add):
     """The settings of --dry-run."""
     add("--dry-run", action="store_true", help="print all commands and what they cost; run none")
     add("--cot-share", type=fraction, default=1, help="share of dynamic's posts that reason")
-    share, price = number_in("(0, 1]"), number_in("[0, inf)")
+    share, price = fraction, non_negative_number
     several = [
         ("--posts", "TRAIN TEST", positive_int, None, "posts, where there are no files"),
         ("--lengths", "TEXT IMAGE PLAIN COT", positive_int, None, "average tokens of their parts"),
