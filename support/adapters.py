@@ -6,6 +6,7 @@ from evaluate import UserError, plural
 from support.console import first_line, read_json
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MORE_THAN_LORA = ("modules_to_save", "target_parameters", "trainable_token_indices")
 PREFIX = "base_model.model."  # of peft's weight names
 
 # The linear layers that --lora adapts, by their names in the families' models.
@@ -63,10 +64,11 @@ def base_name(folder):
     file = folder / ADAPTER
     config = read_json(file)
     name = config.get("base_model_name_or_path")
-    if config.get("peft_type") != "LORA" or not name or config.get("modules_to_save"):
+    other = [key for key in MORE_THAN_LORA if config.get(key)]
+    if config.get("peft_type") != "LORA" or not name or other:
         raise UserError(
-            f"{file}: only LoRA adapters that name their base_model_name_or_path, and have no "
-            "modules_to_save, are supported"
+            f"{file}: only LoRA adapters that name their base_model_name_or_path, without "
+            f"{', '.join(MORE_THAN_LORA)}, are supported"
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{folder}: no {ADAPTER_WEIGHTS} in it; pickled weights are not read")
@@ -86,6 +88,9 @@ def read_adapter(folder, model, weights=True):
         if weights:
             saved = load_file(folder / ADAPTER_WEIGHTS)
             saved = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
+            tied = model.config.tie_word_embeddings
+            if tied and any("embed_tokens" in name or "lm_head" in name for name in saved):
+                raise ValueError("it adapts lm_head or embed_tokens, which are tied: one tensor")
             report = set_peft_model_state_dict(model, saved)
             wrong = {name for name in report.missing_keys if "lora_" in name}
             wrong |= set(report.unexpected_keys)

@@ -11,6 +11,7 @@ A checkpoint is written to a hidden folder and then renamed: it is whole or not 
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,7 +20,6 @@ from pathlib import Path
 
 from evaluate import UserError, shown
 from support.adapters import ADAPTER, adapter_config, base_name, need_peft, write_adapter
-from support.bars import busy
 from support.console import first_line, info, read_json, reading, writing
 from support.distributed import full_tensor, is_sharded, local_tensor
 from support.jsonl import follow_umask, write_atomic
@@ -85,17 +85,12 @@ def is_local(name):
 def base_of(folder):
     """The folder of the model that an adapter was made for. Raises UserError."""
     need_peft()
-    file, name = folder / ADAPTER, base_name(folder)
     try:
-        base = find_model(name)
+        base = find_model(base_name(folder))
+        if (base / ADAPTER).is_file():
+            raise UserError(f"{base} is an adapter itself; merge that first")
     except UserError as error:
-        raise UserError(
-            f"{file}: its base_model_name_or_path was not found; write the right one there: {error}"
-        ) from None
-    if (base / ADAPTER).is_file():
-        raise UserError(
-            f"{file}: its base_model_name_or_path, {base}, is an adapter itself; merge that first"
-        )
+        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path: {error}") from None
     return base
 
 
@@ -143,15 +138,14 @@ def read_pointer(pointer):
 
 
 def step_of(folder):
-    """The N of a folder step-N."""
-    return int(folder.name.removeprefix("step-"))
+    """The N of a folder step-N, None for any other, which is the user's own."""
+    found = re.fullmatch(r"step-(\d+)", folder.name)
+    return found and int(found[1])
 
 
 def list_checkpoints(run):
     """A run's whole checkpoints, the oldest first."""
-    return sorted(
-        (folder for folder in run.glob("step-*") if (folder / PROGRESS).is_file()), key=step_of
-    )
+    return sorted(filter(step_of, (file.parent for file in run.glob(f"*/{PROGRESS}"))), key=step_of)
 
 
 def open_run(folder, settings, resume=False, force=False):
@@ -189,16 +183,9 @@ def changed_settings(folder, settings):
 
     What is left to the model is completed in `settings`: it is as the last checkpoint has it.
     """
-    file = folder / "settings.json"
-    if not file.is_file():
+    if not (folder / "settings.json").is_file():
         raise UserError(f"{folder}: no run to resume here; leave out --resume to start one")
-    try:
-        before = read_json(file)
-    except UserError as error:
-        raise UserError(
-            f"{error}; its checkpoints are models all the same: start from one with --model, in "
-            "another folder with --out"
-        ) from None
+    before = read_json(folder / "settings.json")
     if found := list_checkpoints(folder):
         for name, value in read_own(found[-1]).items():
             before[name] = value
@@ -258,20 +245,19 @@ class Checkpoints:
         folder, partial = self.run / f"step-{step}", self.run / f".step-{step}.partial"
         if self.ranks.from_rank0((folder / PROGRESS).is_file):
             return  # --save-every and the end of an epoch may fall together
+        self.ranks.info(f"saving {folder} …")
         try:
-            with busy(f"saving {folder}", disable=self.ranks.rank > 0):
-                self.ranks.on_rank0(make_anew, partial / OPTIMIZER)
-                state = optimizer_state(self.model, self.optimizer)
-                self.ranks.on_all_ranks(write_state, state, partial / OPTIMIZER)
-                weights = full_state_dict(self.model, keep=self.ranks.rank == 0)
-                self.ranks.on_rank0(self.finish, weights, step, partial, folder)
+            self.ranks.on_rank0(make_anew, partial / OPTIMIZER)
+            state = optimizer_state(self.model, self.optimizer)
+            self.ranks.on_all_ranks(write_state, state, partial / OPTIMIZER)
+            weights = full_state_dict(self.model, keep=self.ranks.rank == 0)
+            self.ranks.on_rank0(self.finish, weights, step, partial, folder)
         except Exception as error:  # safetensors raises an error of its own for a full disk
             if self.ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            reason = " ".join(str(error).split())[:300]
             raise self.ranks.error(
-                f"{folder}: the checkpoint could not be saved ({reason}); the one before it is "
-                "kept: make room and continue with --resume"
+                f"{folder}: the checkpoint could not be saved ({first_line(error)}); the one "
+                "before it is kept: make room and continue with --resume"
             ) from error
 
     def finish(self, weights, step, partial, folder):
@@ -304,8 +290,7 @@ class Checkpoints:
             return 0
         folder = self.ranks.from_rank0(read_pointer, self.run / "last")
         try:
-            text = f"reading the training state in {folder}"
-            with plain_errors(), busy(text, disable=self.ranks.rank > 0):
+            with plain_errors():
                 checkpoint.load(
                     optimizer_state(self.model, self.optimizer),
                     no_dist=not is_initialized(),
@@ -313,10 +298,9 @@ class Checkpoints:
                 )
             return self.ranks.from_rank0(lambda: read_json(folder / PROGRESS)["step"])
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
             raise self.ranks.error(
-                f"{folder}: can't resume from it ({reason}); remove this folder to continue from "
-                "the checkpoint before it, if one was kept"
+                f"{folder}: can't resume from it ({first_line(error)}); remove this folder to "
+                "continue from the checkpoint before it, if one was kept"
             ) from error
 
     def prune(self, keep):
@@ -328,8 +312,8 @@ def prune(run, keep):
     kept = {folder.name for folder in list_checkpoints(run)[-keep:]}
     pointers = [run / name for name in ("last", "best") if (run / name).is_file()]
     kept |= {read_pointer(pointer).name for pointer in pointers}
-    for folder in [*run.glob("step-*"), *run.glob(".step-*")]:
-        if folder.name not in kept:
+    for folder in run.iterdir():
+        if re.fullmatch(r"\.?step-\d+(\.partial)?", folder.name) and folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 
