@@ -29,7 +29,6 @@ from support.records import (
     add_map_option,
     check_file,
     look_over,
-    no_keyphrases,
     problem,
     renamed,
     wrong_field,
@@ -49,7 +48,7 @@ NOT_IN_KEYPHRASE = re.compile(r"[;；؛\n\r]|</?(?:think|answer)>", re.IGNORECAS
 def check_record(record, where, for_training=False, names=None):
     """Raise UserError, its text beginning with `where`, unless `record` is a usable post.
 
-    It has the attributes `kind` and `mend` (see `support.records.problem`).
+    It has the attributes `kind` and `hint` (see `support.records.problem`).
     """
     identity = record.get("id")
     if not isinstance(identity, str) or not identity:
@@ -67,7 +66,7 @@ def check_record(record, where, for_training=False, names=None):
     if not for_training:
         return
     if not keyphrases:
-        raise no_keyphrases(where, record, names)
+        raise wrong_field(where, record, names, "keyphrases", "a list of at least one to train on")
     check_keyphrases(keyphrases, where)
     cot = record.get("cot") or ""
     if ("<" in cot or "＜" in cot) and (TAG.search(cot) or CHAT_TOKEN.search(cot)):

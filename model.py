@@ -265,9 +265,12 @@ def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
 
 def make_encoder(folder, config, tokenizer, image_processor, options=None):
     """The Encoder of a model; without `options` it is as the folder has it. Raises UserError."""
-    options = options or own_options(folder)
+    settings = config.image_token_id, options or own_options(folder)
     with reading(f"{folder}: its chat template", COPY):  # a program of its own
-        return Encoder(tokenizer, image_processor, config.image_token_id, options)
+        try:
+            return Encoder(tokenizer, image_processor, *settings)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
 
 
 def read_tokenizer(folder):
@@ -294,12 +297,10 @@ def read_image_processor(folder):
 
 def check_family(folder):
     """Raises UserError for a model of a family that the step was not written for."""
-    family = read_json(folder / "config.json").get("model_type")
-    if family not in FAMILIES:
-        raise UserError(
-            f"{folder}/config.json: the model type {family!r} is not supported; "
-            f"those that are: {', '.join(FAMILIES)}"
-        )
+    config = read_json(folder / "config.json")
+    # Without sizes, transformers would make a model of 7 billion weights.
+    if config.get("model_type") not in FAMILIES or "vision_config" not in config:
+        raise UserError(f"{folder}/config.json: no model of {', '.join(FAMILIES)}")
 
 
 def read_weights(folder, dtype):

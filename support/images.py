@@ -42,6 +42,7 @@ def load_image(path, max_pixels):
                 if image.width * image.height > MOST_PIXELS:
                     size = f"{image.width} x {image.height}"
                     raise Unreadable(f"{size} pixels are more than {MOST_PIXELS:,}")
+                check_depth(image)
                 image.load()
                 image = to_rgb(upright(image))
     except Unreadable:
@@ -70,11 +71,13 @@ def upright(image):
 
 
 def to_rgb(image):
-    """The image in mode RGB: numbers of more than 8 bits scaled to 8, alpha over white."""
+    """The image in mode RGB: 16 bits scaled to 8, alpha over white."""
     from PIL import Image
 
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(to_8_bits(image)).convert("RGB")
+    if image.mode.startswith("I;16"):
+        import numpy as np
+
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -82,43 +85,18 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def to_8_bits(image):
-    """The values of a picture of 16 or 32 bits as an array of bytes.
+def check_depth(image):
+    """Raise Unreadable for a picture that is not yet decoded and whose values have other scales.
 
-    White is 1 for floats up to 1, else 255, 65535, or the largest value, whichever is enough.
+    White is 255 in 8 bits, and 65,535 in a PNG of 16. A transparent colour, which a PNG without a
+    palette may have, is known in 8 bits only.
     """
-    import numpy as np
-
-    values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # a TIFF's tags
-    if image.mode == "I" and values.min(initial=0) < 0 and tags.get(339, (1,))[0] == 1:
-        values = values.view(np.uint32)  # Pillow has no mode for 32 bits without a sign
-    largest = float(values.max(initial=0, where=np.isfinite(values)))
-    if image.mode == "F" and largest < 2:  # a filter may have passed 1 a little
-        white = 1
-    else:
-        white = next((white for white in (255, 65535) if largest <= white), largest)
-    values = values.astype(np.float32) / np.float32(white / 255)
-    values = np.nan_to_num(values).clip(0, 255).round().astype(np.uint8)
-    return 255 - values if tags.get(262) == 0 else values  # this TIFF's 0 is white
-
-
-def from_club_world(image):
-    """Whether an RGB picture is one that tools.clubworld draws, by its size and its grain.
-
-    Flat areas get -6, 0 or 6 on all colours of each square of 2 x 2 pixels. Photos scaled to this
-    size have no such steps: at most 1 in 250 squares, where a drawing has 7 or more.
-    """
-    import numpy as np
-
-    if image.size != (84, 84):
-        return False
-    pixels = np.asarray(image, np.int16)
-    squares = pixels[::2, ::2]  # (42, 42, 3)
-    flat = (pixels == squares.repeat(2, axis=0).repeat(2, axis=1)).all(2)
-    flat = flat.reshape(42, 2, 42, 2).all((1, 3))
-    step = squares[:, 1:] - squares[:, :-1]  # between neighbours in a row
-    grain = (step == step[..., :1]).all(2) & np.isin(step[..., 0], (-12, -6, 6, 12))
-    return bool((grain & flat[:, 1:] & flat[:, :-1]).mean() > 0.01)
+    depth, png = image.tile[0].args if image.tile else None, image.format == "PNG"
+    coloured = png and image.mode != "P" and "transparency" in image.info
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") and not png:
+        raise Unreadable(f"its pixels have mode {image.mode}; save it as 8-bit")
+    if coloured and depth not in ("L", "RGB"):
+        raise Unreadable("a transparent colour that is not in 8 bits; save it as 8-bit")
 
 
 def fit(image, max_pixels, side=TOKEN_SIDE):

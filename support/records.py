@@ -1,38 +1,20 @@
-"""Records as other people write them: other names, other formats, and what looks like a mistake."""
+"""Records as people write them: other names of fields (--map), and checks before a run."""
 
 import argparse
 import os
-import re
-import shlex
-from functools import lru_cache
-from pathlib import Path
 
 from evaluate import BYTE_ORDER_MARK, UserError, one_line, read_jsonl, read_lines, shown
 from support.console import info
 from support.phrases import split_keyphrases
 
-FIELDS = {"id", "text", "image", "keyphrases", "cot"}
-
-# What a field is often called, searched for in names like `tweet_id`.
-LOOKALIKES = {
-    "id": r"(?:^|_)u?u?id(?:_?str)?$|^(?:key|index|idx|number)$",
-    "image": r"ima?ge?|photo|pic|media|file|path|url|jpe?g|png",
-    "keyphrases": r"key.?(?:phrase|word|term)|phrase|tag|label|topic|categor",
-    "cot": r"^cot|cot$|reason|rational|thought|think|explan|chain",
-    "text": r"text|caption|tweet|post|content|body|message|descri|title|sentence|comment|status",
-}
-DIALOGUE = re.compile(r"conversation|messages|dialog|turns", re.IGNORECASE)
-ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:|www\.|iVBORw0KGgo|/9j/4")  # base64, too
-SUFFIX = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic)\b", re.IGNORECASE)
-GENERIC = re.compile(r"(?:^|_)(?:file_?names?|files?|paths?|urls?)$")  # of any kind of file
-SAVE = "save the images and write their file names"
-PLACEHOLDER = re.compile(r"<\|?(?:image|img|image_pad)\|?>", re.IGNORECASE)
+FIELDS = ("id", "text", "image", "keyphrases", "cot")
+TRIED = 200  # posts whose images are looked for before a run
 
 
-def problem(where, kind, mend="", what=None):
-    """A UserError about a record: `what` is wrong with it, a `kind` that many share, the mend."""
-    error = UserError(f"{where}: {what or kind}" + (f"; {mend}" if mend else ""))
-    error.kind, error.mend, error.what = kind, mend, what or kind
+def problem(where, kind, hint="", what=None):
+    """A UserError about a record: `what` is wrong with it, a `kind` that many share, what to do."""
+    error = UserError(f"{where}: {what or kind}" + (f"; {hint}" if hint else ""))
+    error.kind, error.hint, error.what = kind, hint, what or kind
     return error
 
 
@@ -95,147 +77,23 @@ def train_keyphrases(path, names=None):
         yield from renamed(record, names or {})["keyphrases"]
 
 
-# ------------------------------------------------------------------------------------ the guesses
-
-
-def has(record, field):
-    """Whether a record has a value in a field that is of its type and not blank."""
-    value = record.get(field)
-    if field == "keyphrases":
-        return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
-    return isinstance(value, str) and bool(value.strip())
-
-
-@lru_cache(1000)
-def sounds_like(field, name):
-    """Whether a field of this name may hold what `field` should."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    return name == field or name not in FIELDS and bool(re.search(LOOKALIKES[field], words))
-
-
-def names_image(name, value):
-    """Whether a field may name an image: `url` needs a suffix for that, `photo` a slash."""
-    is_path = re.fullmatch(r"\S*[/\\]\S*", value.strip()) and not GENERIC.search(name.lower())
-    return bool(SUFFIX.search(value) or is_path)
-
-
-def lookalikes(record):
-    """{field: name} of the fields that a record lacks and that another one looks like.
-
-    A field may look like itself: keyphrases in one string are keyphrases once they are converted.
-    """
-    found = {}
-    for field in LOOKALIKES:
-        if has(record, field):
-            continue
-        for name in record:
-            if name in found.values() or not sounds_like(field, name):
-                continue
-            value = converted(field, record[name])
-            if has({field: value}, field) and (field != "image" or names_image(name, value)):
-                found[field] = name
-                break
-        if field not in found and field == "text" and record.get(field, "") is None:
-            found[field] = field  # null, which is converted to an empty text
-    return found
-
-
-def map_option(names):
-    """`--map …` for {ours: theirs}."""
-    return "--map " + shlex.quote(",".join(f"{ours}={name}" for ours, name in names.items()))
-
-
-def is_address(record, name):
-    """Whether a field has the address of an image, not a file's name."""
-    return bool(ADDRESS.match(str(converted("image", record.get(name))).strip()))
-
-
-def mend_for(record, names=None):
-    """How a record that can't be used might be mended, empty where there is nothing to guess."""
-    for name, value in record.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            if DIALOGUE.search(name):
-                return (
-                    f"{shown(name)} is a dialogue (LLaVA, ShareGPT), which is no post: "
-                    "docs/data.md shows how to turn it round"
-                )
-            if not has(record, "id") and not has(record, "text"):
-                return (
-                    f"the records seem to be in the field {shown(name)}: write one of them a line"
-                )
-    if record and all(isinstance(value, dict) for value in record.values()):
-        return "the records seem to be inside this one: write one of them a line"
-    guesses = lookalikes(record)
-    if "image" in guesses and is_address(record, guesses["image"]):
-        del guesses["image"]
-    if not guesses and not has(record, "id"):
-        return "give each post one, such as its number"
-    return f"try {map_option((names or {}) | guesses)}" if guesses else ""
-
-
 def wrong_field(where, record, names, field, must):
     """The UserError for a field that isn't what it `must` be."""
     theirs = (names or {}).get(field, field)
     label = f"the field {theirs!r}" + (f" of --map {field}={theirs}" if theirs != field else "")
+    hint = f"the record has {', '.join(record) or 'no field'}; --map {field}=NAME names the right "
+    hint += "one and converts it where it can"
     if field not in record:
-        return problem(where, f"{label} is missing; it must be {must}", mend_for(record, names))
+        return problem(where, f"{label} is missing; it must be {must}", hint)
     kind = f"{label} must be {must}"
-    what = f"{kind}, not {shown(record[field])}"
-    return problem(where, kind, mend_for(record, names), what)
-
-
-def no_keyphrases(where, record, names):
-    """The UserError for a post to train on that has no keyphrases."""
-    kind = "a training post needs at least one keyphrase"
-    field = (names or {}).get("keyphrases", "keyphrases")
-    missing = "" if "keyphrases" in record else f", and the field {field!r} is missing"
-    return problem(where, kind + missing, mend_for(record, names))
+    return problem(where, kind, hint, f"{kind}, not {shown(record[field])}")
 
 
 # --------------------------------------------------------------------------------------- the file
 
-MAGIC = {
-    b"PK\x03\x04": "a zip archive (or a spreadsheet)",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"\xff\xff\xff\xff": "an Arrow file",
-    b"\x89HDF": "an HDF5 file",
-    b"SQLite format 3": "a SQLite database",
-    b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"BZh": "a bzip2 archive",
-    b"\xfd7zXZ": "an xz archive",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
-    b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
-}
-
-
-def other_format(head):
-    """What a file is instead of JSONL, by its first line that is not blank (bytes); else None."""
-    for magic, name in MAGIC.items():
-        if head.startswith(magic):
-            return name
-    if head[257:262] == b"ustar":
-        return "a tar archive"
-    text = head.removeprefix(BYTE_ORDER_MARK).decode("utf-8", "replace").strip()
-    if text.startswith("["):
-        return "a JSON list"
-    if text.startswith("{"):
-        # A record on one line ends with a brace.
-        return "JSON over several lines" if text.endswith(("{", "[", ",")) else None
-    if text.startswith("<"):
-        return "XML or HTML"
-    if re.match(r"---|%YAML|(?:- )?[\w ]+:(?:\s|$)", text):
-        return "YAML"
-    if "\t" in text:
-        return "a table with tabs (TSV)"
-    return "a table (CSV)" if re.search("[,;|]", text) else None
-
 
 def check_file(path, cmkp=False):
-    """Raise UserError where a file holds no JSONL, or, with `cmkp`, CMKP's text.
+    """Raise UserError unless a file may hold JSONL, or, with `cmkp`, CMKP's text.
 
     A pipe or a device, which can't be read twice, is refused, too.
     """
@@ -244,53 +102,14 @@ def check_file(path, cmkp=False):
             f"{path}: not a regular file; it is read more than once, so save it to a file first"
         )
     lines = read_lines(path)
-    filled = ((n, raw) for n, _, raw in lines if raw.removeprefix(BYTE_ORDER_MARK).strip())
-    line, head = next(filled, (0, b""))
+    filled = (raw.removeprefix(BYTE_ORDER_MARK).strip() for _, _, raw in lines)
+    head = next(filter(None, filled), b"{")
     lines.close()
-    if b"<sep>" in head and not head.lstrip().startswith(b"{"):
-        if not cmkp or str(path).endswith((".jsonl", ".json")):
-            raise UserError(f"{path}: CMKP's text; python -m tools.dataset cmkp makes JSONL of it")
-    elif kind := other_format(head):
-        mend = "docs/data.md shows how to write it"
-        if "archive" in kind or "UTF" in kind:
-            mend = "unpack it first" if "archive" in kind else "save it as UTF-8"
-        wrong = f"not {'UTF-8' if head.startswith(tuple(MAGIC)) else 'JSONL'}, but {kind}"
-        raise UserError(f"{path} line {line}: {wrong}; one JSON object a line is needed: {mend}")
-
-
-# ------------------------------------------------------------------------------------ the mistakes
-
-TRIED = 200  # posts that are looked over before a run
-
-
-def likely_mistakes(record, names=None):
-    """Iterate over (field that no post may have, kind, mend) of what seems wrong with a record.
-
-    The record may be used. What concerns a field only matters where no post of the file has it.
-    """
-    guesses = lookalikes(record) if record.keys() - FIELDS else {}
-    for field in ("image", "cot", "text"):
-        if name := guesses.get(field):
-            mend = f"try {map_option((names or {}) | {field: name})}"
-            if field == "image" and is_address(record, name):
-                mend = f"it has addresses: {SAVE}"
-            article = "an" if field == "image" else "a"
-            yield field, f"no post has {article} {field!r}, but {shown(name)} looks like one", mend
-    text = record["text"]
-    if "<" in text and (found := PLACEHOLDER.search(text)):
-        mend = "remove it: the image goes before the text by itself"
-        yield None, f"{found[0]} in the text, which is read as the post's own words", mend
-
-
-def where_images_are(folder, image):
-    """A hint at why the file `image` is not in `folder`, where paths begin."""
-    name = image.replace("\\", "/")
-    base = name.rpartition("/")[2]
-    hint = f"paths begin at the folder of the file, {folder}"
-    for path in (folder / name, folder / base, folder / "images" / base, Path(name)):
-        if os.path.isfile(path):
-            return f"{hint}: write {os.path.relpath(path, folder)}"
-    return f"{hint}, and have / for \\" if "\\" in image else hint
+    if not head.startswith(b"{") and not (cmkp and b"<sep>" in head):
+        raise UserError(
+            f"{path}: not JSONL, which is one JSON object a line; docs/data.md shows how to write "
+            "it, and python -m tools.dataset cmkp makes it of CMKP's text"
+        )
 
 
 def warn(text):
@@ -299,41 +118,23 @@ def warn(text):
 
 
 def look_over(posts, for_training):
-    """Warn of what seems wrong with a data.Posts, of which some posts are read.
+    """Warn where no post of a data.Posts has an image.
 
-    Raises UserError where their images are addresses, or, for training, none of them is there.
+    Raises UserError where images are named and, of those tried, none is there; before inference,
+    which fails post by post, that is a warning.
     """
-    lacking = {"image": not posts.with_image, "text": True}
-    lacking["cot"] = for_training and posts.without_cot == len(posts)
-    warnings, fields, images = {}, set(), []
-    for index in range(0, len(posts), -(-len(posts) // TRIED)):
-        original = posts.original(index)
-        fields.update(original)
-        record = renamed(original, posts.names)
-        lacking["text"] &= not record["text"].strip()
-        if record.get("image"):
-            images.append((index, record["image"]))
-        for field, kind, mend in likely_mistakes(record, posts.names):
-            warnings.setdefault((kind, mend), (index, field))
-    for ours, theirs in posts.names.items():
-        if theirs not in fields:
-            option = f"--map {ours}={theirs}"
-            warn(f"{posts.path}: no post tried has the field {theirs!r} of {option}")
-    for (kind, mend), (index, field) in warnings.items():
-        if lacking.get(field, True):
-            warn(f"{posts.path} line {posts.lines[index]}: {kind}; {mend}")
-    if not images:
-        return
-    index, image = images[0]
-    where = f"{posts.path} line {posts.lines[index]}: the image {shown(image)}"
-    if ADDRESS.match(image):
-        raise UserError(f"{where} is an address or data, not a file name; {SAVE}")
-    if not any(os.path.isfile(posts.folder / image) for _, image in images):
-        found = "is a folder" if os.path.isdir(posts.folder / image) else "is not there"
-        line = (
-            f"{where} {found}, and no other post has a file there ({len(images)} tried); "
-            f"{where_images_are(posts.folder, image)}"
+    if not posts.with_image:
+        has = ", ".join(posts.original(0))
+        warn(
+            f"{posts.path}: no post has an 'image'; the first has {has}; --map image=NAME names it"
+        )
+    records = (posts[index] for index in range(0, len(posts), -(-len(posts) // TRIED)))
+    images = [record["image"] for record in records if record.get("image")]
+    if images and not any(os.path.isfile(posts.folder / image) for image in images):
+        text = (
+            f"{posts.path}: the image {shown(images[0])} is not there, nor is that of another post "
+            f"({len(images)} tried); paths to image files begin at {posts.folder}"
         )
         if for_training and 100 * posts.with_image > len(posts):  # more than training may skip
-            raise UserError(line)
-        warn(line)
+            raise UserError(text)
+        warn(text)

@@ -387,7 +387,7 @@ def test_split_says_what_it_cannot_do(corpus, tmp_path):
     options = flags(test=300, valid=0, out=tmp_path)
     assert "choose another --out" in error("split", own, *options)
     assert read(own) == read(corpus[0])
-    assert "in [0, 1]" in tool("split", bare, "--overlap", 45, *few, code=2).stderr
+    assert "from 0 to 1" in tool("split", bare, "--overlap", 45, *few, code=2).stderr
 
 
 def test_split_says_how_to_relax_the_likeness(tmp_path):

@@ -1,7 +1,6 @@
 """What is wrong with a file of posts: `python -m tools.dataset check`."""
 
 import json
-import os
 import re
 import signal
 from collections import Counter
@@ -16,15 +15,7 @@ from data import check_record
 from evaluate import UserError, plural, shown
 from support.console import progress
 from support.images import MAX_PIXELS, NO_FILE, Unreadable, load_image
-from support.records import (
-    ADDRESS,
-    SAVE,
-    check_file,
-    has,
-    likely_mistakes,
-    renamed,
-    where_images_are,
-)
+from support.records import check_file, renamed
 from tools.posts import to_record
 
 COUNTED = ("with_image", "images_read", "with_text", "with_cot", "keyphrases")
@@ -32,15 +23,11 @@ MISSING = f"an image: {NO_FILE}"
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a line: its kind, what it is here, and the mend.
-
-    With `field` it is no problem unless the whole file lacks that field.
-    """
+    """One thing that is wrong with a line: its kind, what it is here, and what to do."""
 
     kind: str
     what: str
-    mend: str
-    field: str | None = None
+    hint: str
 
 
 def typed(record, field, kind):
@@ -63,15 +50,13 @@ def check_line(path, is_text, names, line, offset):
             record = evaluate.parse_line(path, line, raw)
             record = renamed(record, names) if names else record
     except UserError as error:
-        what, _, mend = str(error).removeprefix(f"{path} line {line}: ").partition("; ")
-        return None, [Problem(re.split(r" \(|, not ", what)[0], what, mend)], {}
+        what, _, hint = str(error).removeprefix(f"{path} line {line}: ").partition("; ")
+        return None, [Problem(re.split(r" \(|, not ", what)[0], what, hint)], {}
     image, problems = typed(record, "image", str), []
     try:
         check_record(record, "", for_training=True, names=names)
-        found = likely_mistakes(record, names)
-        problems += [Problem(kind, kind, mend, field) for field, kind, mend in found]
     except UserError as error:
-        problems.append(Problem(error.kind, error.what, error.mend))
+        problems.append(Problem(error.kind, error.what, error.hint))
     unreadable = image_problem(Path(path).parent, image) if image else None
     if unreadable:
         problems.append(unreadable)
@@ -80,8 +65,8 @@ def check_line(path, is_text, names, line, offset):
     counts = {
         "with_image": bool(image),
         "images_read": bool(image) and not unreadable,
-        "with_text": has(record, "text"),
-        "with_cot": has(record, "cot"),
+        "with_text": bool(typed(record, "text", str).strip()),
+        "with_cot": bool(typed(record, "cot", str).strip()),
         "keyphrases": len(typed(record, "keyphrases", list)),
     }
     return typed(record, "id", str) or None, problems, counts
@@ -89,18 +74,13 @@ def check_line(path, is_text, names, line, offset):
 
 def image_problem(folder, image):
     """The Problem with a post's image, None if it can be read."""
-    if ADDRESS.match(image):
-        kind = "is an address or data, not a file name"
-        return Problem(f"an image {kind}", f"the image {shown(image)} {kind}", SAVE)
     try:
         load_image(folder / image, MAX_PIXELS)
     except Unreadable as error:
         reason = str(error)
-        mend = "save it as JPEG or PNG, or write null"
-        if not os.path.isfile(folder / image):
-            mend = where_images_are(folder, image)
+        hint = f"paths to image files begin at {folder}; null is for none"
         kind = re.sub(r"^\d+ x \d+ pixels", "its pixels", reason.partition(": ")[0])
-        return Problem(f"an image: {kind}", f"the image {shown(image)}: {reason}", mend)
+        return Problem(f"an image: {kind}", f"the image {shown(image)}: {reason}", hint)
     return None
 
 
@@ -146,7 +126,7 @@ def collect(lines, results, is_json):
             problems.append(Problem("an id is used twice", what, "ids must differ"))
         found += [(line, identity, problem) for problem in problems]
         counts.update(of_post)
-    return counts, [row for row in found if not counts.get(f"with_{row[2].field}")]
+    return counts, found
 
 
 def print_check(posts, counts, found, as_json):
@@ -154,7 +134,7 @@ def print_check(posts, counts, found, as_json):
     if as_json:
         rows = []
         for line, identity, problem in found:
-            told = "; ".join(filter(None, (problem.what, problem.mend)))
+            told = "; ".join(filter(None, (problem.what, problem.hint)))
             rows.append({"line": line, "id": identity, "kind": problem.kind, "problem": told})
         print(json.dumps({"posts": posts, **counts, "problems": rows}, indent=2))
         return
@@ -174,7 +154,7 @@ def print_check(posts, counts, found, as_json):
             named = f" (id {shown(identity)})" if identity is not None else ""
             what = f": {problem.what}" if problem.what != problem.kind else ""
             print(f"  line {line}{named}{what}")
-        if mend := rows[0][2].mend:
-            print(f"  -> {evaluate.one_line(mend)}")
+        if hint := rows[0][2].hint:
+            print(f"  -> {evaluate.one_line(hint)}")
     kinds = f" of {len(groups)} kinds" if len(groups) > 1 else ""
     print(f"\n{plural(posts, 'post')}, {plural(len(found), 'problem')}{kinds}")
