@@ -5,7 +5,6 @@
 Runs made with `train.py --log-choices` have the distribution of L(y_s) over their samples, too.
 """
 
-import math
 import warnings
 from array import array
 from collections import defaultdict
@@ -65,7 +64,7 @@ def read_log(folder, name):
                 steps, minutes = record["step"], minutes + record["seconds"] / 60
             for quantity in PANELS.keys() & values.keys():
                 value = values[quantity]
-                if value is not None and math.isfinite(value):  # no L(y_s), or a run that diverged
+                if value is not None and np.isfinite(value):  # no L(y_s), or a run that diverged
                     unit = 100 if PANELS[quantity].endswith("%") else 1
                     lines[quantity].append((record["step"], unit * value))
     if choices.exists():
@@ -102,7 +101,7 @@ def summary(logs):
 def draw_lines(axes, quantity, logs):
     """Draw a quantity over all runs; short lines, such as evaluations, with dots."""
     for index, log in enumerate(logs):
-        points = log.lines.get(quantity, [(math.nan, math.nan)])
+        points = log.lines.get(quantity, [(np.nan, np.nan)])
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index % 4]}
         axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", **style)
     if "loss" in quantity:
@@ -134,7 +133,7 @@ def draw(logs):
     charts += [
         (f"L(yₛ) of the samples: {log.name}", draw_losses, log) for log in logs if log.losses
     ]
-    rows, last = math.ceil(len(charts) / 3), max(log.steps for log in logs)
+    rows, last = -(-len(charts) // 3), max(log.steps for log in logs)
     figure = Figure(figsize=(12, 2.7 * rows + 0.4), layout="constrained")
     for place, (title, draw_chart, *content) in enumerate(charts, start=1):
         axes = figure.add_subplot(rows, 3, place)
@@ -142,8 +141,8 @@ def draw(logs):
         axes.set(xlim=(0, last), xlabel="step")
         axes.set_title(title, loc="left", fontweight="bold")
         axes.grid(axis="y", alpha=0.4)
-    names, lines = [log.name for log in logs], figure.axes[0].get_lines()
-    figure.legend(lines, names, loc="outside upper left", ncols=3, frameon=False)
+    lines = figure.axes[0].get_lines()
+    figure.legend(lines, [log.name for log in logs], loc="outside upper left", ncols=3)
     return figure
 
 

@@ -28,8 +28,8 @@ def merge(name, out):
     if not adapter_config(model):
         raise UserError(f"{source}: no adapter, but a whole model already")
     merge_adapter(model)
-    temporary = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
-    with writing(out, "make room, or choose another folder"), temporary as folder:
+    hidden = f".{out.name}."
+    with writing(out, "make room"), TemporaryDirectory(dir=out.parent, prefix=hidden) as folder:
         partial = Path(folder) / out.name
         partial.mkdir()
         model.save_pretrained(partial)
