@@ -15,15 +15,16 @@ import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "evaluate.py"
+SIZES = 5372, 330_000  # posts
 
 
-def write_posts(folder, posts, seed=0):
-    """Write posts of about 28 words and predictions of five phrases: (predictions, references)."""
-    rng = random.Random(seed)
-    syllables = ["".join(pair) for pair in zip("bcdfglmnprstvz" * 5, "aeiou" * 14, strict=True)]
+def write_posts(folder, posts):
+    """Write posts of 28 words and predictions of five phrases: (predictions, references)."""
+    rng = random.Random(0)
+    syllables = [a + b for a in "bcdfglmnprstvz" for b in "aeiou"]
     endings = ["", "", "s", "ing", "ed", "ly", "ation", "er"]
     stems = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(60_000)]
-    words = list(dict.fromkeys(stem + rng.choice(endings) for stem in stems))
+    words = list({stem + rng.choice(endings): None for stem in stems})
     # Word frequencies fall off as in language: the logarithm of the rank is even.
     ranks = [int(len(words) ** rng.random()) - 1 for _ in range(500_000)]
 
@@ -31,56 +32,43 @@ def write_posts(folder, posts, seed=0):
         start = rng.randrange(len(ranks) - length)
         return " ".join(words[rank] for rank in ranks[start : start + length])
 
+    def phrases(count):
+        return [phrase(rng.randint(1, 3)) for _ in range(count)]
+
     paths = folder / f"preds{posts}.jsonl", folder / f"test{posts}.jsonl"
     with open(paths[0], "w") as predictions, open(paths[1], "w") as references:
         for number in range(posts):
-            text, keyphrases = (
-                phrase(28),
-                [phrase(rng.randint(1, 3)) for _ in range(rng.choice([1, 1, 2]))],
-            )
-            guesses = [
-                *keyphrases[: rng.randrange(2)],
-                *(phrase(rng.randint(1, 3)) for _ in range(5)),
-            ][:5]
-            references.write(
-                json.dumps({"id": str(number), "text": text, "keyphrases": keyphrases}) + "\n"
-            )
-            predictions.write(
-                json.dumps({"id": str(number), "keyphrases": guesses, "tokens": 9}) + "\n"
-            )
+            post = {"id": str(number), "text": phrase(28), "keyphrases": phrases(rng.randint(1, 2))}
+            guesses = (post["keyphrases"][: rng.randrange(2)] + phrases(5))[:5]
+            prediction = {"id": str(number), "keyphrases": guesses, "tokens": 9}
+            references.write(json.dumps(post) + "\n")
+            predictions.write(json.dumps(prediction) + "\n")
     return paths
 
 
 def measure(*arguments, runs=3):
     """Print the best wall time of some runs, in seconds, and the peak of resident memory, in GB."""
-    best, peak = float("inf"), 0
+    times, peak = [], 0
     for _ in range(runs):
         start = time.perf_counter()
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, SCRIPT, *arguments], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            sys.exit(f"evaluate.py {' '.join(map(str, arguments))} failed")
-        best, peak = min(best, time.perf_counter() - start), max(peak, usage.ru_maxrss)
-    options = " ".join(
-        str(argument) for argument in arguments[2:] if not isinstance(argument, Path)
-    )
-    print(
-        f"{Path(arguments[0]).name:16} {options:32} {best:6.2f} s  {peak / 1e6:5.2f} GB", flush=True
-    )
+            sys.exit(f"evaluate.py {arguments} failed")
+        times.append(time.perf_counter() - start)
+        peak = max(peak, usage.ru_maxrss)
+    shown = f"{Path(arguments[0]).name:16} {' '.join(arguments[2:3]):12}"
+    print(f"{shown} {min(times):6.2f} s  {peak / 1e6:5.2f} GB", flush=True)
 
 
 def main():
-    if sys.argv[1:]:
-        cases, folder = [tuple(map(Path, sys.argv[1:]))], None
-    else:
-        folder = tempfile.TemporaryDirectory()
-        cases = [write_posts(Path(folder.name), posts) for posts in (5372, 330_000)]
-    for predictions, references in cases:
-        measure(predictions, references)
-        measure(predictions, references, "--train", references)
-        measure(predictions, references, "--bootstrap", 1000)
-        measure(predictions, references, "--against", predictions, runs=1)
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [sys.argv[1:]] if sys.argv[1:] else map(write_posts, [Path(folder)] * 2, SIZES)
+        for predictions, references in cases:
+            measure(predictions, references)
+            measure(predictions, references, "--train", references)
+            measure(predictions, references, "--bootstrap", "1000")
+            measure(predictions, references, "--against", predictions, runs=1)
 
 
 if __name__ == "__main__":

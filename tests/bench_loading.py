@@ -8,7 +8,6 @@ at most.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,46 +24,43 @@ from support.console import HelpFormatter, positive_int  # noqa: E402
 from support.jsonl import to_line  # noqa: E402
 from tiny import qwen_tokenizer  # noqa: E402
 
+POSTS = 32
 
-def write_posts(folder, count):
+
+def write_posts(folder):
     """Posts with JPEGs of 1152 x 896 pixels: soft shapes with grain, about the bytes of a photo."""
     rng = np.random.default_rng(0)
     with open(folder / "posts.jsonl", "w", encoding="utf-8") as file:
-        for number in range(count):
+        for number in range(POSTS):
             small = Image.fromarray(rng.integers(0, 256, (14, 18, 3), dtype=np.uint8))
-            shapes = small.resize((1152, 896), Image.Resampling.BICUBIC)
-            picture = np.asarray(shapes, dtype=np.int16)
-            picture = (picture + rng.integers(-12, 13, picture.shape)).clip(0, 255).astype(np.uint8)
+            shapes = np.asarray(small.resize((1152, 896), Image.Resampling.BICUBIC), dtype=np.int16)
+            picture = (shapes + rng.integers(-12, 13, shapes.shape)).clip(0, 255).astype(np.uint8)
             Image.fromarray(picture).save(folder / f"{number}.jpg", quality=85)
-            record = {"id": str(number), "text": "the quick brown fox " * 5}
-            record |= {"image": f"{number}.jpg", "keyphrases": ["brown fox"]}
-            file.write(to_line(record))
+            post = {"id": str(number), "text": "the quick brown fox " * 5}
+            file.write(to_line(post | {"image": f"{number}.jpg", "keyphrases": ["brown fox"]}))
     return data.Posts(folder / "posts.jsonl", for_training=True)
 
 
-def measure(encoded, batch_size, workers, seconds, steps):
+def measure(encoded, batch_size, seconds, args):
     """(seconds that a step waits for its data, seconds of a step), without the first few steps.
 
     They are means, since workers that can't keep up deliver in bursts.
     """
-    count = len(encoded.posts)
-    order = [[(step * batch_size + i) % count for i in range(batch_size)] for step in range(steps)]
-    loader, waited, whole = data.Loader(encoded, order, batch_size, workers), [], []
-    started = time.perf_counter()
+    order = np.arange(args.steps * batch_size).reshape(args.steps, batch_size) % POSTS
+    loader, waited = data.Loader(encoded, order.tolist(), batch_size, args.workers), []
+    times = [time.perf_counter()]
     for _ in loader:
         time.sleep(seconds)
         waited.append(loader.waited)
-        whole.append(time.perf_counter() - started)
-        started = time.perf_counter()
-    return statistics.mean(waited[5:]), statistics.mean(whole[5:])
+        times.append(time.perf_counter())
+    return statistics.mean(waited[5:]), statistics.mean(np.diff(times)[5:])
 
 
 def main():
     from transformers import Qwen2VLImageProcessorPil as ImageProcessor
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    sizes = [1, 2, 4, 8]
+    add, sizes = parser.add_argument, [1, 2, 4, 8]
     add("--batch-size", type=positive_int, nargs="+", default=sizes, help="posts a step")
     add("--workers", type=positive_int, default=2, help="processes that prepare images")
     add("--model-seconds", type=float, default=0.2, help="time of the model in a step")
@@ -74,20 +70,15 @@ def main():
     processor = ImageProcessor(min_pixels=56 * 56, max_pixels=12845056)
     encoder = data.Encoder(tokenizer, processor, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     with tempfile.TemporaryDirectory() as folder:
-        encoded = data.EncodedPosts(write_posts(Path(folder), 32), encoder, with_answers=True)
-        size = sum(file.stat().st_size for file in Path(folder).glob("*.jpg")) / 32
-        workers, seconds = args.workers, args.model_seconds
-        print(f"JPEGs of {size / 1e3:.0f} kB, {workers} workers, a model of {seconds:.3f} s a step")
+        encoded = data.EncodedPosts(write_posts(Path(folder)), encoder, with_answers=True)
+        print(f"{args.workers} workers, a model of {args.model_seconds:.3f} s a step")
         for batch_size in args.batch_size:
-            waited, whole = measure(encoded, batch_size, workers, seconds, args.steps)
-            _, alone = measure(encoded, batch_size, workers, 0, args.steps)
-            result = {
-                "batch_size": batch_size,
-                "waited_s": round(waited, 4),
-                "share": round(waited / whole, 4),
-                "posts_per_s_without_model": round(batch_size / alone, 1),
-            }
-            print(json.dumps(result))
+            waited, whole = measure(encoded, batch_size, args.model_seconds, args)
+            _, alone = measure(encoded, batch_size, 0, args)
+            print(
+                f"batch size {batch_size}: waits {waited:.4f} s, {waited / whole:.2%} of a step; "
+                f"{batch_size / alone:.1f} posts a second without the model"
+            )
 
 
 if __name__ == "__main__":

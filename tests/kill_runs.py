@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,36 +26,26 @@ sys.path[:0] = [str(ROOT)]
 from support.console import HelpFormatter, positive_int  # noqa: E402
 
 
-def tensors(run):
-    """Weights and optimizer state of a run's last checkpoint, as bytes."""
+def result(run):
+    """(weights and optimizer state of a run's last checkpoint as bytes, its log without times)."""
     from safetensors.torch import load_file
 
     folder = run / (run / "last").read_text().strip()
-    return {
+    tensors = {
         (file.name, name): tensor.numpy().tobytes()
-        for file in [folder / "model.safetensors", *sorted(folder.glob("optimizer/*"))]
+        for file in [folder / "model.safetensors", *folder.glob("optimizer/*")]
         for name, tensor in load_file(file).items()
     }
-
-
-def log(run):
-    lines = (json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
-    times = ("seconds", "waited")
-    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return tensors, [line | {"seconds": None, "waited": None} for line in log]
 
 
 def start(arguments, processes):
-    launcher = []
-    if processes > 1:
-        launcher = f"-m torch.distributed.run --nproc-per-node {processes}".split()
-        launcher += "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0".split()
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    launcher = f"-m torch.distributed.run --nproc-per-node {processes}".split()
+    launcher += "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0".split()
+    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / "train.py", *arguments]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), start_new_session=True, **pipes)
 
 
 def descendants(pid):
@@ -81,13 +70,10 @@ def kill(process):
     process.communicate()
 
 
-def wait_for(condition, process, pause=0.002):
-    """Wait until a condition holds; False if the process ends first."""
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(pause)
-    return False
+def wait_for(condition, process):
+    """Wait until a condition holds or the process has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
 
 
 def saving(out, since):
@@ -99,39 +85,32 @@ def saving(out, since):
     return False
 
 
-def one_run(out, arguments, processes, kills, draw, counts):
+def one_run(out, arguments, args, kills, draw, counts):
     """Train a run to its end through `kills` kills."""
-    log_file = out / "log.jsonl"
+    log = out / "log.jsonl"
 
     def log_size():
-        return log_file.stat().st_size if log_file.exists() else 0
+        return log.stat().st_size if log.exists() else 0
 
     while True:
         resume = ["--resume"] if (out / "last").exists() else []
-        process, began = start([*arguments, "--out", out, *resume], processes), time.time()
-        if not kills:
+        began, size = time.time(), log_size()
+        process = start([*arguments, "--out", out, *resume], args.processes)
+        if kills and draw.random() < 0.5:
+            wait_for(lambda began=began: saving(out, began), process)
+            time.sleep(draw.random() * 0.1)
+        elif kills:
+            wait_for(lambda size=size: log_size() > size, process)
+            time.sleep(draw.random() * 2)
+        if not kills or process.poll() is not None:
             _, errors = process.communicate()
             if process.returncode:
-                sys.exit(f"the last run ended with {process.returncode}: {errors[-2000:]}")
+                sys.exit(f"a run ended by itself with {process.returncode}: {errors[-2000:]}")
             return
-        size = log_size()
-        if draw.random() < 0.5:
-            alive = wait_for(partial(saving, out, began), process)
-            time.sleep(draw.random() * 0.1)
-        else:
-            alive = wait_for(lambda size=size: log_size() > size, process, 0.01)
-            time.sleep(draw.random() * 2)
-        if not alive and process.returncode:
-            _, errors = process.communicate()
-            sys.exit(f"a run ended by itself with {process.returncode}: {errors[-2000:]}")
-        if process.poll() is None:
-            kill(process)
-            counts["kills"] += 1
-            counts["a save was under way"] += saving(out, began)
-            kills -= 1
-        else:
-            process.communicate()
-            return
+        kill(process)
+        counts["kills"] += 1
+        counts["a save was under way"] += saving(out, began)
+        kills -= 1
 
 
 def main():
@@ -149,24 +128,22 @@ def main():
         club, whole = folder / "club", folder / "whole"
         sizes = "--seed 100 --train 64 --valid 8 --test 8".split()
         command = [sys.executable, "-m", "tools.clubworld", "--out", club, *sizes]
-        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        subprocess.run(command, check=True, cwd=ROOT, **silent)
+        subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
         files = ["--train", club / "train.jsonl", "--valid", club / "valid.jsonl"]
         options = "--epochs 3 --batch-size 8 --lr 2e-3 --gamma 5 --workers 1 --save-every 1"
         options = [*options.split(), "--max-new-tokens", 4, "--parallel", args.parallel]
         arguments = [*files, "--model", club / "toy", *options]
-        one_run(whole, arguments, args.processes, 0, draw, counts)
-        right = tensors(whole), log(whole)
+        one_run(whole, arguments, args, 0, draw, counts)
+        right = result(whole)
         while counts["kills"] < args.kills:
             out = folder / f"run{counts['runs']}"
             kills = min(args.kills_a_run, args.kills - counts["kills"])
-            one_run(out, arguments, args.processes, kills, draw, counts)
+            one_run(out, arguments, args, kills, draw, counts)
             counts["runs"] += 1
-            if (tensors(out), log(out)) != right:
+            if result(out) != right:
                 sys.exit(f"{out.name}: not what the run that was never stopped has; {counts}")
             print(json.dumps(counts), flush=True)
-    kills = f"{counts['kills']} kills in {counts['runs']} runs"
-    print(f"{args.processes} processes: {kills}, all as the run left alone")
+    print(f"{args.processes} processes: all as the run left alone")
 
 
 if __name__ == "__main__":

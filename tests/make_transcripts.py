@@ -6,20 +6,17 @@ tests/test_screen.py makes them again and compares their shape.
 """
 
 import contextlib
-import fcntl
+import importlib
 import io
 import os
-import pty
 import re
 import shlex
 import signal
-import struct
 import sys
 import tempfile
-import termios
 import textwrap
-import threading
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "first_runs.md"
@@ -42,7 +39,7 @@ def screen(shown, columns):
         elif part == "\r":
             column = 0
         elif part == "\n":
-            row += 1
+            row, column = row + 1, 0
         else:
             if column == columns:
                 row, column = row + 1, 0
@@ -54,54 +51,32 @@ def screen(shown, columns):
     return ["".join(line).rstrip() for line in lines]
 
 
-@contextlib.contextmanager
-def terminal(columns=80):
-    """stdout and stderr are a terminal in this block; gives a list that then gets its lines."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    received, lines = bytearray(), []
+class Terminal(io.StringIO):
+    """Keeps what is written to a terminal."""
 
-    def receive():
-        with contextlib.suppress(OSError):  # the other end was closed
-            while part := os.read(master, 4096):
-                received.extend(part)
+    encoding = "utf-8"
 
-    reader = threading.Thread(target=receive)
-    reader.start()
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(columns)
-    try:
-        with (
-            io.TextIOWrapper(os.fdopen(slave, "wb", 0), "utf-8", write_through=True) as both,
-            contextlib.redirect_stdout(both),
-            contextlib.redirect_stderr(both),
-        ):
-            yield lines
-    finally:
-        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
-        reader.join()
-        os.close(master)
-        lines += screen(received.decode(), columns)
+    def isatty(self):
+        return True
 
 
 def typed(command):
     """What the terminal shows of a command: its lines, the command's own first."""
-    import importlib
-
     from evaluate import run
 
     _, script, *arguments = shlex.split(command)
-    before, sys.argv = sys.argv, [script, *arguments]
-    try:
-        with terminal() as lines, contextlib.suppress(SystemExit):
-            run(importlib.import_module(script.removesuffix(".py")).main)
-    finally:
-        sys.argv = before
+    with (
+        mock.patch.object(sys, "argv", [script, *arguments]),
+        mock.patch.dict(os.environ, COLUMNS="80", LINES="24"),
+        contextlib.redirect_stdout(Terminal()) as both,
+        contextlib.redirect_stderr(both),
+        contextlib.suppress(SystemExit),
+    ):
+        run(importlib.import_module(script.removesuffix(".py")).main)
     shown = textwrap.wrap(f"$ {command}", 78, subsequent_indent="      ", break_on_hyphens=False)
-    return [*(f"{line} \\" for line in shown[:-1]), shown[-1], *lines]
+    return [*(f"{line} \\" for line in shown[:-1]), shown[-1], *screen(both.getvalue(), 80)]
 
 
-@contextlib.contextmanager
 def ctrl_c_after(step):
     """Press Ctrl-C when a training run in this block has done `step`."""
     from support.log import TrainingLog
@@ -113,11 +88,7 @@ def ctrl_c_after(step):
         if number == step:
             signal.raise_signal(signal.SIGINT)
 
-    TrainingLog.end_step = then_press
-    try:
-        yield
-    finally:
-        TrainingLog.end_step = end_step
+    return mock.patch.object(TrainingLog, "end_step", then_press)
 
 
 def write_posts(folder):
@@ -147,13 +118,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         found = transcripts(folder)
     blocks = [
-        f"## {title}\n\n```text\n" + "\n".join(lines).rstrip() + "\n```\n"
+        f"## {title}\n\n```text\n" + "\n".join(lines).rstrip() + "\n```\n\n"
         for title, lines in found.items()
     ]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    page = before + MARKS[0] + "\n" + "\n".join(blocks) + "\n" + MARKS[1] + after
-    PAGE.write_text(page, encoding="utf-8")
+    page = [before, MARKS[0], "\n", *blocks, MARKS[1], rest.partition(MARKS[1])[2]]
+    PAGE.write_text("".join(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

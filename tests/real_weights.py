@@ -39,19 +39,16 @@ PROMPT = "Post: {text}\nHashtags:"
 
 
 def read_source(gguf):
-    """(tokenizer, Llama in float32) of a GGUF file."""
+    """(tokenizer, Llama in float32) of a GGUF file; the tokenizer gets what a Qwen-VL's has."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     llama = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    return AutoTokenizer.from_pretrained(**where), llama.eval()
-
-
-def add_marks(tokenizer):
-    """Give the tokenizer what a Qwen-VL's has: tokens of an image, and a template for parts."""
+    tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.chat_template = QWEN3_TEMPLATE  # without a system turn, which would cost 22 tokens
+    return tokenizer, llama.eval()
 
 
 def as_qwen(llama, tokenizer):
@@ -78,9 +75,8 @@ def as_qwen(llama, tokenizer):
     vision |= {"out_hidden_size": old.hidden_size, "fullatt_block_indexes": [1, 3]}
     names = "vision_start", "vision_end", "image", "video"
     marks = {f"{name}_token_id": token(mark) for name, mark in zip(names, MARKS, strict=True)}
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **marks
-    )
+    marks |= {"text_config": text, "vision_config": vision}
+    config = Qwen2_5_VLConfig(tie_word_embeddings=True, **marks)
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
     weights = llama.model.state_dict()
@@ -88,10 +84,10 @@ def as_qwen(llama, tokenizer):
     new = embedding.mean(0).expand(len(tokenizer) - len(embedding), -1)
     weights["embed_tokens.weight"] = torch.cat([embedding, new])
     qwen = model.model.language_model
-    biases = {
-        name: torch.zeros_like(x) for name, x in qwen.state_dict().items() if name.endswith("bias")
-    }
-    qwen.load_state_dict(weights | biases)
+    for name, tensor in qwen.state_dict().items():
+        if name.endswith("bias"):
+            weights[name] = torch.zeros_like(tensor)
+    qwen.load_state_dict(weights)
     model.generation_config.eos_token_id = [token("<|im_end|>")]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -118,20 +114,20 @@ def make(args):
     folder = args.out / "model"
     folder.mkdir(parents=True)
     tokenizer, llama = read_source(args.gguf)
-    add_marks(tokenizer)
     as_qwen(llama, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_image_processor(folder, "qwen2_5_vl")
     check(folder, llama, tokenizer)
     for source, name in ((args.train, "train"), (args.test, "test")):
-        command = [sys.executable, "-m", "tools.dataset", "cmkp", Path(source).resolve(), "--out"]
+        command = [sys.executable, "-m", "tools.dataset", "cmkp", source.resolve(), "--out"]
         subprocess.run([*command, (args.out / f"{name}.jsonl").resolve()], cwd=ROOT, check=True)
     (args.out / "prompt.txt").write_text(PROMPT, encoding="utf-8")
-    with open(args.out / "test.jsonl", encoding="utf-8") as file:
+    test = args.out / "test.jsonl"
+    with open(test, encoding="utf-8") as file:
         posts = list(file)
     random.Random(0).shuffle(posts)
     parts = [sorted(posts[i : i + PART], key=len) for i in range(0, len(posts), PART)]
-    (args.out / "test.jsonl").write_text("".join(map("".join, parts)), encoding="utf-8")
+    test.write_text("".join(map("".join, parts)), encoding="utf-8")
 
 
 def run_in_bf16(args):
@@ -148,15 +144,15 @@ def main():
     command = commands.add_parser("make", help="write the model and the posts")
     command.set_defaults(function=make)
     command.add_argument("gguf", type=Path, help="SmolLM2-135M-Instruct")
-    command.add_argument("train", help="CMKP's valid_src.txt")
-    command.add_argument("test", help="CMKP's test_src.txt")
+    command.add_argument("train", type=Path, help="CMKP's valid_src.txt")
+    command.add_argument("test", type=Path, help="CMKP's test_src.txt")
     command.add_argument("--out", type=Path, default=Path("out/real"), help="folder to write")
     command = commands.add_parser("bf16", help="run train.py or infer.py as on a GPU")
     command.set_defaults(function=run_in_bf16)
     command.add_argument("script", help="train.py or infer.py")
     command.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
-    return args.function(args)
+    args.function(args)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,11 @@ The templates in tools/templates/ escape everything that people wrote in their p
 """
 
 import base64
-import hashlib
 import io
 import os
-import re
+import secrets
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -36,7 +33,7 @@ from evaluate import (
 )
 from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.images import Unreadable, load_image
-from support.jsonl import locked, write_atomic
+from support.jsonl import locked
 
 LONGEST_SIDE = 320  # pixels of a small copy: sharp on a phone, about 10 kB
 COLUMNS = ("posts", "F1@1", "F1@M", "tokens", "reasoned")  # what fits on a phone
@@ -45,9 +42,7 @@ FILTERS = {
     "Keyphrases": ("seen", "unseen"),
     "Answer": ("reasoned", "direct"),
 }
-TEMPLATES = Path(__file__).parent / "templates"
-GENERATOR = b'<meta name="generator" content="tools.gallery">'  # in every page, see gallery.html
-NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+SIGNS = {"right": "✓", "found": "✓", "wrong": "✗", "missed": "○", "repeated": "–", "ignored": "–"}
 
 
 class Mark(NamedTuple):
@@ -102,16 +97,14 @@ def filter_kinds(prediction, predicted, references, train):
             kinds.append("unseen" if any(mark.unseen for mark in counted) else "seen")
     if "think" in prediction and "failed" not in prediction:
         kinds.append("reasoned" if reasoned(prediction) else "direct")
-    return tuple(kinds)
+    return kinds
 
 
 def describe_post(number, post, prediction, train):
     """What gallery.html shows of a post, apart from its image."""
     predicted, references = marks(prediction, post, train)
-    think = (prediction.get("think") or "").strip()
-    kinds, facts = filter_kinds(prediction, predicted, references, train), []
-    if "direct" in kinds:
-        facts.append("answered directly")
+    kinds = filter_kinds(prediction, predicted, references, train)
+    facts = ["answered directly"] if "direct" in kinds else []
     if "tokens" in prediction and "failed" not in prediction:
         facts.append(plural(prediction["tokens"], "token"))
     return post | {
@@ -119,9 +112,8 @@ def describe_post(number, post, prediction, train):
         "references": references,
         "predicted": predicted,
         "kinds": kinds,
-        "think": think,
-        "facts": facts,
-        "note": prediction.get("note"),
+        "think": (prediction.get("think") or "").strip(),
+        "facts": facts + prediction.get("notes", []),
     }
 
 
@@ -131,7 +123,7 @@ def read_posts(args):
     predictions = read_predictions(args.predictions)
     for prediction, (_, row) in zip(predictions, read_rows(args.predictions), strict=True):
         if isinstance(row, dict) and (row.get("error") or row.get("cut")):
-            prediction["note"] = f"failed: {row['error']}" if row.get("error") else "cut off"
+            prediction["notes"] = [f"failed: {row['error']}" if row.get("error") else "cut off"]
     predictions = align(predictions, posts, args.allow_missing, (args.predictions, args.posts))
     train = set(train_keyphrases(args.train)) if args.train else None
     known = None if train is None else set(map(normalize, train))
@@ -147,30 +139,28 @@ def read_posts(args):
 
 
 def small_copy(path):
-    """(data URL, None) of an image at most LONGEST_SIDE wide and high, or (None, what is wrong).
+    """An image at most LONGEST_SIDE wide and high: {"picture": data URL} or {"problem": why not}.
 
-    (None, None) if `path` is None.
+    {} if `path` is None.
     """
     from PIL import Image
 
     if path is None:
-        return None, None
+        return {}
     try:
         # load_image decodes a large JPEG at up to four times this area: enough to scale down well.
         image = load_image(path, LONGEST_SIDE * LONGEST_SIDE // 4)
     except Unreadable as error:
         # Pillow's message names the whole path, which readers of a published page need not know.
-        return None, f"{path.name}: {str(error).partition(':')[0]}"
+        return {"problem": f"{path.name}: {str(error).partition(':')[0]}"}
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "WEBP", quality=72, method=2)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}", None
+    return {"picture": f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"}
 
 
 def score_table(scores):
-    """The scores of each class that has posts: column titles, and (class, cells) as rows."""
-    classes = {name: entry for name, entry in scores.items() if name != "posts" and entry["posts"]}
-    columns = [key for key in COLUMNS if any(key in entry for entry in classes.values())]
+    """The scores of each class that has posts, as rows of cells; the first row is the titles."""
 
     def cell(entry, key):
         if key not in entry:
@@ -179,87 +169,54 @@ def score_table(scores):
             return f"{entry[key]:,}"
         return f"{entry[key] if key == 'tokens' else 100 * entry[key]:.1f}"
 
-    rows = {name: [cell(entry, key) for key in columns] for name, entry in classes.items()}
-    return {"titles": ["keyphrases", *columns], "rows": rows}
+    rows = [["keyphrases", *COLUMNS]]
+    for name, entry in scores.items():
+        if name != "posts" and entry["posts"]:
+            rows.append([name.replace("_", " + "), *(cell(entry, key) for key in COLUMNS)])
+    return rows
 
 
-def page_link(name, posts):
-    """The address of a page, and for gallery.js how many of its posts are of which kinds."""
-    counts = Counter(post["kinds"] for post in posts)
-    groups = [" ".join([str(count), *kinds]) for kinds, count in counts.items()]
-    return {"href": quote(os.fsencode(name)), "counts": ",".join(groups)}
+def render_pages(pages, shared, workers):
+    """Iterate over the HTML of the pages, lists of posts; `shared` is the same on every page."""
+    import jinja2
 
-
-def short_name(path):
-    """The last two parts of a path: a published page need not tell the others."""
-    return "/".join(Path(os.path.abspath(path)).parts[-2:])
-
-
-def load_template():
-    """The page's template. Raises UserError if Jinja2 is missing."""
-    try:
-        import jinja2
-    except ImportError:
-        raise UserError("Jinja2 is not installed; run `pip install jinja2`") from None
-
-    def sha256(text):
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-    files = jinja2.FileSystemLoader(TEMPLATES)
-    pages = jinja2.Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.filters["sha256"] = sha256
-    pages.globals["style"] = (TEMPLATES / "gallery.css").read_text(encoding="utf-8")
-    pages.globals["script"] = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
-    return pages.get_template("gallery.html")
-
-
-def render_pages(template, shared, pages, workers):
-    """Iterate over the pages' HTML; what HTML can't hold becomes U+FFFD.
-
-    `pages` are lists of posts; `shared` is what the template shows on every page.
-    """
+    files = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Environment(loader=files, **options).get_template("gallery.html")
+    template.globals |= shared
     total = sum(map(len, pages))
     with ThreadPoolExecutor(workers) as pool, progress(None, total, "gallery") as bar:
         for here, posts in enumerate(pages):
-            copies = pool.map(small_copy, [post["path"] for post in posts])
             shown = []
-            for post, (image, problem) in zip(posts, copies, strict=True):
-                shown.append(post | {"image": image, "problem": problem})
+            copies = pool.map(small_copy, [post["path"] for post in posts])
+            for post, copy in zip(posts, copies, strict=True):
+                shown.append(post | copy)
                 bar.update()
-            yield NOT_HTML.sub("\ufffd", template.render(shared, here=here, posts=shown))
-
-
-def page_name(out, number):
-    """gallery.html, gallery-2.html, …"""
-    return out.name if number == 1 else f"{out.stem}-{number}{out.suffix}"
+            yield template.render(here=here, posts=shown)
 
 
 def check_out(paths, inputs):
     """Raise UserError if a file to write is a folder, or one of the files to read."""
     inputs = {Path(file).resolve() for file in inputs if file}
     for path in paths:
-        if path.is_dir():
-            raise UserError(f"{path}: a folder; --out must name a file")
-        if path.resolve() in inputs:
-            raise UserError(f"{path}: one of the files to read; choose another --out")
+        if path.is_dir() or path.resolve() in inputs:
+            kind = "a folder" if path.is_dir() else "one of the files to read"
+            raise UserError(f"{path}: {kind}; --out must name another file")
 
 
-def write_pages(out, names, pages):
-    """Write all pages, or none of them if one fails; remove what a longer gallery left behind."""
+def write_pages(paths, pages):
+    """Write all pages, or none of them if one fails."""
+    out = paths[0]
     with (
         locked(out),
         writing(out),
         TemporaryDirectory(dir=out.parent, prefix=".gallery.") as folder,
     ):
-        for name, page in zip(names, pages, strict=True):
-            write_atomic(Path(folder) / name, page)
-        for name in names:
-            os.replace(Path(folder) / name, out.parent / name)
-        for number in count(len(names) + 1):
-            old = out.parent / page_name(out, number)
-            if not old.is_file() or GENERATOR not in old.read_bytes()[:1000]:
-                break
-            old.unlink()
+        for path, page in zip(paths, pages, strict=True):
+            # A lone surrogate, which has no UTF-8, is shown as an escape.
+            (Path(folder) / path.name).write_text(page, "utf-8", "backslashreplace")
+        for path in paths:
+            os.replace(Path(folder) / path.name, path)
 
 
 def parse_args(arguments=None):
@@ -280,24 +237,30 @@ def parse_args(arguments=None):
 
 def main():
     args = parse_args()
-    template = load_template()
+    info(f"reading {args.predictions} and {args.posts} …")
     posts, scores = read_posts(args)
     out, size = Path(args.out), args.page_size
     pages = [posts[start : start + size] for start in range(0, len(posts), size)]
-    names = [page_name(out, number) for number in range(1, len(pages) + 1)]
-    files = {"predictions": args.predictions, "posts": args.posts, "train": args.train}
-    check_out([out.parent / name for name in names], files.values())
+    numbered = [f"{out.stem}-{number}{out.suffix}" for number in range(2, len(pages) + 1)]
+    paths = [out, *(out.parent / name for name in numbered)]
+    check_out(paths, [args.predictions, args.posts, args.train])
+    # A published page need not tell where its files were: two parts of a path are enough.
+    names = ["/".join(Path(file).parts[-2:]) for file in (args.predictions, args.posts)]
     shared = {
-        "files": {role: short_name(file) for role, file in files.items() if file},
+        "predictions": names[0],
+        "references": names[1],
+        "train": args.train and Path(args.train).name,
         "total": plural(len(posts), "post"),
         "scores": score_table(scores),
         "filters": FILTERS,
-        "totals": Counter(kind for post in posts for kind in post["kinds"]),
-        "pages": [page_link(name, page) for name, page in zip(names, pages, strict=True)],
+        "known": {kind for post in posts for kind in post["kinds"]},
+        "signs": SIGNS,
+        "links": [quote(os.fsencode(path.name)) for path in paths],
+        "nonce": secrets.token_urlsafe(16),
     }
     with warnings.catch_warnings(action="ignore"):  # load_image's own filter is not thread-safe
-        write_pages(out, names, render_pages(template, shared, pages, args.workers))
-    further = f" on {len(names)} pages, to {names[-1]}" if len(names) > 1 else ""
+        write_pages(paths, render_pages(pages, shared, args.workers))
+    further = f" on {len(paths)} pages, to {paths[-1].name}" if len(paths) > 1 else ""
     info(f"{out}: {plural(len(posts), 'post')}{further}")
 
 

@@ -3,15 +3,13 @@
 python -m tools.merge out/run1 out/merged
 """
 
-import os
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from evaluate import UserError, run
 from support.adapters import adapter_config, merge_adapter
-from support.bars import busy
 from support.checkpoint import copy_side_files, write_own
-from support.console import ArgumentParser, first_line, info
+from support.console import ArgumentParser, info, writing
 from support.jsonl import follow_umask, locked
 
 
@@ -23,33 +21,28 @@ def merge(name, out):
     """
     from model import load
 
-    out = Path(out)
     if out.exists():
         raise UserError(f"{out}: is there already; name another folder for the merged model")
-    with busy(f"loading {name}"):
-        model, encoder, source = load(name)
+    info(f"loading {name} …")
+    model, encoder, source = load(name)
     if not adapter_config(model):
         raise UserError(f"{source}: no adapter, but a whole model already")
     merge_adapter(model)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    hidden = f".{out.name}."
+    with writing(out, "make room"), TemporaryDirectory(dir=out.parent, prefix=hidden) as folder:
+        partial = Path(folder) / out.name
+        partial.mkdir()
         model.save_pretrained(partial)
         copy_side_files(model.name_or_path, partial)
         write_own(encoder, partial)
         follow_umask(partial)
-        os.rename(partial, out)
-    except Exception as error:  # the libraries raise errors of their own
-        shutil.rmtree(partial, ignore_errors=True)
-        mend = "make room, or choose another folder"
-        raise UserError(f"{out}: can't be written ({first_line(error)}); {mend}") from None
+        partial.rename(out)
 
 
 def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a run with an adapter, or the adapter's folder")
-    parser.add_argument("out", help="folder for the merged model; must not exist")
+    parser.add_argument("out", type=Path, help="folder for the merged model; must not exist")
     return parser.parse_args(arguments)
 
 
@@ -57,7 +50,7 @@ def main():
     args = parse_args()
     with locked(args.out):
         merge(args.model, args.out)
-    size = sum(file.stat().st_size for file in Path(args.out).glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     info(f"{args.out}: the merged model, in float32, {size / 1e6:,.0f} MB")
 
 
