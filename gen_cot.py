@@ -24,10 +24,15 @@ from pathlib import Path
 
 import data
 from evaluate import CJK, UserError, non_negative_int, normalize, plural, run
-from support.bars import busy
-from support.chat import Failed, chat_request
-from support.client import Client
-from support.connection import OPENAI, add_server_options, endpoint, without_query
+from support.client import (
+    OPENAI,
+    Client,
+    Failed,
+    add_server_options,
+    chat_request,
+    endpoint,
+    without_query,
+)
 from support.console import WITHOUT_RATE, ArgumentParser, info, positive_int, progress, writing
 from support.images import MAX_PIXELS, Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, read_settings, write_settings
@@ -108,7 +113,7 @@ def last_pair(text):
 
 def accepted(reply, keyphrases, min_words, max_words):
     """The reasoning in a reply. Raises Failed with the reason why it is not accepted."""
-    if reply.finish == "length":
+    if reply.cut:
         raise Failed("cut off: the reply ran out of tokens", reply.text)
     reasoning, answer = last_pair(reply.text)
     answer, _ = data.parse_answer(f"<answer>{answer}</answer>")
@@ -258,7 +263,7 @@ def request_for(posts, record, prompt, args):
     text = data.fill_prompt(prompt, text=record["text"].strip(), keyphrases=keyphrases)
     path = posts.image_path(record)
     image = image_url(path, args.max_pixels) if path else None
-    return chat_request(args.model, text, image, args.max_new_tokens or None, args.temperature)
+    return chat_request(args, text, image, args.temperature)
 
 
 def write_reasoning(args, first_wait=2):
@@ -268,8 +273,8 @@ def write_reasoning(args, first_wait=2):
     prompt = data.read_prompt(args.prompt_file, *fields) if args.prompt_file else PROMPT
     results = Results(posts, args.out)
     with contextlib.nullcontext() if args.dry_run else locked(args.out):
-        with busy(f"reading {args.out}", delay=1):
-            results.load({"teacher": args.model, "prompt": prompt}, args.mix)
+        teacher = {"teacher": args.model, "prompt": prompt}
+        results.load(teacher | ({"request": args.request} if args.request else {}), args.mix)
         asked = range(min(len(posts), args.limit or len(posts)))
         done = sum(index in results.good for index in asked)
         skipped = 0 if args.retry_failed else sum(index in results.failed for index in asked)

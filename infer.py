@@ -19,10 +19,8 @@ from pathlib import Path
 
 import data
 from evaluate import UserError, one_line, parse_prediction, plural, reasoned, run, shown
-from support.bars import busy
-from support.chat import Failed, chat_request
 from support.checkpoint import checkpoint_of, differences, find_model
-from support.connection import add_server_options
+from support.client import Client, Failed, add_server_options, chat_request
 from support.console import ArgumentParser, info, out_of_memory, positive_int, progress, writing
 from support.images import Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, read_settings, to_line, write_settings
@@ -80,8 +78,7 @@ def infer_one(args):
 
 def predict_here(args, record, image):
     """The prediction for one post by the model loaded here. Raises Unreadable."""
-    with busy("loading the model", disable=None):  # a word to a terminal only
-        vlm, encoder = load_model(args)
+    vlm, encoder = load_model(args)
     import model
 
     batch = data.collate([encoder.encode(record, image, with_answers=False)], encoder)
@@ -111,9 +108,8 @@ def infer_file(args):
     writer = JsonlWriter(out, len(posts))
     with locked(out), contextlib.closing(writer):
         say_posts(posts)
-        with busy(f"reading {out}", delay=1):
-            index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
-            failed = read_finished(args, writer, index_of)
+        index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
+        failed = read_finished(args, writer, index_of)
         todo = [index for index in range(len(posts)) if index not in writer]
         todo.sort(key=failed.__contains__)  # again after those that were never tried
         say_output(out, done := len(posts) - len(todo))
@@ -137,8 +133,8 @@ def infer_file(args):
 
 def all_here(args, posts, todo):
     """An iterator over predictions for the posts `todo` (indices) by the model loaded here."""
-    with busy(f"loading {args.model}"):
-        vlm, encoder = load_model(args)
+    info(f"loading {args.model} …")
+    vlm, encoder = load_model(args)
     say_model(checkpoint_of(args.model), vlm)
     import model
 
@@ -173,8 +169,6 @@ def connect(args, workers):
 
     The prompt is --prompt-file's, else the one in the model's folder if that is here, else PROMPT.
     """
-    from support.client import Client
-
     client = Client(args.base_url, args, workers)
     own = Path(checkpoint_of(args.model)) / "prompt.txt"
     file = args.prompt_file or (own if own.is_file() else None)
@@ -188,18 +182,18 @@ async def ask(args, client, prompt, record, image):
     """
     text = data.fill_prompt(prompt, text=record["text"].strip())
     url = await asyncio.to_thread(image_url, image, args.max_pixels) if image else None
-    reply = await client.ask(chat_request(args.model, text, url, args.max_new_tokens, 0))
+    reply = await client.ask(chat_request(args, text, url, temperature=0))
     keyphrases, think = data.parse_answer(reply.text)
     prediction = {"id": record["id"], "keyphrases": keyphrases, "think": think}
     prediction |= {"output": reply.text, "tokens": reply.tokens}
-    return prediction | {"cut": True} if reply.finish == "length" else prediction
+    return prediction | {"cut": True} if reply.cut else prediction
 
 
 def identity(args):
     """What predictions depend on, which a resumed run must match: settings, and files' states."""
     names = ("think", "max_pixels", "max_new_tokens", "model" if args.base_url else "max_length")
     now = {name: value for name, value in vars(args).items() if name in names}
-    now |= {"map": args.map} if args.map else {}
+    now |= {name: getattr(args, name) for name in ("map", "request") if getattr(args, name)}
     model = model_folder(args)
     weights = sorted(model.glob("*.safetensors"))
     files = [Path(file) for file in (args.data, *weights, args.prompt_file or model / "prompt.txt")]

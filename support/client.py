@@ -4,41 +4,304 @@ It waits, tries again and slows down where that helps; where it does not, one li
 do. Keys come from the environment alone. They are never shown or written.
 """
 
+import argparse
 import asyncio
 import contextlib
+import email.utils
+import json
+import os
 import random
 import re
 import signal
 import time
+from datetime import UTC
 from itertools import islice
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
-from evaluate import UserError, plural
-from support.chat import (
-    Failed,
-    Fault,
-    RateLimit,
-    Refused,
-    error_status,
-    hide,
-    judge,
-    not_taken,
-    parse_body,
-    read_reply,
-)
-from support.connection import credentials, endpoint, httpx, open_http, speaks_https, without_query
-from support.console import first_line, info
+from evaluate import UserError, non_negative_int, plural, shown
+from support.console import first_line, info, positive_int
 
+try:
+    import httpx2 as httpx  # the name under which huggingface_hub 2 brings it
+except ImportError:
+    import httpx
+
+OPENAI, KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
+LOCAL = ("localhost", "127.0.0.1", "0.0.0.0", "::1")
+KEY_HEADERS = {"authorization", "api-key", "x-api-key", "x-goog-api-key"}  # instead of a bearer
+CONNECT_TIMEOUT = 20  # seconds
 LONGEST_WAIT = 60  # seconds between two tries, where the server asks for nothing else
 LONGEST_RETRY_AFTER = 600  # seconds
 PATIENCE = 3600  # seconds in which one request may meet nothing but rate limits
 GRACE = 5  # seconds for the replies under way when a run is stopped
 GIVE_UP_AFTER = 100  # posts in a row without a reply
-GIVE_UP_EARLY = 5  # posts refused before the first reply
-OTHER_FORM = {"max_tokens": "max_completion_tokens"}  # of a parameter that a model does not take
+
+# --------------------------------------------------------------------- addresses, keys, parameters
+
+
+def add_server_options(parser):
+    """Add the options of a `Client`."""
+    add = parser.add_argument
+    key_help = "environment variable with the server's key; where it is not set, 'none' is sent"
+    add("--api-key-env", metavar="NAME", default=KEY, help=key_help)
+    header_help = (
+        "send another header, with the value of an environment variable; for instance "
+        "api-key=AZURE_KEY, which then takes the place of --api-key-env"
+    )
+    add("--header", metavar="NAME=VARIABLE", action="append", help=header_help)
+    request_help = (
+        "fields to add to every request, null to leave one out; for instance "
+        """'{"max_tokens": null, "max_completion_tokens": 512}'"""
+    )
+    add("--request", metavar="JSON", type=json_object, help=request_help)
+    timeout_help = "seconds to wait for a whole reply"
+    add("--timeout", type=positive_int, default=180, help=timeout_help)
+    retries_help = (
+        "how often a request is tried again that met a fault, and one whose reply was not "
+        "accepted; a rate limit does not count"
+    )
+    add("--max-retries", type=non_negative_int, default=5, help=retries_help)
+
+
+def json_object(text):
+    """argparse type: a JSON object."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON object")
+
+
+def endpoint(base_url):
+    """The address that requests go to, by the rule of OpenAI's own client. Raises UserError."""
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        usable = usable and base_url.isprintable() and " " not in base_url and httpx.URL(base_url)
+    except (ValueError, httpx.InvalidURL):
+        usable = False
+    if not usable:
+        raise UserError(
+            f"--base-url: {without_query(base_url)!r} is no address; one is like "
+            "http://localhost:8000/v1"
+        )
+    if "@" in parts.netloc:
+        raise UserError("--base-url: leave out name and password; keys come from the environment")
+    path = parts.path.rstrip("/") or "/v1"
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions"
+    return parts._replace(path=path, fragment="").geturl()
+
+
+def without_query(url):
+    """An address as messages show it: what follows `?` may be a key."""
+    return url.partition("?")[0]
+
+
+def credentials(options, url):
+    """(headers with the keys, the variable that holds the key or None). Raises UserError."""
+    headers, source = {}, None
+    for pair in options.header or ():
+        name, _, variable = pair.partition("=")
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+            raise UserError("--header: takes NAME=VARIABLE, a header and an environment variable")
+        headers[name.lower()] = secret(variable, "--header", "[ -~]*")
+        source = variable if name.lower() in KEY_HEADERS else source
+    if source is None:
+        openai = urlsplit(url).hostname == urlsplit(OPENAI).hostname
+        optional = options.api_key_env == KEY and not openai
+        key = secret(options.api_key_env, "--api-key-env", "[!-~]*", optional)
+        headers["authorization"] = f"Bearer {key or 'none'}"
+        source = options.api_key_env if key else None
+    return headers, source
+
+
+def secret(variable, option, allowed, optional=False):
+    """The value of an environment variable. Raises UserError.
+
+    No message shows the value, nor what might be a key itself, given in place of a variable.
+    """
+    if not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
+        raise UserError(f"{option}: takes the name of an environment variable that holds the key")
+    name = variable if variable.isupper() else f"that {option} names"
+    value = os.environ.get(variable, "").strip()
+    if not value and not optional:
+        raise UserError(f"no key: the environment variable {name} is not set")
+    if not re.fullmatch(allowed, value):  # the HTTP library's complaint would show it
+        raise UserError(
+            f"the environment variable {name} holds a space, line break or letter that no key has"
+        )
+    return value
+
+
+def open_http(url, headers, timeout, connections):
+    """The HTTP client. Raises UserError where a setting in the environment can't be used."""
+    try:
+        return httpx.AsyncClient(
+            headers={"user-agent": "dynamic-cot"} | headers,
+            verify=httpx.create_ssl_context(),  # with the certificates of SSL_CERT_FILE
+            trust_env=urlsplit(url).hostname not in LOCAL,  # proxies
+            timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, 0.9 * timeout)),
+            limits=httpx.Limits(max_keepalive_connections=connections, keepalive_expiry=4),
+        )
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        raise UserError(
+            "the proxy or the certificates of the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, "
+            f"SSL_CERT_FILE) can't be used: {first_line(error)}"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------ the protocol
+
+
+class Failed(Exception):
+    """One post has no answer. The text is the reason, its kind first: `too long: 900 words`."""
+
+    def __init__(self, reason, reply=None):
+        super().__init__(reason)
+        self.kind, self.reply = reason.partition(":")[0], reply
+
+
+class Refused(Exception):
+    """The server refuses a request: for what is in it, or as it refuses all."""
+
+
+class Fault(Exception):
+    """A request is worth another try, after `wait` seconds where the server asks for that."""
+
+    def __init__(self, reason, wait=None):
+        super().__init__(reason)
+        self.wait = wait
+
+
+class RateLimit(Fault):
+    """The server takes no more requests for now."""
 
 
 class Stopped(Exception):
     """The run was stopped before this request had its answer."""
+
+
+class Reply(NamedTuple):
+    text: str  # reasoning that the server split off is put back into its tags
+    cut: bool  # whether the model ran out of tokens
+    tokens: int | None  # generated tokens, None where the server does not say
+    prompt_tokens: int = 0
+
+
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish_reason
+CUT = re.compile("length|max_tokens|model_length|.*context_window.*")
+REQUEST_HINT = (
+    "change a parameter that the model does not take, or leave it out, with --request, such as "
+    """--request '{"max_tokens": null, "max_completion_tokens": 512}'"""
+)
+
+
+def chat_request(args, text, image_url=None, temperature=None):
+    """The JSON of a request: one user turn, the image and then the text, and --request's fields."""
+    content = text = text.encode("utf-8", "replace").decode()  # no lone surrogates
+    if image_url:
+        image = {"type": "image_url", "image_url": {"url": image_url}}
+        content = [image, {"type": "text", "text": text}]
+    request = {
+        "model": args.model,
+        "messages": [{"role": "user", "content": content}],
+        "stream": False,
+        "max_tokens": args.max_new_tokens or None,
+        "temperature": temperature,
+    } | (args.request or {})
+    return {name: value for name, value in request.items() if value is not None}
+
+
+def read_reply(answer):
+    """The Reply in a completion's JSON. Raises Fault, Failed."""
+    try:
+        choice = answer["choices"][0]
+        finish, message = choice.get("finish_reason") or "stop", choice.get("message")
+    except (TypeError, LookupError, AttributeError):
+        raise Fault("malformed reply: not the JSON of a chat completion") from None
+    cut = bool(CUT.fullmatch(str(finish).lower()))
+    if not cut and str(finish).lower() not in WHOLE:
+        raise Failed(f"not finished: the server says {short(str(finish))}")
+    if not isinstance(message, dict):
+        raise Failed("no message: the reply has none")
+    text, reasoning = split_content(message)
+    usage = answer.get("usage")
+    sent, total = as_int(usage, "prompt_tokens"), as_int(usage, "total_tokens")
+    tokens = as_int(usage, "completion_tokens")
+    if sent is not None and total is not None:  # some count reasoning in the total only
+        tokens = max(tokens or 0, total - sent)
+    if not text and reasoning:
+        raise Failed(
+            "reasoning only: serve without a reasoning parser, or give more --max-new-tokens"
+        )
+    if not text and (message.get("content") is None or tokens == 0):
+        raise Failed(short(f"refusal: {message.get('refusal') or 'the reply has no content'}"))
+    if reasoning and "</think>" not in text:
+        text = f"<think>{reasoning.strip()}</think>{text}"
+    return Reply(text, cut, tokens, sent or 0)
+
+
+def split_content(message):
+    """(answer, reasoning) of a message; of content in parts, what is no text is reasoning."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part for part in parts if isinstance(part, str) or is_text(part)]
+    thoughts = [part for part in parts if part not in texts]
+    reasoning = flat(thoughts) or message.get("reasoning_content") or message.get("reasoning")
+    return flat(texts), flat(reasoning)
+
+
+def is_text(part):
+    return isinstance(part, dict) and part.get("type", "text") == "text"
+
+
+def flat(value):
+    """All text in a value of JSON: a string, a part of a message, or a list of these."""
+    if isinstance(value, list):
+        return "".join(map(flat, value))
+    if isinstance(value, dict):
+        return flat(value.get("text") or value.get("thinking") or value.get("summary"))
+    return value if isinstance(value, str) else ""
+
+
+def as_int(fields, name):
+    """A number in a JSON object, None where there is none; some servers send it as a string."""
+    try:
+        return int(fields[name])
+    except (TypeError, ValueError, LookupError, OverflowError):
+        return None
+
+
+def message_of(answer):
+    """What an error says, in the usual places; never the request, which some servers repeat."""
+    if isinstance(answer, list):
+        return "; ".join(filter(None, map(message_of, answer)))
+    if isinstance(answer, dict):
+        names = ("error", "message", "msg", "detail")
+        return message_of(next(filter(None, map(answer.get, names)), ""))
+    return "a web page, perhaps of a proxy" if str(answer).startswith("<") else str(answer)
+
+
+def short(text):
+    """A server's words as one line of at most 300 characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def retry_after(headers):
+    """The seconds that a server asks to wait, None where it does not; a number, or a date."""
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time())
+
+
+# -------------------------------------------------------------------------------------- the client
 
 
 class Client:
@@ -52,7 +315,7 @@ class Client:
         self.url, self.options = endpoint(base_url), options
         self.server, self.workers, self.first_wait = without_query(self.url), workers, first_wait
         headers, self.key = credentials(options, self.url)
-        self.secrets = [w for value in headers.values() for w in value.split() if len(w) >= 8]
+        self.secrets = [w for value in headers.values() for w in value.split() if len(w) > 7]
         self.http = open_http(self.url, headers, options.timeout, workers)
         self.stop, self.gate = asyncio.Event(), asyncio.Lock()
         self.interval = self.last_start = self.hold_until = 0  # seconds, see `turn`
@@ -60,10 +323,8 @@ class Client:
         self.requests = self.prompt_tokens = self.reply_tokens = 0
         self.reached = False  # whether the server has ever sent anything
         self.answered = False  # whether it has ever answered a request with a completion
-        self.refused = 0  # posts, before that
+        self.refused = 0  # posts
         self.unanswered = 0  # posts in a row
-        self.under_way = 0  # requests
-        self.forms = {}  # the other form of each parameter that the model does not take, or None
         self.told, self.started = set(), time.monotonic()
 
     def each(self, work, items):
@@ -134,9 +395,9 @@ class Client:
                     nothing = self.let_through_at < limited_since
                     self.give_up(f"{limit} (for {PATIENCE / 60:.0f} minutes)", stop=nothing)
             except Refused as refused:
-                self.refused += not self.answered
-                all_refused = self.refused >= GIVE_UP_EARLY and not self.under_way
-                self.give_up(str(refused), stop=all_refused and not self.answered)
+                self.refused += 1
+                all_refused = not self.answered and self.refused >= max(5, self.workers)
+                self.give_up(str(refused), stop=all_refused)
             except Fault as fault:
                 tries += 1
                 if tries > self.options.max_retries:
@@ -155,13 +416,11 @@ class Client:
         """
         async with self.gate:
             while True:
-                # Before more is sent after refusals: are the replies under way refusals, too?
-                hold = self.refused >= GIVE_UP_EARLY and self.under_way and not self.answered
                 wait = max(self.hold_until, self.last_start + self.interval) - time.monotonic()
-                if wait <= 0 and not hold and not self.stop.is_set():
+                if wait <= 0 and not self.stop.is_set():
                     self.last_start = time.monotonic()
                     return self.last_start
-                await self.sleep(0.1 if hold else min(max(wait, 0), 0.1))
+                await self.sleep(min(max(wait, 0), 0.1))
 
     def slow_down(self, start, wait):
         """Hold all requests back after a rate limit that met the one started at `start`."""
@@ -181,47 +440,58 @@ class Client:
 
     async def once(self, request):
         """One request and its Reply. Raises Fault, Failed, Refused, UserError."""
-        sent = {}
-        for name, value in request.items():
-            while name in self.forms:
-                name = self.forms[name]
-            if name:
-                sent[name] = value
-        response = await self.post(sent)
-        answer = parse_body(response.content, self.secrets)
-        status = error_status(response.status_code, answer)
+        response = await self.post(request)
+        status = response.status_code
+        try:
+            answer = json.loads(response.content.decode("utf-8-sig"))
+        except ValueError:
+            answer = response.content.decode("utf-8", "replace").strip()
         if status != 429:
             self.let_through_at = time.monotonic()
             self.interval = self.interval / 2 if self.interval > 0.02 else 0
+        if status >= 300 or isinstance(answer, dict) and answer.get("error"):
+            self.judge(status, answer, response.headers, request)
         try:
-            if status == 200 and isinstance(answer, dict) and answer.get("choices"):
-                reply = read_reply(answer)
-                self.answered, self.unanswered = True, 0
-                self.prompt_tokens += reply.prompt_tokens
-                self.reply_tokens += reply.tokens or 0
-                return reply
-            if refused := not_taken(sent, status, answer):
-                for name in refused:
-                    self.learn(name)
-                return await self.once(request)
-            headers = hide(dict(response.headers), self.secrets)
-            judge(status, answer, headers, request["model"], self.key)
+            reply = read_reply(answer)
         except Failed:
             self.unanswered = 0
             raise
-        except UserError as error:
-            raise UserError(f"{self.server}: {error}") from None
+        self.answered, self.unanswered = True, 0
+        self.prompt_tokens += reply.prompt_tokens
+        self.reply_tokens += reply.tokens or 0
+        return reply
 
-    def learn(self, name):
-        """Send a parameter that the model does not take in its other form, or not at all."""
-        if name not in self.forms:
-            self.forms[name] = OTHER_FORM.get(name)
-            info(f"the model does not take {name}; {self.forms[name] or 'nothing'} is sent instead")
+    def judge(self, status, answer, headers, request):
+        """Raise what an error means: Fault, RateLimit, Refused; UserError where all meet it."""
+        said = message_of(answer) or "no word why"
+        for key in self.secrets:
+            said = said.replace(key, "***")
+        code = answer.get("error") if isinstance(answer, dict) else None
+        code = code.get("code") if isinstance(code, dict) else None
+        reason = short(f"{status} {said}")
+        hints = {
+            401: "it wants a key: put it in OPENAI_API_KEY, or in the variable of --api-key-env",
+            402: "the account needs credit",
+            404: f"check --base-url, and whether it has a model {request['model']}",
+            407: "check the proxy in HTTP_PROXY or HTTPS_PROXY",
+        }
+        if self.key:
+            hints[401] = f"check the key in {self.key}"
+        if code == "insufficient_quota":
+            status = 402
+        if status == 429:
+            raise RateLimit(f"rate limit: {reason}", retry_after(headers))
+        if status < 300 or status >= 500 or status in (408, 409, 425):
+            raise Fault(f"server error: {reason}", retry_after(headers))
+        if status in hints or status < 400:
+            raise UserError(f"{self.server}: {reason}; {hints.get(status, 'check --base-url')}")
+        names = request.keys() - {"model", "messages", "stream"}
+        named = any(re.search(rf"\b{name}\b", said) for name in names)
+        raise Refused(f"refused: {reason}" + f"; {REQUEST_HINT}" * named)
 
     async def post(self, request):
         """The server's response, of any status. Raises Fault, UserError."""
         self.requests += 1
-        self.under_way += 1
         try:
             async with asyncio.timeout(self.options.timeout):
                 response = await self.http.post(self.url, json=request)
@@ -229,38 +499,24 @@ class Client:
             self.reached = True
             raise Fault(f"time-out: no reply in {self.options.timeout} s") from None
         except httpx.HTTPError as error:
-            raise self.explain(error) from None
-        finally:
-            self.under_way -= 1
+            said = first_line(error)
+            if "CERTIFICATE_VERIFY_FAILED" in said:
+                hint = "put the file of its certificate, or of its authority's, in SSL_CERT_FILE"
+                raise UserError(f"{self.server}: {said}; {hint}") from None
+            raise Fault(f"no connection: {said}") from None
         self.reached = True
         return response
-
-    def explain(self, error):
-        """The Fault that an error of the HTTP library means, or a UserError with the mend."""
-        said = first_line(error)
-        if "CERTIFICATE_VERIFY_FAILED" in said:
-            mend = "put the file of its certificate, or of its authority's, in SSL_CERT_FILE"
-        elif re.search("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE", said):
-            mend = "it does not speak HTTPS; write http:// in --base-url"
-        elif isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
-            return Fault(f"no connection: {said}")
-        elif not self.reached and speaks_https(self.url):
-            mend = "it speaks HTTPS; write https:// in --base-url"
-        else:
-            self.reached = True
-            return Fault(f"connection lost: {said}")
-        return UserError(f"{self.server}: {said}; {mend}")
 
     def give_up(self, reason, stop=False):
         """Raise Failed for one post, or UserError where the server seems to answer none."""
         self.unanswered += 1
         if not self.reached:
-            mend = "is the server running, and --base-url right?"
-            raise UserError(f"{self.server}: {reason}; {mend}")
+            hint = "is the server running, and --base-url right?"
+            raise UserError(f"{self.server}: {reason}; {hint}")
         if stop or self.unanswered >= GIVE_UP_AFTER:
             raise UserError(
                 f"{self.server}: no reply for {plural(self.unanswered, 'post')} in a row, the last:"
-                f" {reason}; mend this and run the same command again (gen_cot.py: with "
+                f" {reason}; when this is fixed, run the same command again (gen_cot.py: with "
                 "--retry-failed for those posts)"
             )
         raise Failed(reason)
