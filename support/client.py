@@ -220,12 +220,12 @@ def read_reply(answer):
         finish, message = choice.get("finish_reason") or "stop", choice.get("message")
     except (TypeError, LookupError, AttributeError):
         raise Fault("malformed reply: not the JSON of a chat completion") from None
+    text, reasoning = split_content(message) if isinstance(message, dict) else ("", "")
     cut = bool(CUT.fullmatch(str(finish).lower()))
     if not cut and str(finish).lower() not in WHOLE:
-        raise Failed(f"not finished: the server says {short(str(finish))}")
+        raise Failed(f"not finished: the server says {short(str(finish))}", text or None)
     if not isinstance(message, dict):
         raise Failed("no message: the reply has none")
-    text, reasoning = split_content(message)
     usage = answer.get("usage")
     sent, total = as_int(usage, "prompt_tokens"), as_int(usage, "total_tokens")
     tokens = as_int(usage, "completion_tokens")
@@ -444,7 +444,7 @@ class Client:
         status = response.status_code
         try:
             answer = json.loads(response.content.decode("utf-8-sig"))
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = response.content.decode("utf-8", "replace").strip()
         if status != 429:
             self.let_through_at = time.monotonic()

@@ -39,7 +39,6 @@ from server import (  # noqa: E402
 )
 
 KEY = "sk-proj-ThisMustBeNowhere-0123456789"
-UNSUPPORTED = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
 # The command itself, but with shorter waits between two tries.
 SCRIPT = "import sys, gen_cot; sys.exit(gen_cot.write_reasoning(gen_cot.parse_args(), 0.02))"
 
@@ -58,8 +57,6 @@ class Misbehaving:
         with self.lock:
             if number in self.taken:
                 self.asked_again.append(number)
-        if "max_tokens" in request:
-            return error(400, UNSUPPORTED, param="max_tokens")
         post = random.Random(f"{self.seed} {number}")
         name, answer = "right", post.choice(list(ANSWERS.values()))
         if post.random() < 0.05:
@@ -79,11 +76,10 @@ class Misbehaving:
             "hang": lambda request: HANG,
             "drip": lambda r: Raw(200, completion(r, right(r)), drip=20),
             "closed": lambda r: Raw(200, completion(r, right(r)), cut=10**9),
-            "wrong": lambda r: right(r).replace("flowers", KEY),
+            "wrong": lambda r: right(r).replace("flowers", "else"),
             "key": lambda r: error(500, f"sent with Bearer {KEY}", {"X-Echo": KEY}),
             "key in JSON": lambda r: Raw(503, json.dumps({"error": KEY}).replace("-", "\\u002d")),
-            "slow down": lambda r: error(429, KEY, {"retry-after-ms": "300"}),
-            "slow down, gateway": lambda r: error(429, "x", {"x-gw-retry-after": "0.2"}),
+            "slow down": lambda r: error(429, KEY, {"retry-after": "0.3"}),
         }
 
 

@@ -87,38 +87,14 @@ def error(status, message, headers=(), **fields):
     return Raw(status, {"error": fields}, headers)
 
 
-def events(request, text, end="data: [DONE]\n\n", finish="stop", **delta):
-    """A completion as an event stream, in pieces of 40 characters."""
-    deltas = [{"role": "assistant", "content": ""} | delta]
-    deltas += [{"content": text[start : start + 40]} for start in range(0, len(text), 40)]
-    chunks = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
-    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
-    chunks.append({"choices": [], "usage": completion(request, "")["usage"]})
-    lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
-    return Raw(200, ": keep-alive\n\n" + lines + end, kind="text/event-stream")
-
-
 def cut(request):
     """A completion of which half arrives before the connection is closed."""
     body = json.dumps(completion(request, right(request)))
     return Raw(200, body, cut=len(body) // 2)
 
 
-def cut_events(request):
-    """An event stream without its end."""
-    raw = events(request, right(request))
-    return Raw(200, raw.body[:-300].rpartition(b"\n\n")[0] + b"\n\n", kind=raw.kind)
-
-
 def with_usage(request, usage):
     return completion(request, right(request)) | {"usage": usage}
-
-
-def in_choice(request, **fields):
-    """A completion whose choice reports an error."""
-    answer = completion(request, "")
-    answer["choices"][0] |= fields
-    return answer
 
 
 def packed(request):
@@ -133,8 +109,6 @@ def answer_of(request):
 HANG, DROP = "hang", "drop"  # no reply and no end; the connection is closed without a reply
 HTML = Raw(200, "<!DOCTYPE html><html><body>Bad gateway</body></html>", kind="text/html")
 PAGE = "<html><head><title>Access denied</title></head><body>Authentication required</body></html>"
-FLAGGED = "Input was flagged by moderation"
-GUIDELINES = "Content violates usage guidelines. API key ID: 1, Failed check: SAFETY_CHECK_TYPE_X"
 
 # What real servers and gateways do, by name. A request gets what these make of it.
 
@@ -142,14 +116,9 @@ GUIDELINES = "Content violates usage guidelines. API key ID: 1, Failed check: SA
 ANSWERS = {
     "plain": lambda r: right(r),
     "gzip": packed,
-    "blanks first": lambda r: Raw(200, completion(r, right(r)), drip=0.3),
+    "blanks first": lambda r: Raw(200, completion(r, right(r)), drip=0.2),
     "byte-order mark": lambda r: Raw(200, "\ufeff" + json.dumps(completion(r, right(r)))),
     "status 201": lambda r: Raw(201, completion(r, right(r))),
-    "event stream": lambda r: events(r, right(r)),
-    "event stream without DONE": lambda r: events(r, right(r), end=""),
-    "event stream with reasoning": lambda r: events(
-        r, answer_of(r), reasoning_content=f"\n{REASONING}\n"
-    ),
     "usage in strings": lambda r: with_usage(
         r, {"prompt_tokens": "100", "completion_tokens": "20"}
     ),
@@ -159,88 +128,47 @@ ANSWERS = {
     "content in strings": lambda r: completion(r, [right(r)[:9], right(r)[9:]]),
     "reasoning_content": lambda r: completion(r, answer_of(r), reasoning_content=REASONING),
     "reasoning": lambda r: completion(r, answer_of(r), reasoning=f"\n{REASONING}\n"),
-    "reasoning_details": lambda r: completion(
-        r, answer_of(r), reasoning_details=[{"type": "reasoning.text", "text": REASONING}]
-    ),
-    "thinking": lambda r: completion(r, answer_of(r), thinking=REASONING),
     "thinking in parts": lambda r: completion(
         r, [{"type": "thinking", "thinking": [{"type": "text", "text": REASONING}]}, answer_of(r)]
     ),
     "thoughts beside": lambda r: completion(r, right(r), reasoning_content=THOUGHTS),
     "thoughts before": lambda r: f"<think>{THOUGHTS}</think>\n\n{right(r)}",
     "thoughts before, not opened": lambda r: f"{THOUGHTS} </think>\n\n{right(r)}",
-    "thoughts about the form": lambda r: (
-        f"The form is <think>the reasoning</think><answer>the keyphrases</answer>, so: </think> "
-        f"{right(r)}"
-    ),
+    "end of a turn": lambda r: completion(r, right(r), "EOS"),
 }
 
 # What passes: (the answer, how the reason of a post begins that always meets it).
 PASSING = {
     "429": (lambda r: error(429, "slow down"), "rate limit: 429 slow down"),
-    "429 in a 200": (
-        lambda r: Raw(200, {"error": {"code": 429, "message": "x"}}),
-        "rate limit: 429",
-    ),
-    "429 by base_resp": (
-        lambda r: Raw(200, {"base_resp": {"status_code": 1002, "status_msg": "rpm"}}),
-        "rate limit: 429 rpm",
-    ),
     "500": (lambda r: error(500, "oh no"), "server error: 500 oh no"),
     "502 page": (lambda r: Raw(502, PAGE, kind="text/html"), "server error: 502 a web page"),
-    "202": (lambda r: Raw(202), "server error: 202 nothing"),
-    "204": (lambda r: Raw(204), "server error: 204 nothing"),
-    "424": (lambda r: Raw(424, {"error": "failed dependency"}), "server error: 424 failed depend"),
-    "498": (lambda r: error(498, "capacity"), "server error: 498 capacity"),
-    "499": (lambda r: error(499, "closed"), "server error: 499 closed"),
-    "finish error": (lambda r: completion(r, "<think>T", "error"), "server error: the reply ended"),
-    "finish abort": (
-        lambda r: completion(r, None, "abort"),
-        "server error: the reply ended with ab",
-    ),
-    "error in a choice": (
-        lambda r: in_choice(r, error={"code": 502, "message": "upstream"}, finish_reason="stop"),
-        "server error: upstream",
-    ),
-    "502 in a 200": (
+    "408": (lambda r: Raw(408), "server error: 408 no word why"),
+    "error in a 200": (
         lambda r: Raw(200, {"error": {"code": "502", "message": "provider"}}),
-        "server error: 502 provider",
+        "server error: 200 provider",
     ),
-    "base_resp": (
-        lambda r: Raw(200, {"base_resp": {"status_code": 1000, "status_msg": "unknown"}}),
-        "server error: 500 unknown",
-    ),
-    "an error in an event stream": (
-        lambda r: Raw(200, 'data: {"error": {"code": 503, "message": "busy"}}\n\n', kind="text/x"),
-        "server error: 503 busy",
-    ),
-    "cut": (cut, "connection lost: "),
-    "disconnected": (lambda r: DROP, "connection lost: "),
-    "event stream cut": (cut_events, "malformed reply: "),
+    "cut": (cut, "no connection: "),
+    "disconnected": (lambda r: DROP, "no connection: "),
     "HTML": (lambda r: HTML, "malformed reply: not the JSON of a chat completion"),
     "empty": (lambda r: Raw(200), "malformed reply: not the JSON of a chat completion"),
 }
 
 # What concerns one post alone and is not asked again: (the answer, how its reason begins).
 FAILING = {
-    "filter": (lambda r: error(400, "x", code="content_filter"), "content filter: 400 x"),
-    "moderation by 403": (lambda r: error(403, FLAGGED), f"content filter: 403 {FLAGGED}"),
-    "guidelines by 403": (
-        lambda r: Raw(403, {"code": GUIDELINES, "error": "not allowed"}),
-        "content filter: 403 not allowed",
-    ),
-    "sensitive by base_resp": (
-        lambda r: Raw(200, {"base_resp": {"status_code": 1026, "status_msg": "new_sensitive"}}),
-        "content filter: 451 new_sensitive",
-    ),
+    "filter": (lambda r: error(400, "x", code="content_filter"), "refused: 400 x"),
+    "403": (lambda r: error(403, "flagged"), "refused: 403 flagged"),
+    "403 page": (lambda r: Raw(403, PAGE, kind="text/html"), "refused: 403 a web page"),
     "finish content_filter": (
         lambda r: completion(r, "<think>The", "content_filter"),
-        "content filter: the reply was cut off",
+        "not finished: the server says content_filter",
     ),
+    "finish SAFETY": (lambda r: completion(r, "a", "SAFETY"), "not finished: the server says SAF"),
     "refusal": (lambda r: completion(r, None, refusal="I can't."), "refusal: I can't."),
     "null": (lambda r: completion(r, None), "refusal: the reply has no content"),
-    "too odd": (lambda r: error(400, "image too odd"), "refused: 400 image too odd"),
-    "403 page": (lambda r: Raw(403, PAGE, kind="text/html"), "refused: 403 a web page"),
+    "reasoning alone": (
+        lambda r: completion(r, "", reasoning="So"),
+        "reasoning only: serve without a reasoning parser",
+    ),
 }
 
 

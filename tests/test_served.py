@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,7 +22,9 @@ from evaluate import UserError, read_predictions
 from server import HANG, Server, completion, error, text_of, write_posts
 from support import images
 from support.jsonl import to_line
-from test_gen_cot import ids, lines, no_keys, number, wait_for  # noqa: F401
+from test_gen_cot import ids, lines, no_keys, number  # noqa: F401
+from test_gen_cot_runs import wait_for
+from tiny import generate
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,11 +67,11 @@ def toy(world):
         ).input_ids
         prompts.append(prompt)
         batch = data.collate([data.Sample("post", prompt, pixel_values, grid)], encoder)
-        ((output, tokens, ended),) = model_file.generate(
+        ((output, tokens, ended),) = generate(
             vlm, encoder, batch, max_new_tokens=request["max_tokens"]
         )
         answer = completion(request, output, "stop" if ended else "length")
-        answer["usage"]["completion_tokens"] = tokens
+        answer["usage"] = {"completion_tokens": tokens}
         return answer
 
     return vlm, encoder, reply, prompts
@@ -151,21 +152,24 @@ def test_outputs_of_every_kind(tmp_path):
                 ("<answer>flower; blue</answer>",),
                 ("",),
                 (None,),
-                (None, "length"),
+                ("a", "SAFETY"),
             ][index],
         )
         if index == 3:
             answer["choices"][0]["message"]["reasoning_content"] = "It is blue."
-        if index in (5, 6):  # parsers that take all up to </think> for reasoning
+        if index == 5:  # a parser that takes all up to </think> for reasoning
             answer["choices"][0]["message"]["reasoning_content"] = "flower; blue"
         if index == 4:
             del answer["usage"]
         return answer
 
     with Server(reply) as server:
-        assert served(posts, server) == 0
+        assert served(posts, server) == 1
     blank = {"tokens": 20, "keyphrases": ["flower", "blue"]}
-    assert lines(tmp_path / "preds.jsonl") == [
+    *answers, parsed, unsafe = lines(tmp_path / "preds.jsonl")
+    assert parsed["error"].startswith("reasoning only: serve without a reasoning parser")
+    assert unsafe["error"] == "not finished: the server says SAFETY" and not unsafe["keyphrases"]
+    assert answers == [
         blank | {"id": "post-0", "think": None, "output": "flower; blue"},
         blank | {"id": "post-1", "think": "It is blue.", "output": tagged},
         blank
@@ -178,15 +182,6 @@ def test_outputs_of_every_kind(tmp_path):
         },
         blank | {"id": "post-3", "think": "It is blue.", "output": tagged},
         {"id": "post-4", "keyphrases": [], "think": None, "output": "", "tokens": None},
-        blank | {"id": "post-5", "think": None, "output": "flower; blue"},
-        blank
-        | {
-            "id": "post-6",
-            "think": "flower; blue",
-            "output": "<think>flower; blue</think>",
-            "keyphrases": [],
-            "cut": True,
-        },
     ]
     assert len(read_predictions(tmp_path / "preds.jsonl")) == 7
 
@@ -236,7 +231,7 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
         failed["post-2"] == "refused: 400 image too odd"
         and failed["post-6"] == "server error: 500 oh no (1 try)"
     )
-    assert failed["post-8"] == "content filter: 400 content_filter"
+    assert failed["post-8"] == "refused: 400 content_filter"
     assert all(row["keyphrases"] == [] and row["tokens"] == 0 for row in first if "error" in row)
     (tmp_path / "1.jpg").write_bytes(picture)
     bad.clear()
@@ -253,65 +248,6 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
             served(posts, server, "--base-url", "http://127.0.0.1:1/v1", "--batch-size", 3) == 0
             and not server.log
         )
-
-
-def test_a_refusal_and_a_reply_that_was_broken_off_are_no_predictions(tmp_path, capsys):
-    """They fail, end with exit code 1, and are tried again, after the posts never asked for."""
-    posts = write_posts(tmp_path, 12)
-    odd = {
-        0: lambda request: completion(request, None),
-        1: lambda request: completion(request, None, refusal="I can't help with that."),
-        2: lambda request: completion(request, "flo", "abort"),
-        3: lambda request: completion(request, "<think>The", "error"),
-        4: lambda request: completion(request, "flo", "content_filter"),
-        5: lambda request: error(403, "Your input was flagged"),
-    }
-
-    def reply(request, tries):
-        return odd.get(number(request), lambda _: "flower")(request)
-
-    with Server(reply) as server:
-        assert served(posts, server, "--max-retries", 0) == 1
-    first = lines(tmp_path / "preds.jsonl")
-    assert [row.get("error") for row in first] == [
-        "refusal: the reply has no content",
-        "refusal: I can't help with that.",
-        "server error: the reply ended with abort (1 try)",
-        "server error: the reply ended with error (1 try)",
-        "content filter: the reply was cut off",
-        "content filter: 403 Your input was flagged",
-        *[None] * 6,
-    ]
-    assert all(row["keyphrases"] == [] and row["tokens"] == 0 for row in first[:6])
-    assert "12 posts" in (told := capsys.readouterr().err) and "6 failed" in told
-    kept = (tmp_path / "preds.jsonl").read_text().splitlines(keepends=True)[:8]
-    (tmp_path / "preds.jsonl").write_text("".join(kept))
-    odd.clear()
-    with Server(reply) as server:
-        assert served(posts, server, "--batch-size", 1) == 0
-    assert server.asked() == [f"post-{index}" for index in (8, 9, 10, 11, 0, 1, 2, 3, 4, 5)]
-    assert ids(lines(tmp_path / "preds.jsonl")) == ids(lines(posts))
-
-
-def test_two_runs_do_not_share_an_out(tmp_path):
-    posts, inside, over = write_posts(tmp_path, 3), threading.Event(), threading.Event()
-
-    def reply(request, tries):
-        inside.set()
-        over.wait(60)
-        return "flower"
-
-    with Server(reply) as server:
-        command = ["--data", posts, "--out", "a.jsonl", "--model", "m", "--base-url", server.url]
-        first = python(*command, cwd=tmp_path)
-        inside.wait(60)
-        second = python(*command, cwd=tmp_path)
-        told = second.communicate(timeout=60)[1]
-        over.set()
-        first.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 1) and len(server.log) == 3
-    assert told.startswith("error: a.jsonl: another run is writing to it")
-    assert len(told.splitlines()) == 1
 
 
 def test_a_wrong_key_or_name_stops_at_once_and_leaves_nothing(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 import train
 from data import Batch, Targets
+from model import write_answers
 from support.distributed import Ranks
 
 VOCABULARY, IMAGE_TOKEN = 97, 90
@@ -88,6 +89,12 @@ def train_alone(*arguments):
     args = train.parse_args(words(*arguments))
     with Ranks(args.device) as ranks:
         return train.train(args, ranks)
+
+
+def generate(model, encoder, batch, think="auto", max_new_tokens=512):
+    """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended)."""
+    answers = dict(write_answers(model, encoder, [batch], think, max_new_tokens))
+    return [answers[identity] for identity in batch.ids]
 
 
 @contextlib.contextmanager
