@@ -276,9 +276,8 @@ class Swaps:
                 self.move(one, here)
                 self.move(other, there)
 
-    def named_misfits(self, likeness):
-        """{name: misfit} of a side's figures, good up to 1, with this likeness."""
-        self.likeness = likeness
+    def named_misfits(self):
+        """{name: misfit} of a side's figures, good up to 1."""
         figures = ("overlap", "words a post", "keyphrases a post", "share present")
         names = [f"{SIDE_NAMES[which]} {figure}" for which in self.checked for figure in figures]
         return dict(zip(names, self.misfits(), strict=True))
@@ -295,40 +294,28 @@ def resplit(entries, overlap, test, valid, seed, likeness):
     are like the whole (within `likeness`).
     """
     groups, sizes, attempts = Groups(entries), (0, valid, test), []
-    for bound in (likeness, math.inf):  # without one, to say which likeness this overlap has
-        for sharpness in (1, 2, 4, 8):
-            side = HoldOut(groups, sizes, sharpness, seed).split(overlap)
-            swaps = Swaps(groups, side, overlap, bound)
-            swaps.search(seed)
-            side[:] = swaps.side
-            misfits = swaps.named_misfits(likeness)
-            for which in (TEST, VALID):
-                if sizes[which] and not (side == which).any():  # all that fit must stay together
-                    misfits[f"{SIDE_NAMES[which]} posts"] = math.inf
-            worst = max(misfits.values())
-            if worst <= 1:
-                return side[groups.of_post].tolist()
-            broken = {name: misfit for name, misfit in misfits.items() if misfit > 1}
-            overlap_met = not any(name.endswith((" overlap", " posts")) for name in broken)
-            attempts.append((not overlap_met, worst, side, broken))
-        not_met, _, side, broken = min(attempts, key=lambda attempt: attempt[:2])
-        if not not_met:
-            break
+    for sharpness in (1, 2, 4, 8):
+        side = HoldOut(groups, sizes, sharpness, seed).split(overlap)
+        swaps = Swaps(groups, side, overlap, likeness)
+        swaps.search(seed)
+        side[:] = swaps.side
+        misfits = swaps.named_misfits()
+        for which in (TEST, VALID):
+            if sizes[which] and not (side == which).any():  # all that fit must stay together
+                misfits[f"{SIDE_NAMES[which]} posts"] = math.inf
+        worst = max(misfits.values())
+        if worst <= 1:
+            return side[groups.of_post].tolist()
+        attempts.append((worst, side, [name for name in misfits if misfits[name] > 1]))
+    _, side, missed = min(attempts, key=lambda attempt: attempt[0])
     reached = " and ".join(
         f"{percent(groups.overlap(side, which))}% in {SIDE_NAMES[which]}"
         for which in (TEST, VALID)
         if sizes[which]
     )
-    asked = f"--test {test} and --valid {valid} of {plural(len(entries), 'post')}"
-    if not_met:
-        raise UserError(
-            f"an overlap of {percent(overlap)}% can't be reached with {asked}; the closest found "
-            f"is {reached} (not as asked: {', '.join(broken)}). Ask for that overlap or other "
-            "sizes; nothing was written"
-        )
-    off = ", ".join(f"{name} by {misfit * likeness:.1%}" for name, misfit in broken.items())
-    enough = math.ceil(100 * max(broken.values()) * likeness) / 100
     raise UserError(
-        f"the overlap is met with {asked} ({reached}), but not --likeness {likeness:g}; from all "
-        f"posts' mean differ {off}. Try --likeness {enough:g} or other sizes; nothing was written"
+        f"no split found with an overlap of {percent(overlap)}%, --test {test} and --valid {valid} "
+        f"of {plural(len(entries), 'post')}; the closest has {reached} (not as asked: "
+        f"{', '.join(missed)}). Ask for that overlap, other sizes or a larger --likeness; nothing "
+        "was written"
     )
