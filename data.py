@@ -45,6 +45,13 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NOT_IN_KEYPHRASE = re.compile(r"[;；؛\n\r]|</?(?:think|answer)>", re.IGNORECASE)
 
 
+FIELD_TYPES = (
+    ("text", str, "a string (empty if there is none)"),
+    ("image", str | None, "one file name or null"),
+    ("cot", str | None, "a string or null"),
+)
+
+
 def check_record(record, where, for_training=False, names=None):
     """Raise UserError, its text beginning with `where`, unless `record` is a usable post.
 
@@ -54,12 +61,9 @@ def check_record(record, where, for_training=False, names=None):
     if not isinstance(identity, str) or not identity:
         raise wrong_field(where, record, names, "id", "a string that is not empty")
     where = f"{where} (id {shown(identity)})"
-    if not isinstance(record.get("text"), str):
-        raise wrong_field(where, record, names, "text", "a string (empty if there is none)")
-    if not isinstance(record.get("image"), str | None):
-        raise wrong_field(where, record, names, "image", "one file name or null")
-    if not isinstance(record.get("cot"), str | None):
-        raise wrong_field(where, record, names, "cot", "a string or null")
+    for name, kind, must in FIELD_TYPES:
+        if not isinstance(record.get(name), kind):
+            raise wrong_field(where, record, names, name, must)
     keyphrases = record.get("keyphrases", [])
     if not isinstance(keyphrases, list) or not all(isinstance(item, str) for item in keyphrases):
         raise wrong_field(where, record, names, "keyphrases", "a list of strings")
@@ -91,17 +95,18 @@ def check_keyphrases(keyphrases, where):
     if found != phrases:
         lost = next((phrase for phrase in phrases if phrase not in found), phrases[0])
         kind = "begins with a hash sign" if lost[0] in "#＃" else "would be lost"
-        why = f", because the answer {shown(answer)} is read as {shown('; '.join(found))}"
-        mend = "remove quotes, hash signs, brackets, bullets, numbers or labels from it"
-        raise wrong_keyphrase(where, lost, kind, mend, why)
+        hint = f"the answer {shown(answer)} is read as {shown('; '.join(found))}; remove quotes, "
+        hint += "hash signs, brackets, bullets, numbers or labels from it"
+        raise wrong_keyphrase(where, lost, kind, hint)
 
 
-def wrong_keyphrase(where, phrase, kind, mend, why=""):
+def wrong_keyphrase(where, phrase, kind, hint):
     """The UserError for a keyphrase that can't be used."""
-    what = f"the keyphrase {shown(phrase)} {kind}{why}"
-    if not re.search("[<＜]", phrase):
-        mend += " (--map keyphrases=keyphrases does)"
-    return problem(where, f"a keyphrase {kind}", mend, what)
+    what, hint = (
+        f"the keyphrase {shown(phrase)} {kind}",
+        f"{hint}, or let --map keyphrases=keyphrases do so",
+    )
+    return problem(where, f"a keyphrase {kind}", hint, what)
 
 
 class Posts(IndexedLines):
@@ -110,7 +115,7 @@ class Posts(IndexedLines):
     Opening reads the file once and checks every record, so that hundreds of thousands of posts open
     in seconds; then `records.look_over` warns of what seems wrong. `names` says which of the
     file's fields are ours ({"text": "caption"}). `with_image` and `without_cot` count posts,
-    `keyphrases` those of all posts.
+    `keyphrase_count` their keyphrases.
 
     Raises UserError naming the line and id of a record that can't be used, or has changed since.
     """
@@ -119,7 +124,7 @@ class Posts(IndexedLines):
         check_file(path)
         super().__init__(path)
         self.folder, self.names = self.path.parent, names or {}
-        self.with_image = self.without_cot = self.keyphrases = 0
+        self.with_image = self.without_cot = self.keyphrase_count = 0
         first_lines = {}  # hash of an id -> its line: a tenth of the memory of the ids themselves
         for line, offset, raw in reading_progress(read_lines(path), path):
             if not raw.removeprefix(BYTE_ORDER_MARK).strip():
@@ -138,7 +143,7 @@ class Posts(IndexedLines):
             self.lines.append(line)
             self.with_image += bool(record.get("image"))
             self.without_cot += not has_cot(record)
-            self.keyphrases += len(record.get("keyphrases", ()))
+            self.keyphrase_count += len(record.get("keyphrases", ()))
         if not self.offsets:
             raise UserError(f"{path}: no posts in it")
         look_over(self, for_training)

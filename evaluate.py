@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 
 class UserError(Exception):
-    """A user's mistake, in one line that names the file, the record and how to mend it."""
+    """A user's mistake, in one line that names the file, the record and what to do."""
 
 
 def run(main):
@@ -94,8 +94,6 @@ def read_lines(path):
     try:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
-                if offset == 0 and raw.startswith(b"\x1f\x8b"):
-                    raise UserError(f"{path}: a gzip file; unpack it first (gunzip)")
                 yield number, offset, raw
                 offset += len(raw)
     except FileNotFoundError:
@@ -120,15 +118,10 @@ def parse_line(path, number, raw):
     text, where = decode(path, number, raw), f"{path} line {number}"
     try:
         record = json.loads(text)
-    except RecursionError:
-        raise UserError(f"{where}: JSON nested too deeply") from None
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where}: not a line of JSON ({reason}); one whole JSON object a line is needed"
+            f"{where}: not a line of JSON ({error}); one whole JSON object a line is needed"
         ) from None
-    except ValueError:
-        raise UserError(f"{where}: a whole number with too many digits for Python") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON object is needed, not {shown(record)}")
     return record

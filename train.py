@@ -41,7 +41,7 @@ from support.console import (
 from support.distributed import Ranks, compute_dtype, full_tensor
 from support.jsonl import locked, to_line, write_atomic
 from support.log import TrainingLog, say_end, say_model, say_posts, tensorboard_writer
-from support.records import train_keyphrases
+from support.records import mapped_keyphrases
 
 # The toy model's own defaults; a setting on the command line takes precedence.
 TOY = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=0)
@@ -384,7 +384,7 @@ def predict_and_score(model, encoder, posts, most, args, ranks):
         return None, None
     references = [posts[index] for index in range(count)]
     predictions = [by_id[reference["id"]] for reference in references]
-    scores = score(predictions, references, train_keyphrases(args.train, args.map))
+    scores = score(predictions, references, mapped_keyphrases(args.train, args.map))
     scores["cut"] = sum("cut" in prediction for prediction in predictions)
     scores["unreadable"] = sum("error" in prediction for prediction in predictions)
     return predictions, scores

@@ -71,7 +71,7 @@ def converted(field, value):
     return value
 
 
-def train_keyphrases(path, names=None):
+def mapped_keyphrases(path, names=None):
     """Iterate over the keyphrases of a training file. Raises UserError."""
     for _, _, record in read_jsonl(path):
         yield from renamed(record, names or {})["keyphrases"]

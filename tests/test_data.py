@@ -90,7 +90,7 @@ def test_posts_are_read_from_disk_one_by_one(tmp_path):
     posts = Posts(path)
     assert [posts[i] for i in range(len(posts))] == records
     assert pickle.loads(pickle.dumps(posts))[49] == records[49]
-    assert (posts.with_image, posts.without_cot, posts.keyphrases) == (0, 50, 50)
+    assert (posts.with_image, posts.without_cot, posts.keyphrase_count) == (0, 50, 50)
 
 
 def test_posts_count_images_reasonings_and_keyphrases(tmp_path):
@@ -98,7 +98,7 @@ def test_posts_count_images_reasonings_and_keyphrases(tmp_path):
     records = [post(id="a", image="a.jpg", cot="why"), post(id="b", image="b.jpg", cot=" ")]
     records += [post(id="c", keyphrases=["x", "y"]), {"id": "d", "text": ""}]
     posts = Posts(write(tmp_path / "posts.jsonl", *records))
-    assert (posts.with_image, posts.without_cot, posts.keyphrases) == (2, 3, 4)
+    assert (posts.with_image, posts.without_cot, posts.keyphrase_count) == (2, 3, 4)
 
 
 def test_two_workers_share_a_dataset(tmp_path):

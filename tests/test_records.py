@@ -134,7 +134,7 @@ def test_check_groups_what_is_wrong_by_kind(tmp_path):
         f"  line {n + 1} (id 'p{n}')" for n in range(3)
     ]
     assert "the keyphrase '#0a' begins with a hash sign" in places[0]
-    assert hint.startswith("  -> remove") and hint.count("--map keyphrases=keyphrases") == 1
+    assert "remove quotes" in hint and hint.count("--map keyphrases=keyphrases") == 1
     assert text.startswith("1 x the field 'text' must be a string")
     assert double.startswith("1 x an id is used twice\n  line 1236 (id 't'): this id was already")
     assert image.startswith("1 x none of the images is there\n  line 1236 (id 't'): the image")
