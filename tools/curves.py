@@ -19,7 +19,6 @@ from support.console import ArgumentParser, info, read_json, reading, reading_pr
 from support.jsonl import write_atomic
 
 STRETCHES = 120  # the most points of a line
-QUANTILES = 0.1, 0.25, 0.5, 0.75, 0.9  # of L(y_s)
 PANELS = {  # quantity: title; what is shown in percent is logged as a fraction
     "loss": "Training loss",
     "plain_loss": "Training loss of the plain answer, L(yₛ)",
@@ -39,7 +38,7 @@ class Log(NamedTuple):
     steps: int
     minutes: float
     lines: dict  # {quantity of PANELS: [(step, value)]}, without those it has not logged
-    losses: list  # (step, *QUANTILES of L(y_s)) of stretches of steps
+    losses: np.ndarray  # (n, 2), the step and L(y_s) of each sample
 
 
 def read_records(path):
@@ -73,15 +72,14 @@ def read_log(folder, name):
                 if record["plain_loss"] is not None:
                     samples.extend((record["step"], record["plain_loss"]))
     lines = {name: [part.mean(0).tolist() for part in split(line)] for name, line in lines.items()}
-    losses = [(x[:, 0].mean(), *np.quantile(x[:, 1], QUANTILES)) for x in split(samples)]
+    losses = np.array(samples).reshape(-1, 2)
     return Log(name, read_json(folder / "settings.json"), steps, minutes, lines, losses)
 
 
 def split(points):
     """Points (step, value) as arrays (n, 2) of at most STRETCHES stretches of steps."""
-    points = np.array(points).reshape(-1, 2)
-    count = min(STRETCHES, len(np.unique(points[:, 0])))
-    return np.array_split(points, count) if count else []
+    points = np.array(points)
+    return np.array_split(points, min(STRETCHES, len(np.unique(points[:, 0]))))
 
 
 def summary(logs):
@@ -111,12 +109,13 @@ def draw_lines(axes, quantity, logs):
 
 
 def draw_losses(axes, log):
-    """Draw bands between the QUANTILES of L(y_s), their median, and gamma."""
-    steps, *quantiles = zip(*log.losses, strict=True)
-    for low, high, share in ((0, 4, "80%"), (1, 3, "50%")):
-        style = {"color": "C0", "alpha": 0.3, "label": f"middle {share} of the samples"}
-        axes.fill_between(steps, quantiles[low], quantiles[high], **style)
-    axes.plot(steps, quantiles[2], color="black", label="median")
+    """Draw the distribution of L(y_s) in each stretch of steps, its median, and gamma."""
+    steps, losses = log.losses.T
+    low, high = max(losses.min(), 1e-6), losses.max()
+    edges = np.linspace(0.5, log.steps + 0.5, min(log.steps, 60) + 1), np.geomspace(low, high, 61)
+    axes.hist2d(steps, losses.clip(low), edges, cmin=1, cmap="Blues", norm="log")
+    medians = [np.median(part, axis=0) for part in split(log.losses)]
+    axes.plot(*np.transpose(medians), color="black", label="median")
     if log.settings["mode"] == "dynamic":
         gamma = log.settings["gamma"]
         axes.axhline(gamma, color="C3", linestyle="--", label=f"gamma {gamma:g}")
@@ -130,9 +129,7 @@ def draw(logs):
 
     logged = [name for name in PANELS if any(name in log.lines for log in logs)]
     charts = [(PANELS[name], draw_lines, name, logs) for name in logged]
-    charts += [
-        (f"L(yₛ) of the samples: {log.name}", draw_losses, log) for log in logs if log.losses
-    ]
+    charts += [(f"L(yₛ) of {log.name}", draw_losses, log) for log in logs if len(log.losses)]
     rows, last = -(-len(charts) // 3), max(log.steps for log in logs)
     figure = Figure(figsize=(12, 2.7 * rows + 0.4), layout="constrained")
     for place, (title, draw_chart, *content) in enumerate(charts, start=1):
