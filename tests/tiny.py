@@ -7,6 +7,7 @@ import torch
 
 import train
 from data import Batch, Targets
+from model import write_answers
 from support.distributed import Ranks
 
 VOCABULARY, IMAGE_TOKEN = 97, 90
@@ -81,6 +82,12 @@ def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
 def words(*parts):
     """A command line's arguments: text is split at spaces; a path or number is one argument."""
     return sum((part.split() if isinstance(part, str) else [str(part)] for part in parts), [])
+
+
+def generate(model, encoder, batch, think="auto", max_new_tokens=512):
+    """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended)."""
+    answers = dict(write_answers(model, encoder, [batch], think, max_new_tokens))
+    return [answers[identity] for identity in batch.ids]
 
 
 def train_alone(*arguments):
