@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 
 class UserError(Exception):
-    """A user's mistake, in one line that names the file, the record and how to mend it."""
+    """A user's mistake, in one line that names the file, the record and how to fix it."""
 
 
 def run(main):
@@ -98,12 +98,8 @@ def read_lines(path):
                     raise UserError(f"{path}: a gzip file; unpack it first (gunzip)")
                 yield number, offset, raw
                 offset += len(raw)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, where a file is needed") from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+        raise UserError(f"{path}: {str(error.strerror).lower()}") from None
 
 
 def decode(path, number, raw):
