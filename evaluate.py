@@ -96,12 +96,8 @@ def read_lines(path):
             for number, raw in enumerate(file, start=1):
                 yield number, offset, raw
                 offset += len(raw)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, where a file is needed") from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+        raise UserError(f"{path}: {str(error.strerror).lower()}") from None
 
 
 def decode(path, number, raw):

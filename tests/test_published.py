@@ -23,11 +23,12 @@ import data
 import infer
 import published
 from evaluate import UserError
-from model import FAMILIES, MODES, generate, load
+from model import FAMILIES, load
 from support import checkpoint
 from support.distributed import Ranks
 from support.jsonl import to_line
-from tiny import train_alone, words
+from tiny import generate, train_alone, words
+from train import MODES
 
 ROOT = Path(__file__).parent.parent
 FOXES = "the foxes play, and the post names them <tool_call>"
@@ -338,7 +339,8 @@ import sys
 sys.path.append("tests")
 import infer
 from pathlib import Path
-from tiny import train_alone, words
+from tiny import generate, train_alone, words
+from train import MODES
 
 posts, picture, *folders = map(Path, sys.argv[1:])
 for folder in folders:

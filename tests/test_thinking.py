@@ -8,7 +8,8 @@ import transformers
 
 import published
 from data import PROMPT, TAGS, collate, parse_answer
-from model import generate, load
+from model import load
+from tiny import generate
 
 RECORD = {"id": "a", "text": "the foxes", "keyphrases": ["paris", "old town"], "cot": "hello there"}
 REASONS = "hello there</think><answer>paris; old town</answer><|im_end|>\n"

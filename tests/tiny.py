@@ -84,17 +84,17 @@ def words(*parts):
     return sum((part.split() if isinstance(part, str) else [str(part)] for part in parts), [])
 
 
+def generate(model, encoder, batch, think="auto", max_new_tokens=512):
+    """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended)."""
+    answers = dict(write_answers(model, encoder, [batch], think, max_new_tokens))
+    return [answers[identity] for identity in batch.ids]
+
+
 def train_alone(*arguments):
     """`python train.py ARGUMENTS` in this process; returns (model, encoder, run folder)."""
     args = train.parse_args(words(*arguments))
     with Ranks(args.device) as ranks:
         return train.train(args, ranks)
-
-
-def generate(model, encoder, batch, think="auto", max_new_tokens=512):
-    """Greedy answers to a Batch's prompts: a list of (text, generated tokens, whether it ended)."""
-    answers = dict(write_answers(model, encoder, [batch], think, max_new_tokens))
-    return [answers[identity] for identity in batch.ids]
 
 
 @contextlib.contextmanager
