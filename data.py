@@ -651,11 +651,6 @@ class TrainingOrder:
         return step == self.steps or step > 0 and step % self.epoch_steps == 0
 
 
-def window(batch_size):
-    """Posts that are prepared at once, a few batches: sorted by length, they are padded little."""
-    return max(1, 32 // batch_size) * batch_size
-
-
 def by_length(samples, parts):
     """Samples in `parts` micro-batches of about equal size, each of samples of similar length.
 
@@ -763,6 +758,13 @@ class Loader:
                 "the system killed a process that reads the posts, perhaps because memory ran out; "
                 "try fewer --workers (0: the main process reads)"
             ) from None
+
+
+def prompt_loader(posts, indices, encoder, batch_size, workers):
+    """A Loader of some posts' prompts, sorted by length within a few batches at a time."""
+    size = max(1, 32 // batch_size) * batch_size
+    steps = [indices[start : start + size] for start in range(0, len(indices), size)]
+    return Loader(EncodedPosts(posts, encoder, with_answers=False), steps, batch_size, workers)
 
 
 def ignore_signals(_):

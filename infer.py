@@ -29,22 +29,26 @@ from support.log import say_model, say_output, say_posts, say_server, say_stoppe
 KEPT = "what was predicted is kept: make room and run this again"
 
 
-def model_folder(args):
-    """The folder of --model; a server's model may be here, too. Raises UserError."""
+def find_folder(args):
+    """(folder of --model, its EncoderOptions); a server's model may be here, too.
+
+    --max-pixels and --max-length, where not given, are set in `args`, too. Raises UserError.
+    """
     if args.base_url:
-        return Path(checkpoint_of(args.model))
-    if args.model == "out/run" and not Path(args.model).exists():
+        folder = Path(checkpoint_of(args.model))
+    elif args.model == "out/run" and not Path(args.model).exists():
         raise UserError("no trained model yet: run `python train.py` (minutes), or name a --model")
-    return find_model(args.model)
+    else:
+        folder = find_model(args.model)
+    return folder, data.resolve_options(args, folder)
 
 
-def load_model(args):
-    """(model, encoder) of --model. Raises UserError."""
-    folder = model_folder(args)  # before torch, which takes seconds to import
-    import model
+def load_model(args, folder, options):
+    """(model, encoder) of a folder. Raises UserError."""
+    import model  # torch takes seconds to import
     from support.distributed import compute_dtype, pick_device
 
-    device, options = pick_device(args.device), data.resolve_options(args, folder)
+    device = pick_device(args.device)
     vlm, encoder, _ = model.load(folder, device, compute_dtype(device), options)
     return vlm, encoder
 
@@ -57,11 +61,11 @@ def infer_one(args):
     image = None if args.image == "none" else Path(args.image)
     if image is not None and not os.path.exists(image):
         raise UserError(f"{image}: no such file; for a text-only post write none instead")
-    data.resolve_options(args, model_folder(args))
+    folder, options = find_folder(args)
     record = {"id": "post", "text": args.text}
     predict = predict_served if args.base_url else predict_here
     try:
-        prediction = predict(args, record, image)
+        prediction = predict(args, folder, options, record, image)
     except Unreadable as error:
         raise UserError(f"{args.image}: {error}; for a text-only post write none instead") from None
     if args.json:
@@ -73,12 +77,12 @@ def infer_one(args):
     if prediction.get("cut"):
         tokens = plural(args.max_new_tokens, "token")
         info(f"the answer was cut off after {tokens}; see --max-new-tokens")
-    say_toy(model_folder(args), [image])
+    say_toy(folder, [image])
 
 
-def predict_here(args, record, image):
+def predict_here(args, folder, options, record, image):
     """The prediction for one post by the model loaded here. Raises Unreadable."""
-    vlm, encoder = load_model(args)
+    vlm, encoder = load_model(args, folder, options)
     import model
 
     batch = data.collate([encoder.encode(record, image, with_answers=False)], encoder)
@@ -86,11 +90,11 @@ def predict_here(args, record, image):
     return prediction
 
 
-def predict_served(args, record, image):
+def predict_served(args, _, options, record, image):
     """The prediction for one post by a served model. Raises Unreadable, UserError."""
-    client, prompt = connect(args, 1)
+    client = Client(args.base_url, args, workers=1)
     try:
-        (prediction,) = client.each(lambda _: ask(args, client, prompt, record, image), [record])
+        (prediction,) = client.each(lambda _: ask(args, client, options, record, image), [record])
     except Failed as failed:
         raise UserError(f"{client.server}: {failed}") from None
     return prediction
@@ -104,20 +108,21 @@ def infer_file(args):
     posts, out = data.Posts(args.data, names=args.map), Path(args.out)
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: not a file on a disk; --out is the file for the predictions")
-    data.resolve_options(args, model_folder(args))
-    writer = JsonlWriter(out, len(posts))
+    folder, options = find_folder(args)
+    writer, made_with = JsonlWriter(out, len(posts)), identity(args, folder)
     with locked(out), contextlib.closing(writer):
         say_posts(posts)
         index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
-        failed = read_finished(args, writer, index_of)
+        failed = read_finished(made_with, writer, index_of)
         todo = [index for index in range(len(posts)) if index not in writer]
         todo.sort(key=failed.__contains__)  # again after those that were never tried
         say_output(out, done := len(posts) - len(todo))
         with say_stopped(writer):
             if todo:
-                predictions = (all_served if args.base_url else all_here)(args, posts, todo)
+                predict_all = all_served if args.base_url else all_here
+                predictions = predict_all(args, folder, options, posts, todo)
                 with writing(out):
-                    write_settings(out, identity(args))
+                    write_settings(out, made_with)
                     if out.exists():
                         writer.sort()  # without what is predicted again
                 with contextlib.closing(predictions):
@@ -127,34 +132,31 @@ def infer_file(args):
             with writing(out, KEPT):
                 writer.sort()
         code = summary(args, writer)
-    say_toy(model_folder(args), (posts.image_path(posts[index]) for index in todo[:100]))
+    say_toy(folder, (posts.image_path(posts[index]) for index in todo[:100]))
     return code
 
 
-def all_here(args, posts, todo):
+def all_here(args, folder, options, posts, todo):
     """An iterator over predictions for the posts `todo` (indices) by the model loaded here."""
     info(f"loading {args.model} …")
-    vlm, encoder = load_model(args)
-    say_model(checkpoint_of(args.model), vlm)
+    vlm, encoder = load_model(args, folder, options)
+    say_model(folder, vlm)
     import model
 
-    size = data.window(args.batch_size)
-    steps = [todo[start : start + size] for start in range(0, len(todo), size)]
-    encoded = data.EncodedPosts(posts, encoder, with_answers=False)
-    loader = data.Loader(encoded, steps, args.batch_size, args.workers)
+    loader = data.prompt_loader(posts, todo, encoder, args.batch_size, args.workers)
     return model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
 
 
-def all_served(args, posts, todo):
+def all_served(args, _, options, posts, todo):
     """An iterator over predictions for the posts `todo` (indices) by a served model."""
-    client, prompt = connect(args, min(args.batch_size, len(todo)))
+    client = Client(args.base_url, args, min(args.batch_size, len(todo)))
     say_server(args.model, client)
     client.answered = len(todo) < len(posts)  # in an earlier run
 
     async def predict(index):
         record = posts[index]
         try:
-            return await ask(args, client, prompt, record, posts.image_path(record))
+            return await ask(args, client, options, record, posts.image_path(record))
         except Unreadable as error:
             reason = f"image {record['image']}: {error}"
         except Failed as failed:
@@ -164,24 +166,13 @@ def all_served(args, posts, todo):
     return client.each(predict, todo)
 
 
-def connect(args, workers):
-    """(client, prompt) of served inference. Raises UserError.
-
-    The prompt is --prompt-file's, else the one in the model's folder if that is here, else PROMPT.
-    """
-    client = Client(args.base_url, args, workers)
-    own = Path(checkpoint_of(args.model)) / "prompt.txt"
-    file = args.prompt_file or (own if own.is_file() else None)
-    return client, data.read_prompt(file, "{text}") if file else data.PROMPT
-
-
-async def ask(args, client, prompt, record, image):
+async def ask(args, client, options, record, image):
     """A served model's prediction for a post, as `model.predict` yields it.
 
     Raises Unreadable, Failed.
     """
-    text = data.fill_prompt(prompt, text=record["text"].strip())
-    url = await asyncio.to_thread(image_url, image, args.max_pixels) if image else None
+    text = data.fill_prompt(options.prompt, text=record["text"].strip())
+    url = await asyncio.to_thread(image_url, image, options.max_pixels) if image else None
     reply = await client.ask(chat_request(args, text, url, temperature=0))
     keyphrases, think = data.parse_answer(reply.text)
     prediction = {"id": record["id"], "keyphrases": keyphrases, "think": think}
@@ -189,19 +180,18 @@ async def ask(args, client, prompt, record, image):
     return prediction | {"cut": True} if reply.cut else prediction
 
 
-def identity(args):
+def identity(args, folder):
     """What predictions depend on, which a resumed run must match: settings, and files' states."""
     names = ("think", "max_pixels", "max_new_tokens", "model" if args.base_url else "max_length")
     now = {name: value for name, value in vars(args).items() if name in names}
     now |= {name: getattr(args, name) for name in ("map", "request") if getattr(args, name)}
-    model = model_folder(args)
-    weights = sorted(model.glob("*.safetensors"))
-    files = [Path(file) for file in (args.data, *weights, args.prompt_file or model / "prompt.txt")]
+    weights = sorted(folder.glob("*.safetensors"))
+    files = map(Path, (args.data, *weights, args.prompt_file or folder / "prompt.txt"))
     states = {str(file): file.stat() for file in files if file.exists()}
     return now | {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
-def read_finished(args, writer, index_of):
+def read_finished(made_with, writer, index_of):
     """Give `writer` the predictions that --out holds; returns the indices of those with an error.
 
     Raises UserError if they were made with other settings, which stand in a file beside it.
@@ -210,7 +200,7 @@ def read_finished(args, writer, index_of):
     if not out.exists() or not out.stat().st_size:
         return failed
     before = read_settings(out, dict)
-    if different := differences(before, identity(args)):
+    if different := differences(before, made_with):
         what = f"something else ({', '.join(different)})" if before else "unknown settings"
         changes = f": {'; '.join(different.values())}" if before else ""
         raise UserError(f"{out}: was made with {what}{changes}; choose another --out, or remove it")

@@ -319,10 +319,15 @@ def check_reasoning(posts, mode):
         )
 
 
+def find_source(model, folder):
+    """The folder to read the model from: the last checkpoint's where a run is resumed."""
+    last = folder / "last"
+    return find_model(str(last) if last.is_file() else model)
+
+
 def build_model(args, folder, ranks):
     """(model, encoder, folder it was read from, the training step as a module of all ranks)."""
-    last = folder / "last"  # there is one only if the run is resumed
-    source = ranks.from_rank0(lambda: find_model(str(last) if last.is_file() else args.model))
+    source = ranks.from_rank0(find_source, args.model, folder)
     options = ranks.from_rank0(data.resolve_options, args, source)
     name = source if is_local(args.model) else args.model
     ranks.info(f"loading {name} …")
@@ -332,7 +337,7 @@ def build_model(args, folder, ranks):
     # What is trained is float32, an adapter's weights, too.
     dtype, on_rank0 = compute_dtype(ranks.device) if args.lora else torch.float32, ranks.rank == 0
     model, encoder, _ = ranks.on_all_ranks(load, source, "cpu", dtype, options, on_rank0)
-    encoder = ranks.from_rank0(lambda: encoder)  # a network folder may answer ranks differently
+    (encoder,) = ranks.from_rank0(tuple, [encoder])  # a network folder may differ by rank
     ranks.on_all_ranks(freeze, model, args)
     model.train()
     if args.gradient_checkpointing:
@@ -372,10 +377,7 @@ def predict_and_score(model, encoder, posts, most, args, ranks):
     batch_size = 4 * args.micro_batch  # without gradients there is room for more
     count = min(most, len(posts))
     share = range(ranks.rank, count, ranks.world_size)
-    size = data.window(batch_size)
-    steps = [list(share[i : i + size]) for i in range(0, len(share), size)]
-    encoded = data.EncodedPosts(posts, encoder, with_answers=False)
-    loader = data.Loader(encoded, steps, batch_size, args.workers)
+    loader = data.prompt_loader(posts, share, encoder, batch_size, args.workers)
     limit = args.max_new_tokens
     predictions = predict(unsharded_model(model), encoder, loader, max_new_tokens=limit)
     bar = progress(predictions, len(share), posts.path.name, leave=None, disable=ranks.rank > 0)

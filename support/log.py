@@ -232,7 +232,7 @@ def say_posts(posts, label="Posts", most=None):
     say(
         label,
         f"{posts.path}: {plural(count, 'post')}, {some(posts.with_image, count)} with an image, "
-        f"{reasoning} with reasoning, {posts.keyphrase_count / count:.1f} keyphrases per post{note}",
+        f"{reasoning} with reasoning, {posts.keyphrase_count / count:.1f} keyphrases a post{note}",
     )
 
 

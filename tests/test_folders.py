@@ -13,7 +13,7 @@ import torch
 
 import infer
 import train
-from data import EncodedPosts, Loader, Posts
+from data import EncoderOptions, Posts
 from evaluate import UserError
 from model import load
 from support import checkpoint
@@ -86,7 +86,7 @@ def test_inference_uses_the_folders_limits_or_the_flags(world, limited, tmp_path
         with pytest.raises(ZeroDivisionError):  # no post is predicted here, and none counted
             infer.infer_file(args)
         assert {name: getattr(asked[-1], name) for name in LIMITS} == expected
-        assert infer.identity(args)["max_pixels"] == 1568
+        assert infer.identity(args, limited)["max_pixels"] == 1568
         for file in tmp_path.glob("p.jsonl*"):
             file.unlink()
 
@@ -171,27 +171,16 @@ def test_a_rank_takes_the_first_ranks_word_for_what_is_on_the_disk(world, tmp_pa
     files = ["--train", world / "train.jsonl", "--model", tmp_path / "nowhere", "--resume"]
     args = train.parse_args(words(*files, "--out", tmp_path / "run"))
     posts, encoder = Posts(world / "train.jsonl", for_training=True), object()
-    found = {"Posts": posts, "is_file": True, "find_model": world / "toy", "<lambda>": encoder}
-    ranks = Second(found)
-    assert train.open_files(args, ranks) == (posts, None, tmp_path / "run", True)
-    _, received, source, _ = train.build_model(args, tmp_path / "run", True, ranks)
+    found = {"Posts": posts, "is_file": True, "find_source": world / "toy", "tuple": (encoder,)}
+    ranks = Second(found | {"resolve_options": EncoderOptions()})
+    assert train.open_files(args, ranks) == (posts, None, tmp_path / "run")
+    _, received, source, _ = train.build_model(args, tmp_path / "run", ranks)
     assert received is encoder and source == world / "toy"
     checkpoints = checkpoint.Checkpoints(
         tmp_path / "run", torch.nn.Linear(1, 1), None, *[None] * 2, ranks
     )
     checkpoints.ranks.any = bool
     assert checkpoints.save(3) is None  # "is_file" is true: saved already
-
-
-def test_posts_are_read_where_there_is_no_pread(world, monkeypatch):
-    expected = lines(world / "train.jsonl")
-    monkeypatch.delattr(os, "pread")
-    posts = Posts(world / "train.jsonl")
-    assert [posts[index] for index in range(len(posts))] == expected
-    encoder = load(str(world / "toy"))[1]
-    loader = Loader(EncodedPosts(posts, encoder, True), [[0, 1], [2, 3]], 2, workers=1)
-    ids = [batch.ids for batches, _ in loader for batch in batches]
-    assert sorted(sum(ids, [])) == sorted(record["id"] for record in expected[:4])
 
 
 def test_a_machine_that_does_not_see_the_posts_says_so(world, tmp_path):

@@ -11,11 +11,11 @@ import torch
 
 import data
 import infer
-import model as model_file
 from evaluate import UserError
-from model import generate, load
+from model import load
 from support.checkpoint import checkpoint_of
-from tiny import train_alone
+from tiny import generate, train_alone
+from train import TrainingStep
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +94,7 @@ def test_generation_after_a_training_step_and_the_reverse(thinker, world):
     batch = batch_of(encoder, posts, range(4))
     before = generate(vlm, encoder, batch, max_new_tokens=6)
     dataset = data.EncodedPosts(posts, encoder, with_answers=True)
-    step = model_file.DynamicCoT(vlm, "dynamic", 9.0)
+    step = TrainingStep(vlm, "dynamic", 9.0)
     one = data.collate([dataset[i] for i in (5, 6)], encoder)
     loss = step(one)[0]
     assert generate(vlm, encoder, batch, max_new_tokens=6) == before
@@ -261,9 +261,8 @@ def test_ctrl_c_says_how_to_go_on(world, tmp_path, monkeypatch, capsys):
 def test_predictions_come_as_they_end_and_before_all_posts_are_read(
     world, thinker, tmp_path, monkeypatch
 ):
-    """Posts are sorted by the lengths of their prompts in windows of 6, and rows are refilled."""
-    monkeypatch.setattr(data, "window", lambda batch_size: 3 * batch_size)
-    records = lines(world / "train.jsonl")[:20]
+    """Posts are sorted by the lengths of their prompts in windows of 32, and slots are refilled."""
+    records = lines(world / "train.jsonl")[:40]
     for record in records:
         record["image"] = str(world / record["image"])
     records[7]["image"] = str(tmp_path / "lost.png")
@@ -276,9 +275,9 @@ def test_predictions_come_as_they_end_and_before_all_posts_are_read(
     monkeypatch.setattr(
         data.Encoder, "encode", lambda *a, **k: read.append(a[1]["id"]) or encode(*a, **k)
     )
-    predictions = infer.all_here(args, data.Posts(posts), [*range(20)])
+    predictions = infer.all_here(args, *infer.find_folder(args), data.Posts(posts), [*range(40)])
     found = [next(predictions)]
-    assert len(read) < 20
+    assert len(read) < 40
     found += predictions
     ids = [record["id"] for record in records]
     assert sorted(p["id"] for p in found) == sorted(ids) == sorted(read)
@@ -325,33 +324,3 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint yet"):
         checkpoint_of(str(tmp_path))
-
-
-def broken(world, folder, change):
-    shutil.copytree(world / "toy", folder)
-    change(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights"),
-        (
-            lambda f: (f / "model.safetensors").write_bytes(
-                (f / "model.safetensors").read_bytes()[:5000]
-            ),
-            "model.safetensors: can't be read",
-        ),
-        (lambda f: (f / "config.json").unlink(), "no model here"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json: can't be read"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "qwen2_5_vl"),
-        (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
-        (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config"),
-        (lambda f: (f / "prompt.txt").write_text("no place"), "{text}"),
-    ],
-)
-def test_a_broken_model_folder_is_told_in_one_line(world, tmp_path, change, message):
-    with pytest.raises(UserError, match=message) as error:
-        load(broken(world, tmp_path / "broken", change))
-    assert "\n" not in str(error.value)

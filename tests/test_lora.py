@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 import infer
 import tools.merge
 from evaluate import UserError
-from model import FAMILIES, DynamicCoT, load
+from model import FAMILIES, load
 from support import checkpoint
 from support.adapters import adapter_config, add_adapter, merge_adapter
 from test_processes import finished, launch
 from tiny import batch_of, random_posts, tiny_model, train_alone, words
+from train import TrainingStep
 
 ROOT = Path(__file__).parent.parent
 GRIDS = [(4, 4), (2, 6), None, (6, 4)]
@@ -62,9 +63,9 @@ def test_a_new_adapter_predicts_as_the_base_and_trains_alone(peft, family):
     base, adapted, with_vision = (tiny_model(family) for _ in range(3))
     add_adapter(adapted, 4, "base")
     add_adapter(with_vision, 4, "base", vision=True)
-    expected = DynamicCoT(base, "dynamic", 4.0)(batch_of(posts))
+    expected = TrainingStep(base, "dynamic", 4.0)(batch_of(posts))
     for model in (adapted, with_vision):
-        loss, plain_loss, _ = DynamicCoT(model, "dynamic", 4.0)(batch_of(posts))
+        loss, plain_loss, _ = TrainingStep(model, "dynamic", 4.0)(batch_of(posts))
         assert torch.equal(loss, expected[0]) and torch.equal(plain_loss, expected[1])
         loss.mean().backward()
         for name, parameter in model.named_parameters():
@@ -96,7 +97,7 @@ def test_shared_and_literal_steps_agree_and_checkpointing_changes_nothing(peft, 
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
                 {"use_reentrant": False}
             )
-        step = DynamicCoT(model, "dynamic", 4.0, share_prompt)
+        step = TrainingStep(model, "dynamic", 4.0, share_prompt)
         step.zero_grad()
         loss = step(batch_of(posts))[0]
         loss.mean().backward()

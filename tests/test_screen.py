@@ -64,7 +64,7 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
     phrases = sum(len(record["keyphrases"]) for record in records)
     assert header["Posts     "] == (
         f"{posts}: 32 posts, 27 with an image, 25 with reasoning, {phrases / 32:.1f} keyphrases "
-        "per post"
+        "a post"
     )
     assert header["Validation"].startswith(f"{valid}: 8 posts, all with an image, all with")
     assert header["Validation"].endswith("; the first 4 are used")
