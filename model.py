@@ -11,10 +11,10 @@ import torch
 from data import Encoder, failed_prediction, own_options, parse_answer
 from evaluate import UserError, plural
 from support.adapters import ADAPTER, adapter_config, inject_adapter, read_adapter
-from support.checkpoint import base_of, find_model
+from support.checkpoint import base_of, find_model, full_tensor
 from support.console import hide_loading_report, read_json, reading
 from support.decoding import AnswerCache, Generation, Greedy, continue_cache
-from support.distributed import compute_dtype, full_tensor, parameters_and_buffers
+from support.distributed import compute_dtype, parameters_and_buffers
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 

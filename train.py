@@ -25,7 +25,15 @@ import data
 from evaluate import UserError, non_negative_int, plural, run, score, table
 from model import answer_loss, bf16_on_cuda, load, predict, read_prompt, unsharded_model
 from support.adapters import adapter_config, add_adapter, need_peft
-from support.checkpoint import Checkpoints, Stop, checkpoint_of, find_model, is_local, open_run
+from support.checkpoint import (
+    Checkpoints,
+    Stop,
+    checkpoint_of,
+    find_model,
+    full_tensor,
+    is_local,
+    open_run,
+)
 from support.console import (
     ArgumentParser,
     fraction,
@@ -37,7 +45,7 @@ from support.console import (
     progress,
     whole_number,
 )
-from support.distributed import Ranks, compute_dtype, full_tensor
+from support.distributed import Ranks, compute_dtype
 from support.jsonl import locked, to_line, write_atomic
 from support.log import TrainingLog, say_end, say_model, say_posts, tensorboard_writer
 from support.records import mapped_keyphrases

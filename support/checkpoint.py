@@ -21,7 +21,6 @@ from pathlib import Path
 from evaluate import UserError, shown
 from support.adapters import ADAPTER, adapter_config, base_name, need_peft, write_adapter
 from support.console import first_line, info, read_json, reading, writing
-from support.distributed import full_tensor, is_sharded, local_tensor
 from support.jsonl import follow_umask, write_atomic
 
 OPTIMIZER, PROGRESS = "optimizer", "progress.json"
@@ -329,6 +328,20 @@ def copy_side_files(source, folder):
         weights = file.name.endswith(WEIGHTS)
         if file.is_file() and not weights and file.name not in (PROGRESS, PROMPT_FILE):
             shutil.copyfile(file, folder / file.name)
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def local_tensor(tensor):
+    """The part of a tensor that this rank holds: all of it unless it is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def full_tensor(tensor):
+    """The whole tensor, on every rank; of a sharded one all ranks must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def full_state_dict(model, keep):

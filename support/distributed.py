@@ -7,7 +7,12 @@ import traceback
 from datetime import timedelta
 from functools import cached_property
 
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
 from evaluate import UserError
+from support.checkpoint import is_sharded
 from support.console import first_line, info
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
@@ -37,8 +42,6 @@ def torchrun_ranks():
 
 def compute_dtype(device):
     """bfloat16 on a GPU that has it (compute capability 8.0 and up), else float32."""
-    import torch
-
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.float32
@@ -49,8 +52,6 @@ def pick_device(name, quiet=False):
 
     A GPU without bfloat16 is mentioned unless `quiet`. Raises UserError.
     """
-    import torch
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -87,8 +88,6 @@ class Ranks:
 
     def meet(self, local_rank):
         """Join the other ranks. Raises UserError."""
-        import torch
-
         if self.device_name in ("auto", "cuda") and torch.cuda.is_available():
             self.device_name = f"cuda:{local_rank}"
         if self.device.type == "cuda":
@@ -102,10 +101,7 @@ class Ranks:
 
     @cached_property
     def device(self):
-        """This process's torch.device. Raises UserError.
-
-        A single process imports torch only here: mistakes in its files are told before.
-        """
+        """This process's torch.device. Raises UserError."""
         return pick_device(self.device_name, quiet=self.rank > 0)
 
     def __enter__(self):
@@ -118,8 +114,6 @@ class Ranks:
         traceback.clear_frames(trace)
         gc.collect()
         if kind is None and self.distributed:
-            import torch
-
             torch.distributed.destroy_process_group()
         if isinstance(error, AlreadyReported):
             sys.exit(1)
@@ -165,15 +159,11 @@ class Ranks:
         """
         result = [self.on_rank0(function, *args, **kwargs)]
         if self.distributed:
-            from torch.distributed import broadcast_object_list
-
-            broadcast_object_list(result)
+            torch.distributed.broadcast_object_list(result)
         return result[0]
 
     def seed(self, seed, step):
         """Seed what is drawn at random (dropout) for a step, so that no state has to be saved."""
-        import torch
-
         torch.manual_seed(hash((seed, step, self.rank)))
 
     # -------------------------------------------------------------------------------- collectives
@@ -182,16 +172,12 @@ class Ranks:
         """The items of a list from every rank, in the order of the ranks."""
         if not self.distributed:
             return items
-        from torch.distributed import all_gather_object
-
         lists = [None] * self.world_size
-        all_gather_object(lists, items)
+        torch.distributed.all_gather_object(lists, items)
         return [item for part in lists for item in part]
 
     def all_reduce(self, numbers):
         """The sums over all ranks of a list of numbers, or of a tensor's values, as a list."""
-        import torch
-
         if self.distributed:
             numbers = torch.as_tensor(numbers, device=self.device)
             torch.distributed.all_reduce(numbers)
@@ -216,8 +202,6 @@ class Ranks:
         """
         if not self.distributed:
             return training_step.to(self.device)
-        import torch
-
         parameters = training_step.parameters()
         state = (16 * p.numel() if p.requires_grad else p.nbytes for p in parameters)
         auto = "fsdp" if self.any(not self.fits(sum(state))) else "ddp"
@@ -237,12 +221,9 @@ class Ranks:
         return training_step
 
     def fits(self, size):
-        """Whether `size` bytes take at most half of the device's memory."""
-        import torch
-
-        if self.device.type != "cuda":
-            return True
-        return size <= torch.cuda.get_device_properties(self.device).total_memory / 2
+        """Whether `size` bytes take at most half of a GPU's memory."""
+        cuda = self.device.type == "cuda"
+        return not cuda or size <= torch.cuda.get_device_properties(self.device).total_memory / 2
 
     def on_device(self, micro_batches):
         """Yield a step's micro-batches on the device; of a single process none without a post.
@@ -293,8 +274,6 @@ def run_all_layers(training_step):
 
 def zero_of_dummy_image(vision, device):
     """Zero, computed from all of the vision tower, so that its parameters get a gradient."""
-    import torch
-
     config, merge = vision.config, vision.config.spatial_merge_size
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     image, grid = torch.zeros(merge**2, values, device=device), torch.tensor([[1, merge, merge]])
@@ -310,9 +289,6 @@ def parameters_and_buffers(module):
 
 def shard(training_step, device):
     """FSDP2: each layer of the language model and of the vision tower alone, the rest together."""
-    import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     dtypes = {"param_dtype": compute_dtype(device), "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**dtypes)
@@ -323,9 +299,6 @@ def shard(training_step, device):
 
 def broadcast(tensor, value):
     """Give a tensor, sharded or not, rank 0's `value`."""
-    import torch
-    from torch.distributed.tensor import distribute_tensor
-
     with torch.no_grad():
         if is_sharded(tensor):
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
@@ -333,17 +306,3 @@ def broadcast(tensor, value):
         else:
             torch.distributed.broadcast(value, 0)
             tensor.copy_(value)
-
-
-def is_sharded(tensor):
-    return hasattr(tensor, "full_tensor")
-
-
-def local_tensor(tensor):
-    """The part of a tensor that this rank holds: all of it unless it is sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def full_tensor(tensor):
-    """The whole tensor, on every rank; of a sharded one all ranks must ask for it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor

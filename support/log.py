@@ -10,7 +10,6 @@ import time
 from evaluate import UserError, plural, read_jsonl
 from support.checkpoint import read_pointer, step_of, write_pointer
 from support.console import WITHOUT_RATE, info, progress, writing
-from support.distributed import compute_dtype
 from support.jsonl import JsonlWriter
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
@@ -244,6 +243,8 @@ def some(part, whole):
 def say_model(name, model, ranks=None):
     """A model's parameters, and where and how it runs; `ranks` are those that train it."""
     import torch
+
+    from support.distributed import compute_dtype
 
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, needed in sizes if needed)

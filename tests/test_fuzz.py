@@ -312,7 +312,7 @@ class Fuzz:
         for line, offset, _ in evaluate.read_lines(path) if posts else ():
             _, problems, _ = check_line(str(path), False, None, line, offset)
             for problem in problems:
-                self.one_line(UserError(f"posts.jsonl: {problem.what}; {problem.mend}"), "")
+                self.one_line(UserError(f"posts.jsonl: {problem.what}; {problem.hint}"), "")
         if draw.random() < 0.03:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
                 code = check(argparse.Namespace(file=str(path), workers=1, json=False, map=None))
