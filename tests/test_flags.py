@@ -68,7 +68,7 @@ def parser_of(module, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         with pytest.raises(Found) as found:
-            module.parse_args([])
+            module.main()
     return found.value.args[0]
 
 

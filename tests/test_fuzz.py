@@ -239,8 +239,8 @@ class Fuzz:
             (make_tokenizer(), "{text}", 60),
         ):
             pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-            options = data.EncoderOptions(max_length=length)
-            self.encoders.append(data.Encoder(tokenizer, processor, pad, prompt, options))
+            options = data.EncoderOptions(prompt, max_length=length)
+            self.encoders.append(data.Encoder(tokenizer, processor, pad, options))
         self.pictures = self.make_pictures()
 
     def make_pictures(self):

@@ -129,12 +129,12 @@ def favourite(model, posts):
 
 
 @pytest.mark.parametrize("think, layout", STARTS)
-def test_answers_are_transformers_own_though_rows_come_and_go(
+def test_answers_are_transformers_own_whenever_they_come_and_go(
     model, posts, favourite, think, layout, monkeypatch
 ):
     made, steps = [], []
-    rows_class = model_file.Rows
-    monkeypatch.setattr(model_file, "Rows", lambda: made.append(rows_class()) or made[-1])
+    cache_class = model_file.AnswerCache
+    monkeypatch.setattr(model_file, "AnswerCache", lambda: made.append(cache_class()) or made[-1])
 
     def note(module, args, inputs):
         steps.append(tuple(inputs["inputs_embeds"].shape[:2]))
@@ -151,8 +151,8 @@ def test_answers_are_transformers_own_though_rows_come_and_go(
     assert [found[str(index)] for index in range(len(posts))] == expected
     lengths = [tokens for _, tokens, _ in expected]
     assert len(set(lengths)) > 3 and {ended for *_, ended in expected} == {True, False}
-    # A row of a finished answer is taken at once as long as there are posts, and dropped then.
-    taken = [rows for rows, read in steps if read == 1]
+    # The slot of a finished answer is taken at once as long as there are posts, and dropped then.
+    taken = [slots for slots, read in steps if read == 1]
     assert taken == sorted(taken, reverse=True) and taken[0] == max(SIZES) and taken[-1] == 1
     assert {len(tensor) for pair in made[0].stored for tensor in pair} == {max(SIZES)}
 

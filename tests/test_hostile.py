@@ -211,7 +211,7 @@ FILES = {
     "wrong type": (second(b'{"id": "b", "text": ["x"], "keyphrases": ["x"]}'), "'text'"),
     "same id": (GOOD + GOOD, "'p0'"),
     "no keyphrases": (second(b'{"id": "b", "text": "x", "keyphrases": []}'), NO_KEYPHRASES),
-    "gzip": (b"\x1f\x8b\x08" + GOOD, "not UTF-8"),
+    "gzip": (b"\x1f\x8b\x08" + GOOD, "not JSONL"),
     "empty": (b"", "no posts"),
     "blank": (b"\n\r\n \n", "no posts"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "not JSONL"),
@@ -269,7 +269,7 @@ def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
     told(run("-m tools.dataset check", tmp_path / "posts.jsonl"), "posts.jsonl: not a regular file")
     with pytest.raises(UserError, match="not a regular file"):
         Posts(tmp_path / "posts.jsonl")
-    with pytest.raises(UserError, match="folder"):
+    with pytest.raises(UserError, match="is a directory"):
         Posts(tmp_path)
 
 

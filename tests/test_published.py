@@ -361,7 +361,7 @@ for folder in folders:
     shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     ours = re.compile(
         r"(posts: )? *\d+%\||the answer was cut off after 3 tokens; |.*\.jsonl: 4 posts, "
-        r"|(loading|saving) \S+ … | *\x1b\[A| {11}\S"
+        r"|(loading|saving) \S+ …$| {11}\S"
         r"|(Posts|Model|Device|Steps|Writes|Done|Last|Predict|Score|Curves) +\S"
     )
     assert shown and not [line for line in shown if not ours.match(line)]
@@ -398,7 +398,7 @@ def test_a_folder_whose_template_is_in_a_file_of_its_own_only(source, loaded, tm
     prompts = [each.encode(record, None, False).prompt for each in (encoder, loaded[1])]
     assert prompts[0] == prompts[1]
     next(folder.glob("chat_template.j*")).unlink()
-    with pytest.raises(UserError, match="chat_template.jinja"):
+    with pytest.raises(UserError, match="its chat template: can't be read"):
         load(str(folder))
 
 
@@ -443,6 +443,6 @@ def test_another_family_is_refused_in_one_line_that_names_those_that_work(tmp_pa
     config = json.loads((folder / "config.json").read_text())
     for family in ("qwen3_5_text", "qwen3_vl_moe", "qwen2_5_omni", "llava_next", None):
         published.write_json(folder / "config.json", config | {"model_type": family})
-        with pytest.raises(UserError, match=repr(family)) as error:
+        with pytest.raises(UserError, match="config.json: no model of") as error:
             load(str(folder))
         assert all(name in str(error.value) for name in FAMILIES) and "\n" not in str(error.value)

@@ -124,7 +124,7 @@ def test_an_epoch_and_a_tenth_is_the_beginning_of_two(train_on):
 def test_epochs_that_are_none(capsys, text):
     with pytest.raises(SystemExit):
         train.parse_args(["--epochs", text])
-    assert f"'{text}' is not a number in (0, 1e6]" in capsys.readouterr().err
+    assert f"'{text}' is not a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--valid", "--test"])
@@ -247,7 +247,7 @@ def test_a_full_gpu_is_told_in_a_line(world, tmp_path, monkeypatch, script):
 
 def test_a_loss_that_is_not_finite_ends_the_run(train_on):
     with pytest.raises(UserError, match="not finite"):
-        train_on("run", "--lr 1e30 --clip", "0")
+        train_on("run", "--lr 1e14 --clip", "0")
 
 
 def test_weights_that_are_not_finite_are_not_saved(train_on, monkeypatch):
