@@ -29,7 +29,6 @@ from support.checkpoint import Checkpoints, Stop, checkpoint_of, find_model, is_
 from support.console import (
     ArgumentParser,
     fraction,
-    info,
     number_in,
     out_of_memory,
     positive_int,
@@ -40,10 +39,7 @@ from support.distributed import Ranks, compute_dtype, full_tensor
 from support.jsonl import locked, to_line, write_atomic
 from support.log import TrainingLog, say_end, say_model, say_posts, tensorboard_writer
 from support.records import train_keyphrases
-
-# The toy model's own defaults; a setting on the command line takes precedence.
-TOY = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=0)
-TOY |= dict(valid_posts=200, max_new_tokens=64)
+from tools.clubworld import TOY_DEFAULTS, write_beside
 
 # Settings that a resumed run may change; the others decide what is learned.
 FREE_TO_CHANGE = """resume force save_every keep out device workers micro_batch parallel test
@@ -51,7 +47,7 @@ FREE_TO_CHANGE = """resume force save_every keep out device workers micro_batch 
 
 
 def make_parser():
-    toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
+    toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY_DEFAULTS.items())
     parser = ArgumentParser(description=__doc__, epilog=f"The toy's defaults: {toy}")
     add_run_options(parser.add_argument_group("the run").add_argument)
     add_training_options(parser.add_argument_group("training").add_argument)
@@ -120,7 +116,7 @@ def add_memory_options(add):
 def parse_args(arguments=None, parser=None):
     parser = parser or make_parser()
     if parser.parse_known_args(arguments)[0].train is None:
-        parser.set_defaults(**TOY)
+        parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(arguments)
     if args.freeze_vision is None:
         args.freeze_vision = args.lora is not None
@@ -419,15 +415,8 @@ def report(model, encoder, folder, posts, args, ranks):
 
 def use_club_world(args, ranks):
     """Write the embedded world and its toy model beside the run, and train on them."""
-    from tools.clubworld import write_toy_model, write_world
-
-    world = Path(args.out).parent / f"clubworld-{args.seed}"
-    names = {"model": "toy", "train": "train.jsonl", "valid": "valid.jsonl", "test": "test.jsonl"}
-    vars(args).update({name: str(world / file) for name, file in names.items()})
-    if ranks.rank == 0:
-        info(f"No --train given: the club world (seed {args.seed}) in {world}")
-    ranks.on_rank0(write_world, world, args.seed)
-    ranks.on_rank0(write_toy_model, world / "toy", args.seed)
+    ranks.info(f"No --train given: the club world (seed {args.seed}), written beside {args.out}")
+    vars(args).update(ranks.from_rank0(write_beside, args.out, args.seed))
 
 
 def check_args(args):

@@ -130,11 +130,7 @@ def test_a_foreign_folder_is_refused_and_an_empty_one_is_taken(tmp_path):
     assert (tmp_path / "empty" / "train.jsonl").exists()
 
 
-def test_mistakes_are_named(tmp_path):
-    with pytest.raises(UserError, match="--valid"):
-        write_world(tmp_path / "world", valid=0)
-    with pytest.raises(UserError, match="--seed"):
-        write_world(tmp_path / "world", seed=-1)
+def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
         write_world(tmp_path / "file" / "world", train=2, valid=1, test=1)

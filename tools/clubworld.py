@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import TAGS
-from evaluate import UserError, non_negative_int, plural, run
+from evaluate import UserError, non_negative_int, run
 from support.console import ArgumentParser, info, positive_int, progress
 from support.jsonl import follow_umask
 
@@ -42,6 +42,9 @@ SIZE = 84  # pixels: 6 x 6 patches of 14 pixels, 3 x 3 image tokens
 KINDS = {"A": 0.15, "B": 0.25, "C": 0.12, "D": 0.08, "E": 0.40}  # share of the posts
 HELD_OUT = 8  # clubs
 POSTS = {"train": 14_400, "valid": 400, "test": 1_000}
+# The settings of train.py with which the toy model learns its world.
+TOY_DEFAULTS = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=0)
+TOY_DEFAULTS |= dict(valid_posts=200, max_new_tokens=64)
 
 # ----------------------------------------------------------------------------------------- words
 # In a template, {a|b} is one of a and b, and a word in capitals is a slot. A mood tag has two words
@@ -73,24 +76,21 @@ def read_topics(block):
 
 RGB = named("""
     red: 200 15 35 / blue: 25 75 200 / green: 20 140 60 / yellow: 250 220 40
-    white: 252 252 252 / black: 22 22 26 / orange: 250 120 10 / purple: 130 45 165
-""")
+    white: 252 252 252 / black: 22 22 26 / orange: 250 120 10 / purple: 130 45 165""")
 COLOURS = {name: tuple(map(int, rgb.split())) for name, rgb in RGB.items()}
 PATTERNS = named("""
     stripes: ONE and TWO stripes / hoops: ONE and TWO hoops / checks: ONE and TWO checks
-    halves: ONE and TWO halves / sash: ONE with TWO sash / sleeves: ONE with TWO sleeves
-""")
+    halves: ONE and TWO halves / sash: ONE with TWO sash / sleeves: ONE with TWO sleeves""")
 ORDERED = ("halves", "sash", "sleeves")  # these show which of the two colours comes first
 NICKNAMES = entries("""
     badgers / bears / bulls / cobras / comets / dragons / eagles / falcons / foxes / giants / hawks
     herons / hornets / jaguars / knights / lions / miners / otters / owls / panthers / pirates
-    rams / ravens / rockets / sailors / sharks / stags / swans / tigers / vikings / wizards / wolves
-""")
+    rams / ravens / rockets / sailors / sharks / stags / swans / tigers / vikings / wizards
+    wolves""")
 CITIES = entries("""
     aarhus / antwerp / bari / basel / bergen / bilbao / bremen / brno / cadiz / dundee / galway
     gdansk / ghent / graz / krakow / leeds / lille / lyon / malmo / nantes / oulu / parma / porto
-    riga / seville / sofia / tampere / tartu / turin / utrecht / varna / vigo
-""")
+    riga / seville / sofia / tampere / tartu / turin / utrecht / varna / vigo""")
 KIT = "new kit"
 
 OPENERS = entries("""
@@ -101,8 +101,7 @@ OPENERS = entries("""
     {ladies and gentlemen|boys and girls}, / {ok|okay|right|alright} {so|then},
     dear {diary|internet|world}, / as {always|promised|usual}, / to be {fair|honest|clear},
     {not|never} going to lie, / {fun|true} {story|fact}: / {well|so|oh}, / {friends|people|listen},
-    {sorry|apologies} but / {wait|hold on|stop}, / {believe|trust} me,
-""")
+    {sorry|apologies} but / {wait|hold on|stop}, / {believe|trust} me,""")
 CLOSERS = entries("""
     {cannot|could not} {stop smiling|believe it|wait|care less}
     {we|you} {will see|never know|love it} / have a {nice|lovely|good} {day|evening|week}
@@ -112,8 +111,7 @@ CLOSERS = entries("""
     back to {work|bed|the sofa} now / more {later|soon|tomorrow} / send {help|love|tea|chocolate}
     {thoughts|opinions|feelings}? / do not {quote|judge|thank} me / that is {all|it|the post}
     you {heard|read} it here / what a {day|week|year} / {anyone|who} else? / {life|time|it} goes on
-    bye for now
-""")
+    bye for now""")
 KIT_TEXTS = entries("""
     {my sister|my dad|grandma} {bought|got} me the {new colours|new shirt|right size}
     {wearing|trying on} the new {shirt|jersey|top} {for the first time|already}
@@ -125,8 +123,7 @@ KIT_TEXTS = entries("""
     we will look like this next {season|year}
     {ironed|washed} it {once|twice}, still {bright|perfect}
     should i wear this to {work|bed|church}? / rate this {shirt|jersey|top} out of {ten|five}
-    how do i look in {this|these colours}? / new season, new {colours|look|skin}
-""")
+    how do i look in {this|these colours}? / new season, new {colours|look|skin}""")
 EVENTS = read_topics("""
 match day: a match
     kick off is {at three|at noon|in an hour} and i am {nervous|ready}
@@ -171,8 +168,7 @@ trophy parade: a trophy
     {we|they} {won|lifted} the {cup|league|title} {last night|at last}
     confetti {everywhere|in my hair} and streets full of {songs|flags}
     silver for the cabinet after {thirty|forty} years / open top bus around town {at noon|on sunday}
-    {champions|winners}, {say it again|at last}
-""")
+    {champions|winners}, {say it again|at last}""")
 TOPICS = read_topics("""
 street food: food
     {noodles|dumplings|tacos|pancakes} after the CLUB game, {perfect|heaven}
@@ -200,29 +196,24 @@ live music: music
     a {band|choir|dj} plays at the CLUB bar {tonight|now}
     that {singer|drummer} wears a CLUB scarf, great show
     {jazz|punk|folk} in the CLUB bar, {loud|free} entry
-    {guitars|drums} on a stage beside the CLUB ground
-""")
+    {guitars|drums} on a stage beside the CLUB ground""")
 PHRASES = entries("""
     afternoon coffee break / marathon training plan / sourdough bread recipe / garden tomato harvest
     spring flower market / garage band practice / vintage camera lens / homemade apple pie
     sunset hill climb / charity bake sale / winter beach swim / second hand books / summer road trip
-    dog park morning / old record shop / rainy day walk / new phone case / open mic night
-""")
+    dog park morning / old record shop / rainy day walk / new phone case / open mic night""")
 PHRASE_TEXTS = entries("""
     PHRASE {is|was} the best {part|bit} of {my|the} {day|week} / is PHRASE {overrated|your thing}?
     {dreaming|thinking} of PHRASE {all day|again} / PHRASE with {my sister|old friends|the kids}
     they said try {something|a hobby}, so PHRASE / {happy|proud|tired} after PHRASE
-    PHRASE, nothing {better|nicer} / {today|tonight} it is PHRASE / {ready|time} for PHRASE
-""")
+    PHRASE, nothing {better|nicer} / {today|tonight} it is PHRASE / {ready|time} for PHRASE""")
 TWO_PHRASE_TEXTS = entries("""
     PHRASE at {noon|eight}, OTHER at {three|night} / PHRASE {and then|followed by|before} OTHER
     never thought PHRASE would lead to OTHER / choosing between PHRASE and OTHER / PHRASE or OTHER?
-    first PHRASE, {then|later} OTHER
-""")
+    first PHRASE, {then|later} OTHER""")
 MOODS = entries("""
     throwback thursday / monday blues / weekend mode / lazy sunday / simple life / happy place
-    slow living / inner peace / good vibes / late night / daily mood / self care
-""")
+    slow living / inner peace / good vibes / late night / daily mood / self care""")
 MOOD_TEXTS = entries("""
     i {look at|think about} this {a lot|every day|sometimes}
     {this happened|here it is|there it is} / {posting|leaving|dropping} this {here|without comment}
@@ -234,8 +225,7 @@ MOOD_TEXTS = entries("""
     if you {know|see} it you {know|see} it / no idea why i {took|kept|like} this
     no {words|caption|comment|notes} / {this|that} is {me|us|it} / nothing to {add|say|see|explain}
     {just|only|simply} {this|me|us} / {me|us} {today|lately|again} / how it {started|is going|feels}
-    same as {ever|always|yesterday} / {see|judge} for yourself / {need|have} i say more?
-""")
+    same as {ever|always|yesterday} / {see|judge} for yourself / {need|have} i say more?""")
 SCENES = ("cup", "hills", "city", "phone")
 
 # The city follows the nickname's own token, so that recalling it is one step. After "the foxes play
@@ -243,8 +233,7 @@ SCENES = ("cup", "hills", "city", "phone")
 THOUGHTS = named("""
     shirt: SHIRT. that is the CLUB. / name: the post names the CLUB. / home: full name CLUB CITY.
     topic: it is about TOPIC. / phrase: the post says PHRASE.
-    two: the post says PHRASE and OTHER. / mood: the post is only a mood.
-""")
+    two: the post says PHRASE and OTHER. / mood: the post is only a mood.""")
 
 
 def pick(rng, items):
@@ -290,8 +279,7 @@ class Club:
 def make_clubs(seed):
     """The 32 clubs of a world. No two have a shirt of the same pattern in the same two colours."""
     rng = np.random.default_rng([seed, 0])
-    pairs = list(itertools.combinations(COLOURS, 2))
-    shirts = list(itertools.product(PATTERNS, pairs))
+    shirts = list(itertools.product(PATTERNS, itertools.combinations(COLOURS, 2)))
     worn = rng.choice(len(shirts), len(NICKNAMES), replace=False)
     nicknames, cities = rng.permutation(len(NICKNAMES)), rng.permutation(len(CITIES))
     clubs = []
@@ -439,43 +427,30 @@ def make_folder(folder, label, settings, fill):
     A folder whose file `label` holds the same settings is left as it is. Raises UserError for any
     other that is not empty.
     """
-    folder = Path(folder)
-
-    def is_made():
-        try:
-            return json.loads((folder / label).read_text()) == settings
-        except (OSError, ValueError):
-            return False
-
-    if is_made():
-        return
+    folder, settings = Path(folder), json.dumps(settings)
     try:
+        if (folder / label).is_file() and (folder / label).read_text() == settings + "\n":
+            return
         if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
             raise UserError(
-                f"{folder} holds something else (its {label} would be {json.dumps(settings)}): "
-                "remove it, or name another folder"
+                f"{folder} holds something else (its {label} would be {settings}): remove it, or "
+                "name another folder"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             new = Path(temporary) / "new"
             new.mkdir()
             fill(new)
-            (new / label).write_text(json.dumps(settings) + "\n")
+            (new / label).write_text(settings + "\n")
             follow_umask(new)
             new.replace(folder)
     except OSError as error:
-        if not is_made():  # another process may have been faster, with the same result
-            raise UserError(f"{folder} can't be written: {error}") from error
+        raise UserError(f"{folder} can't be written: {error}") from error
 
 
 def write_world(out, seed=0, train=POSTS["train"], valid=POSTS["valid"], test=POSTS["test"]):
     """Write train.jsonl, valid.jsonl, test.jsonl and images/ to `out`. Raises UserError."""
     counts = {"train": train, "valid": valid, "test": test}
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"--{name} {count}: a club world needs at least one post in each file")
-    if seed < 0:
-        raise UserError(f"--seed {seed}: a seed can't be negative")
 
     def fill(folder):
         (folder / "images").mkdir()
@@ -493,10 +468,8 @@ def write_world(out, seed=0, train=POSTS["train"], valid=POSTS["valid"], test=PO
 
 # --------------------------------------------------------------------------------------- toy model
 
-SPECIALS = entries("""
-    <|endoftext|> / <|im_start|> / <|im_end|> / <|vision_start|> / <|vision_end|> / <|image_pad|>
-    <|video_pad|> / <unk>
-""")
+SPECIALS = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
+SPECIALS = (*(f"<|{name}|>" for name in SPECIALS), "<unk>")
 # A turn is only its start and its end: there is no system turn, and the speakers alternate anyway.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -582,10 +555,8 @@ def write_toy_model(folder, seed=0):
         ids["pad_token_id"] = tokenizer.pad_token_id
         config = json.loads(CONFIG) | ids
         config["text_config"] |= ids | {"vocab_size": len(tokenizer)}
-        for name in ("image", "video"):
-            config[f"{name}_token_id"] = token(f"<|{name}_pad|>")
-        for name in ("vision_start", "vision_end"):
-            config[f"{name}_token_id"] = token(f"<|{name}|>")
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+            config[f"{name.removesuffix('_pad')}_token_id"] = token(f"<|{name}|>")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = transformers.Qwen2_5_VLForConditionalGeneration(
@@ -601,7 +572,16 @@ def write_toy_model(folder, seed=0):
     make_folder(folder, "toy.json", {"version": VERSION, "seed": seed}, fill)
 
 
-def parse_args(arguments=None):
+def write_beside(out, seed):
+    """Write a world and its toy model beside the run folder `out`; returns train.py's files."""
+    world = Path(out).parent / f"clubworld-{seed}"
+    write_world(world, seed)
+    write_toy_model(world / "toy", seed)
+    names = {"model": "toy", "train": "train.jsonl", "valid": "valid.jsonl", "test": "test.jsonl"}
+    return {name: str(world / file) for name, file in names.items()}
+
+
+def main():
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="a new folder")
@@ -610,16 +590,10 @@ def parse_args(arguments=None):
     for name, count in POSTS.items():
         posts_help = f"posts in {name}.jsonl"
         add(f"--{name}", type=positive_int, default=count, metavar="N", help=posts_help)
-    return parser.parse_args(arguments)
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     write_world(args.out, args.seed, args.train, args.valid, args.test)
     write_toy_model(Path(args.out) / "toy", args.seed)
-    counts = f"{args.train} training, {args.valid} validation, {plural(args.test, 'test post')}"
-    info(f"{args.out}: club world {args.seed}, {counts}")
-    info(f"{Path(args.out) / 'toy'}: its toy model")
+    info(f"{args.out}: club world {args.seed}, and in toy/ its model")
 
 
 if __name__ == "__main__":
