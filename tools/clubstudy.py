@@ -74,26 +74,24 @@ def training_seconds(cell, measured):
 
 
 def equal_epochs(cell, measured, limit):
-    """The epochs, to a hundredth, that fit into `limit` seconds of a cell's training."""
-    epochs = read_json(cell.folder / "settings.json")["epochs"]
-    return round(epochs * limit / training_seconds(cell, measured)[1], 2)
+    """The epochs, to a hundredth, that fit into `limit` seconds; None where these are its own."""
+    own = read_json(cell.folder / "settings.json")["epochs"]
+    epochs = round(own * limit / training_seconds(cell, measured)[1], 2)
+    return None if epochs == own else epochs
 
 
 # ------------------------------------------------------------------------------------------- gamma
 
 
-def add_law(report, cells, path):
-    """Add the table of p(direct), and draw it."""
-    from tools.study import markdown
-
-    rows = [{"gamma": cell.gamma, **measure_direct(cell)} for cell in cells]
-    titles = ["gamma", "L(y_s), A to C", "p(direct), A to C", "exp(−gamma · n)"]
+def law_rows(cells):
+    """The titles and lines of a table of p(direct) beside the law, for cells with gammas."""
     lines = []
-    for cell, row in zip(cells, rows, strict=True):
-        figures = [f"{row[key]:.3f}" for key in ("loss", "p", "law")]
-        lines.append([f"{cell.gamma:g}{cell.args.name}", *figures])
-    report.add("L(y_s) and p(direct)", markdown(titles, lines))
-    plot_gamma(rows, path)
+    for cell in cells:
+        found = measure_direct(cell)
+        lines.append(
+            [cell.row + cell.args.name, *(f"{found[x]:.3f}" for x in ("loss", "p", "law"))]
+        )
+    return ["A to C", "L(y_s)", "p(direct)", "exp(−gamma · n)"], lines
 
 
 def measure_direct(cell):
@@ -123,15 +121,16 @@ def measure_direct(cell):
     return result
 
 
-def plot_gamma(rows, path):
+def plot_gamma(cells, path):
     """Draw p(direct) over gamma as a PNG: the law as a line, the measured values as dots."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         info(f"{path}: not drawn, because matplotlib is missing; pip install matplotlib")
         return
-    n = statistics.mean(row["n"] for row in rows)
-    p = {row["gamma"]: row["p"] for row in rows if row["gamma"] < math.inf}
+    rows = [(cell.gamma, measure_direct(cell)) for cell in cells]
+    n = statistics.mean(found["n"] for _, found in rows)
+    p = {gamma: found["p"] for gamma, found in rows if gamma < math.inf}
     xs = [max(p, default=1) * i / 100 for i in range(101)]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()

@@ -228,6 +228,8 @@ def kind_table(groups, scores):
         return None
     lines = []
     for label, cells in groups.items():
+        if cells[0].never:
+            continue
         shares = {kind: [] for kind in ("all", "unseen", *kinds)}
         for cell in cells:
             for name in ("all", "unseen"):
@@ -335,7 +337,9 @@ def study(args, report):
         own = {row: groups[row] for row in ("dynamic",) if args.train and row in groups}
         scores |= add_tables(report, "Other gammas", own | gammas, {})
         if not args.train:
-            clubstudy.add_law(report, sum(gammas.values(), []), args.out / "gamma.png")
+            cells = sum(gammas.values(), [])
+            report.add("Gamma and p(direct)", markdown(*clubstudy.law_rows(cells)))
+            clubstudy.plot_gamma(cells, args.out / "gamma.png")
     by_name = {cell.row + cell.args.suffix: found for cell, found in scores.items()}
     write_atomic(args.out / "scores.json", json.dumps(by_name, indent=1) + "\n")
 
