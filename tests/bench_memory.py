@@ -21,11 +21,11 @@ import transformers  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from model import DynamicCoT  # noqa: E402
 from support.adapters import add_adapter  # noqa: E402
 from support.console import HelpFormatter  # noqa: E402
 from tiny import batch_of, random_posts  # noqa: E402
 from tools import memory  # noqa: E402
+from train import TrainingStep  # noqa: E402
 
 
 def read_shapes(text):
@@ -161,7 +161,7 @@ def measured(shape, settings):
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
             {"use_reentrant": False}
         )
-    step = DynamicCoT(model, mode, float("inf"), share_prompt=not checkpointing)
+    step = TrainingStep(model, mode, float("inf"))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     posts = random_posts(

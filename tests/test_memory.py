@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 import bench_memory
 import published
 from evaluate import UserError
-from model import MODES, TokenLoss
+from model import TokenLoss
 from support.console import read_json
 from tools import memory
 from tools.memory import Step, count_parameters, step_memory
+from train import MODES, Mode
 
 ROOT = Path(__file__).parent.parent
 SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -150,9 +150,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "8.292 billion parameters, 8.292 billion of them trained" in shown
     assert "141 GiB  does not fit" in shown
-    savers = [line for line in shown.splitlines() if " saves " in line]
-    assert savers[0].startswith("--lora 16 saves ") and len(savers) >= 4
-    assert re.fullmatch(r".* [\d.]+ GiB: the peak is then [\d.]+ GiB", savers[0])
     estimate("--model", str(tmp_path))  # --train is not needed, and changes nothing
     assert capsys.readouterr().out == shown
     estimate("--model", str(tmp_path), "--train", "x", "--lora", "16", "--gradient-checkpointing")
@@ -161,8 +158,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.replace(SEVEN, str(tmp_path)) == shown
     with pytest.raises(UserError, match="--model is missing"):
         estimate()
-    with pytest.raises(UserError, match=f"known without network: {SEVEN}, "):
-        estimate("--model", "Qwen/Qwen2.5VL-7B-Instruct")
     (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
     with pytest.raises(UserError, match="name the model that the adapter was made for"):
         estimate("--model", str(tmp_path))
@@ -177,12 +172,13 @@ def test_the_command_says_what_it_does_not_know_of_qwen3_5(kind, tmp_path, monke
     assert "2 of 3 layers keep a recurrent state" in shown and " 16 GiB  fits" in shown
 
 
-def test_modes_that_read_one_answer_keep_no_cache_of_the_prompt():
-    model = real("Qwen/Qwen2.5-VL-3B-Instruct")
-    peaks = {
-        mode: memory.estimate(model, memory.parse_args(["--mode", mode]), 80) for mode in MODES
-    }
-    assert peaks["sft"] == peaks["cot"] and peaks["multitask"] == peaks["dynamic"]
+def test_modes_that_read_one_answer_keep_no_cache_of_the_prompt(monkeypatch):
+    monkeypatch.setitem(MODES, "coin", Mode(MODES["sft"].losses, "either"))
+    model, peaks = real("Qwen/Qwen2.5-VL-3B-Instruct"), {}
+    for mode in MODES:
+        peaks[mode] = memory.estimate(model, memory.parse_args(["--mode", mode]), 80)
+    assert peaks["sft"] == peaks["cot"] == peaks["coin"]
+    assert peaks["multitask"] == peaks["dynamic"]
     # 36 layers of 4 prompts: keys and values (256 each) in float32 and bf16, those of 16 heads in
     # bf16; less the 160 columns of each answer's scores that a prompt of 672 tokens has masked.
     shared = 36 * 4 * (672 * (256 * (4 + 2) + 2 * 2 * 2048) - 2 * 672 * 160) / 2**30

@@ -20,6 +20,7 @@ from server import Server, error
 from support.log import TrainingLog
 from tiny import words
 from tools import study
+from train import MODES
 
 SIZES = "--epochs 1 --batch-size 8 --micro-batch 8 --lr 1e-3 --workers 0 --max-new-tokens 4"
 
@@ -86,15 +87,15 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     out, end_step = tmp_path / "out", TrainingLog.end_step
     prompt = ["--prompt-file", Path(files[1]).with_name("prompt.txt")]
 
-    def stop_multitask(log, step, *rest):
+    def stop_cot(log, step, *rest):
         end_step(log, step, *rest)
-        if log.args.mode == "multitask" and step == 3 and not log.args.resume:
+        if log.args.mode == "cot" and step == 3 and not log.args.resume:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(TrainingLog, "end_step", stop_multitask)
+    monkeypatch.setattr(TrainingLog, "end_step", stop_cot)
     everything = words(*files, "--out", out, "--paper mmkp --gammas inf --", SIZES, *prompt)
     commands, tokens = planned(monkeypatch, capsys, everything)
-    with pytest.raises(UserError, match="training of multitask ended with 143; the same command"):
+    with pytest.raises(UserError, match="training of cot ended with 143; the same command"):
         run_study(monkeypatch, *everything)
     assert [command[0] for command in scripts] == words("infer.py train.py infer.py train.py")
     first = scripts[:]
@@ -104,9 +105,9 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     assert {*map(tuple, ran)} == {*map(tuple, commands)}
     trained = [command for command in scripts if command[0] == "train.py"]
     modes = [command[command.index("--mode") + 1] for command in trained]
-    assert modes == ["multitask", "cot", "dynamic", "dynamic"]
+    assert modes == ["cot", "multitask", "dynamic", "dynamic"]
     assert ["--resume" in command for command in trained] == [True, False, False, False]
-    for row in ("sft", "multitask", "cot", "dynamic", "dynamic-gammainf"):
+    for row in (*MODES, "dynamic-gammainf"):
         log = study.read(out / row / "log.jsonl")
         assert [line["step"] for line in log if "loss" in line] == [*range(1, 6)], row
         if "dynamic" not in row:  # whose probe the log doesn't count

@@ -6,18 +6,20 @@ Counted are the matrix products that the method needs, without padding:
     4 x width x tokens x tokens seen    for attention, half of it where attention is causal
 
 A backward pass counts twice: once for the inputs' gradients, once for the weights', which a
-frozen layer has none of; pixels need no gradient. The shared prompt is read once, the probe has
-no backward pass. The literal step of gradient checkpointing reads the prompt with every answer,
-and its backward pass repeats the layers. The embedding is a look-up and costs nothing; the head
-works at answer tokens only. A layer with a recurrent state (Qwen3.5) updates and reads it at
-every token. An adapter's own products are left out.
+frozen layer has none of; pixels need no gradient. The shared prompt is read once, and a probe of
+the plain answer has no backward pass. The literal step of gradient checkpointing reads the prompt
+with every answer, and its backward pass repeats the layers. The embedding is a look-up and costs
+nothing; the head works at answer tokens only. A layer with a recurrent state (Qwen3.5) updates and
+reads it at every token. An adapter's own products are left out.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from evaluate import UserError
+from train import MODES
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a part of the card's name
 
@@ -39,13 +41,11 @@ class Lengths:
 class Flops:
     """FLOPs of one post through a model, which may be on the device "meta".
 
-    Every part is an array of (linear layers in blocks, attention, what is outside of blocks):
-    their backward passes differ.
+    A part is an array of (linear layers in blocks, attention, what is outside of blocks), whose
+    backward passes differ.
     """
 
     def __init__(self, model):
-        from torch import nn
-
         if getattr(model.config.text_config, "num_experts", 0):
             raise UserError("FLOPs of mixtures of experts are not known here")
 
@@ -94,21 +94,15 @@ class Flops:
         return self.words(prompt, length - 1) + np.array([0, 0, self.head * length])
 
     def training(self, lengths, mode, cot_share=1.0, args=None):
-        """One post in a training step of `mode`; `cot_share` of dynamic's posts reason.
+        """One post in a training step of `mode`, as its row of train.MODES says.
 
-        args: train.py's settings, for lora, freeze_vision and gradient_checkpointing.
+        cot_share: the share of posts that are trained to reason, where the mode chooses; args:
+            train.py's settings, for lora, freeze_vision and gradient_checkpointing.
         """
         lora, literal = (getattr(args, name, None) for name in ("lora", "gradient_checkpointing"))
         trained, once = 2 if lora else 3, np.array([1, 1, 1])
         text = np.array([trained, 3, trained]) + np.array([1, 1, 0]) * bool(literal)
         vision = once if getattr(args, "freeze_vision", False) else text
-        plain, cot = lengths.plain, lengths.cot
-        passes = {  # (answer, share of the posts, whether it is trained)
-            "sft": [(plain, 1, True)],
-            "cot": [(cot, 1, True)],
-            "multitask": [(plain, 1, True), (cot, 1, True)],
-            "dynamic": [(plain, 1, False), (cot, cot_share, True), (plain, 1 - cot_share, True)],
-        }[mode]
 
         def prompt(text, vision):
             pixels = self.pixels * lengths.image * self.config.vision_config.spatial_merge_size**2
@@ -116,7 +110,7 @@ class Flops:
             return image + self.words(0, lengths.prompt) @ text
 
         total = 0 if literal else prompt(text, vision)
-        for length, share, is_trained in passes:
+        for length, share, is_trained in passes(lengths, mode, cot_share):
             times = (text, vision) if is_trained else (once, once)
             total += share * (self.answer(lengths.prompt, length) @ times[0])
             total += share * prompt(*times) if literal else 0
@@ -126,3 +120,13 @@ class Flops:
         """(reading image and prompt, generating `tokens` tokens) for one post."""
         read = self.image(lengths.image) + self.words(0, lengths.prompt)
         return read.sum(), self.answer(lengths.prompt, tokens).sum()
+
+
+def passes(lengths, mode, cot_share=1.0):
+    """The passes over a post's answers in a mode: (tokens, share of the posts, whether trained)."""
+    trains, plain, cot = MODES[mode].trains, lengths.plain, lengths.cot
+    if trains != "either":
+        tokens = {"plain": [plain], "cot": [cot], "both": [plain, cot]}[trains]
+        return [(length, 1, True) for length in tokens]
+    probe = [(plain, 1, False)] if MODES[mode].shares_prompt else []
+    return [*probe, (cot, cot_share, True), (plain, 1 - cot_share, True)]

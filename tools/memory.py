@@ -3,7 +3,6 @@
 python -m tools.memory --model Qwen/Qwen2.5-VL-7B-Instruct --micro-batch 2 --gpus 8
 """
 
-import difflib
 import math
 import re
 import sys
@@ -11,9 +10,12 @@ from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 import train
-from data import use_own_limits
+from data import resolve_options
 from evaluate import UserError, run
+from model import TokenLoss, check_family, empty_model
 from support.adapters import LORA_TEXT, LORA_VISION
 from support.checkpoint import ENCODER_FILE, find_model
 from support.console import positive_int, read_json
@@ -22,8 +24,6 @@ from support.images import MAX_PIXELS
 SHAPES = Path(__file__).parent / "shapes.json"  # of published models
 CARDS = (16, 24, 40, 80, 141)  # GiB of common GPUs
 USABLE = 0.92  # share of it; CUDA itself and fragments take the rest
-SAVERS = ["--gradient-checkpointing", "--freeze-vision", "--lora 16", "--micro-batch 1"]
-SAVERS += [f"--max-pixels {256 * 28 * 28}", "--parallel fsdp"]
 
 # ------------------------------------------------------------------------------------ the formula
 
@@ -66,8 +66,6 @@ def step_memory(model, step):
     If a step is one micro-batch, gradients replace activations as these are freed. Not included:
     CUDA's own 0.5 GiB or so, what the allocator loses to fragments, and generation.
     """
-    from model import TokenLoss
-
     count = count_parameters(model, step.rank, step.freeze_vision)
     kept, layer = activations(model.config, step)
     item = 2 if step.bf16 else 4  # bytes of a value that is computed
@@ -159,8 +157,6 @@ def count_parameters(model, rank=None, freeze_vision=False):
 
     matrices: trained, without LoRA, in products; layer: in the largest layer; outside: in none.
     """
-    from torch import nn
-
     adapter, pattern = 0, LORA_TEXT if freeze_vision else f"{LORA_TEXT}|{LORA_VISION}"
     for name, layer in model.named_modules() if rank else ():
         if isinstance(layer, nn.Linear) and re.fullmatch(pattern, name):
@@ -186,18 +182,10 @@ def read_model(name):
     """
     from transformers import AutoConfig
 
-    from model import check_family, empty_model
-
     known = read_json(SHAPES)["models"]
     if name in known:
         return empty_model(AutoConfig.for_model(**known[name]), device="meta"), None
-    try:
-        folder = find_model(name, ["config.json", ENCODER_FILE])
-    except UserError as error:
-        if Path(name).exists():
-            raise
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0)
-        raise UserError(f"{error}; known without network: {', '.join(near)}") from None
+    folder = find_model(name, ["config.json", ENCODER_FILE])
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; name the model that the adapter was made for")
     check_family(folder)
@@ -207,11 +195,18 @@ def read_model(name):
 def estimate(model, args, card):
     """`step_memory` in GiB for train.py's settings on GPUs of `card` GiB."""
     vision, share = model.config.vision_config, math.ceil(args.batch_size / args.gpus)
-    image = (args.max_pixels or MAX_PIXELS) // (vision.patch_size * vision.spatial_merge_size) ** 2
     posts = min(args.micro_batch, share)
-    step = Step(posts, image, *args.lengths, args.device != "cpu", args.lora, args.freeze_vision)
-    step = replace(step, checkpointing=args.gradient_checkpointing, passes=math.ceil(share / posts))
-    step = replace(step, share_prompt=args.mode in ("multitask", "dynamic"))
+    step = Step(
+        posts,
+        (args.max_pixels or MAX_PIXELS) // (vision.patch_size * vision.spatial_merge_size) ** 2,
+        *args.lengths,
+        bf16=args.device != "cpu",
+        rank=args.lora,
+        freeze_vision=args.freeze_vision,
+        checkpointing=args.gradient_checkpointing,
+        passes=math.ceil(share / posts),
+        share_prompt=train.MODES[args.mode].shares_prompt,
+    )
     parts = step_memory(model, step)
     state = parts["weights"] + parts["gradients"] + parts["optimizer"]
     auto = args.parallel == "auto" and state > card * 2**30 / 2  # as train.py decides
@@ -238,33 +233,24 @@ def main():
         raise UserError("--model is missing: a folder or hub name, whose config.json is read")
     model, folder = read_model(args.model)
     if folder:
-        use_own_limits(args, folder)
+        resolve_options(args, folder)
     count = count_parameters(model, args.lora, args.freeze_vision)
     needs = {card: estimate(model, args, card) for card in CARDS}
-    fitting = [card for card in CARDS if needs[card]["peak"] <= USABLE * card]
-    card = fitting[0] if fitting else CARDS[-1]
+    fits = {card: need["peak"] <= USABLE * card for card, need in needs.items()}
+    shown = next((card for card in CARDS if fits[card]), CARDS[-1])
     total, trained = (f"{number / 1e9:.3f} billion" for number in (count.total, count.trained))
     print(f"{args.model}: {total} parameters, {trained} of them trained")
     print(f"GPUs: {args.gpus}; posts per micro-batch: {args.micro_batch}; estimated GiB per GPU:\n")
-    for part, value in needs[card].items():
-        print(f"{part:<12} {value:8.2f}")
-    print()
-    for size in CARDS:
-        print(f"{size:>3} GiB  {'fits' if size in fitting else 'does not fit'}")
+    print(*(f"{part:<12} {value:8.2f}" for part, value in needs[shown].items()), "", sep="\n")
+    print(
+        *(f"{card:>3} GiB  {'fits' if fits[card] else 'does not fit'}" for card in CARDS), sep="\n"
+    )
     layers = getattr(model.config.text_config, "layer_types", None) or []
     if recurrent := layers.count("linear_attention"):
         print(
             f"{recurrent} of {len(layers)} layers keep a recurrent state and are estimated as "
-            "attention; without\nflash-linear-attention their activations take about three times "
-            "as much"
+            "attention; without\nflash-linear-attention their activations take three times as much"
         )
-    peak = needs[card]["peak"]
-    given = [*sys.argv[1:], "--max-pixels", str(args.max_pixels or MAX_PIXELS)]
-    changed = {flag: parse_args([*given, *flag.split()]) for flag in SAVERS}
-    peaks = {flag: estimate(model, changed[flag], card)["peak"] for flag in SAVERS}
-    for flag, less in sorted(peaks.items(), key=lambda item: item[1]):
-        if less < 0.99 * peak:
-            print(f"{flag} saves {peak - less:.1f} GiB: the peak is then {less:.1f} GiB")
 
 
 if __name__ == "__main__":

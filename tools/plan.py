@@ -4,68 +4,99 @@ FLOPs are those of tools/cost.py; GPU-hours follow from a card's peak and `--uti
 that of tools/memory.py.
 """
 
+import argparse
 import math
 import os
 import random
 import re
 import shlex
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
 import gen_cot
 import train
 from evaluate import UserError, plural
+from model import make_encoder, read_image_processor, read_tokenizer
 from support.checkpoint import find_model
 from support.console import ArgumentParser
 from tools import memory
-from tools.clubstudy import ROOT
 from tools.cost import PEAKS, Flops, Lengths
 
-ROWS = ("zero-shot", "sft", "multitask", "cot", "dynamic")
+ROOT = Path(__file__).parent.parent
 SAMPLE = 200  # posts whose lengths are measured
 CHARACTERS = 4  # of a token, where there is no tokenizer to count with
 GPUS = r"--(?:nnodes|nproc[-_]per[-_]node)[= ](\d+)"  # in torchrun's arguments
 COT = 160  # tokens of an answer that reasons where no post has one, and of the longest at least
 
-# --------------------------------------------------------------------------- the commands of a row
+# -------------------------------------------------------------------------- the commands of a cell
 
 
-def train_options(args, row):
-    """train.py's arguments for a row: a mode, or dynamic-gamma0.2."""
-    mode, _, gamma = row.partition("-gamma")
-    options = [*args.defaults, *args.settings, "--mode", mode]
-    options += ["--gamma", gamma] if gamma else []
-    files = {"model": args.model, "train": args.train, "valid": args.valid, "out": args.out / row}
-    options += [part for name, file in files.items() if file for part in (f"--{name}", str(file))]
-    return options
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A row of the table on one data set: a run of train.py, then predictions."""
 
+    args: argparse.Namespace  # the study's settings, with the data set's files
+    mode: str  # of train.py, or "zero-shot"
+    gamma: float | None = None  # where it is not the mode's own
+    epochs: float | None = None
+    never: bool = False  # predicts with the same weights, with reasoning forbidden
 
-def infer_options(args, row):
-    """infer.py's arguments for a row; how posts are read is the same as in training."""
-    model = args.model if row == "zero-shot" else args.out / row
-    options = ["--data", args.test, "--model", model, "--out", predictions(args, row)]
-    parser = ArgumentParser()
-    data.add_reading_options(parser)
-    for name, value in vars(parser.parse_known_args(args.settings)[0]).items():
-        if value != parser.get_default(name):
-            options += [f"--{name.replace('_', '-')}", value]
-    options += ["--base-url", args.base_url] if args.base_url else []
-    return options + shlex.split(args.infer)
+    @property
+    def trained(self):
+        """The name of what is trained."""
+        gamma = "" if self.gamma is None else f"-gamma{self.gamma:g}"
+        return self.mode + gamma + (f"-{self.epochs:g}epochs" if self.epochs else "")
 
+    @property
+    def row(self):
+        return self.trained + ("-never" if self.never else "")
 
-def score_options(args, row, other=None):
-    """evaluate.py's arguments for a row, or for its comparison with another one."""
-    files = [predictions(args, row), args.test, "--train", args.train]
-    against = ["--against", predictions(args, other)] if other else []
-    return [*files, *against, "--bootstrap", 1000, "--json"]
+    @property
+    def folder(self):
+        return self.args.out / (self.trained + self.args.suffix)
 
+    @property
+    def predictions(self):
+        return self.folder / ("never_preds.jsonl" if self.never else "preds.jsonl")
 
-def predictions(args, row):
-    return args.out / row / "preds.jsonl"
+    def train_options(self):
+        """The arguments of train.py."""
+        options = [*self.args.defaults, *self.args.settings, "--mode", self.mode]
+        options += [] if self.gamma is None else ["--gamma", f"{self.gamma:g}"]
+        options += ["--epochs", f"{self.epochs:g}"] if self.epochs else []
+        files = {name: getattr(self.args, name) for name in ("model", "train", "valid")}
+        files["out"] = self.folder
+        return options + [
+            str(x) for name, file in files.items() if file for x in (f"--{name}", file)
+        ]
 
+    def infer_options(self):
+        """The arguments of infer.py; how posts are read is the same as in training."""
+        model = self.args.model if self.mode == "zero-shot" else self.folder
+        options = ["--data", self.args.test, "--model", model, "--out", self.predictions]
+        parser = ArgumentParser()
+        data.add_reading_options(parser)
+        given = parser.parse_known_args([*self.args.defaults, *self.args.settings])[0]
+        for name, value in vars(given).items():
+            if value != parser.get_default(name):
+                options += [f"--{name.replace('_', '-')}", value]
+        options += ["--base-url", self.args.base_url] if self.args.base_url else []
+        options += ["--think", "never"] if self.never else []
+        return options + shlex.split(self.args.infer)
 
-# ---------------------------------------------------------------------------- what they compute
+    def score_options(self, other=None):
+        """The arguments of evaluate.py, also for a comparison with another cell."""
+        files = [self.predictions, self.args.test, "--train", self.args.train]
+        against = ["--against", other.predictions] if other else []
+        return [*files, *against, "--bootstrap", 1000, "--json"]
+
+    def cot_share(self, chosen):
+        """The share of posts that reason, which is `chosen` where the mode decides."""
+        trains = "cot" if self.mode == "zero-shot" else train.MODES[self.mode].trains
+        chosen = {0: 0, math.inf: 1}.get(self.gamma, chosen)
+        return {"plain": 0, "cot": 1, "both": 1, "either": chosen}[trains]
 
 
 def shell(script, options, launch=""):
@@ -74,32 +105,28 @@ def shell(script, options, launch=""):
     return shlex.join([*start, os.path.relpath(ROOT / script), *map(str, options)])
 
 
+# ---------------------------------------------------------------------------- what they compute
+
+
 def measured_lengths(args, posts, model):
     """(Lengths, tokens of the teacher's instruction) of some posts, by the model's tokenizer."""
-    from support.folders import read_image_processor, read_tokenizer
-
-    from model import make_encoder
-
     try:
         folder = find_model(args.model, ["*.json", "*.txt", "*.jinja"])
         tokenizer, processor = read_tokenizer(folder), read_image_processor(folder)
     except UserError as error:
         raise UserError(f"--lengths is missing: no tokenizer to measure with ({error})") from None
-    options = data.encoder_options(train.parse_args(train_options(args, "sft")))
-    encoder = make_encoder(folder, model, tokenizer, processor, options)
+    options = data.resolve_options(train.parse_args(Cell(args, "sft").train_options()), folder)
+    encoder = make_encoder(folder, model.config, tokenizer, processor, options)
     chosen = random.Random(0).sample(range(len(posts)), min(SAMPLE, len(posts)))
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
     samples = [sample for sample in map(encoded.__getitem__, chosen) if hasattr(sample, "prompt")]
     if not samples:
         raise UserError(f"{posts.path}: no image can be read; see python -m tools.dataset check")
-    images = [sample.prompt.count(encoder.image_token_id) for sample in samples]
-    cots = [len(sample.cot) for sample in samples if sample.cot]
-    return Lengths(
-        statistics.mean(len(sample.prompt) for sample in samples) - statistics.mean(images),
-        statistics.mean(images),
-        statistics.mean(len(sample.plain) for sample in samples),
-        statistics.mean(cots or [COT]),
-    ), len(tokenizer.encode(gen_cot.PROMPT))
+    image = statistics.mean(sample.prompt.count(encoder.image_token_id) for sample in samples)
+    prompt = statistics.mean(len(sample.prompt) for sample in samples)
+    plain = statistics.mean(len(sample.plain) for sample in samples)
+    cot = statistics.mean([len(sample.cot) for sample in samples if sample.cot] or [COT])
+    return Lengths(prompt - image, image, plain, cot), len(tokenizer.encode(gen_cot.PROMPT))
 
 
 class Plan:
@@ -112,29 +139,26 @@ class Plan:
         self.args, self.counts, self.lengths = args, counts, lengths
         self.model, self.flops = model, Flops(model)
 
-    def answer(self, row):
-        """(share that reasons, mean tokens) of a row's answers; zero-shot is taken to reason."""
-        mode, _, gamma = row.partition("-gamma")
-        dynamic = {"0": 0, "inf": 1}.get(gamma, self.args.cot_share)
-        share = {"sft": 0, "dynamic": dynamic}.get(mode, 1)
+    def answer(self, cell):
+        """(share that reasons, mean tokens) of a cell's answers; zero-shot is taken to reason."""
+        share = cell.cot_share(self.args.cot_share)
         return share, share * self.lengths.cot + (1 - share) * self.lengths.plain
 
-    def training(self, row):
-        """A comment on the training of a row, validation included."""
-        options, (share, answer) = train.parse_args(train_options(self.args, row)), self.answer(row)
-        batches = math.ceil(self.counts["train"] / options.batch_size)
-        posts = options.epochs * self.counts["train"]
-        both = options.mode in ("multitask", "dynamic")
+    def training(self, cell):
+        """A comment on the training of a cell, validation included."""
+        options, (share, answer) = train.parse_args(cell.train_options()), self.answer(cell)
+        count = self.counts["train"]
+        steps = len(data.TrainingOrder(count, options.batch_size, options.seed, options.epochs))
+        posts, both = options.epochs * count, train.MODES[options.mode].shares_prompt
         tokens = posts * (self.lengths.prompt + answer + both * self.lengths.plain)
         flops = posts * self.flops.training(self.lengths, options.mode, share, options)
         valid = math.ceil(options.epochs) * options.valid_posts if options.valid else 0
         read, generate = (valid * part for part in self.flops.inference(self.lengths, answer))
-        steps = f"{plural(train.round_up(options.epochs * batches), 'step')}, "
-        return self.comment(steps, tokens, flops + read, generate)
+        return self.comment(f"{plural(steps, 'step')}, ", tokens, flops + read, generate)
 
-    def inference(self, row):
-        """A comment on the inference of a row."""
-        posts, (_, answer) = self.counts["test"], self.answer(row)
+    def inference(self, cell):
+        """A comment on the inference of a cell."""
+        posts, (_, answer) = self.counts["test"], self.answer(cell)
         read, generate = (posts * part for part in self.flops.inference(self.lengths, answer))
         return self.comment("", posts * (self.lengths.prompt + answer), read, generate)
 
@@ -149,8 +173,9 @@ class Plan:
         """A comment on the memory of a training step, by the size of the cards."""
         gpus = math.prod(map(int, re.findall(GPUS, self.args.launch)))
         longest = [max(COT, math.ceil(most)) for most in (self.lengths.text, self.lengths.cot)]
-        options = [*train_options(self.args, "dynamic"), "--gpus", gpus, "--lengths", *longest]
-        needs, settings = [], memory.parse_args([*map(str, options)])
+        options = [*Cell(self.args, "dynamic").train_options(), "--gpus", gpus]
+        settings = memory.parse_args([*map(str, [*options, "--lengths", *longest])])
+        needs = []
         for card in (80, 141):
             need = memory.estimate(self.model, settings, card)["peak"]
             fits = "" if need <= memory.USABLE * card else ", does not fit"
@@ -201,11 +226,11 @@ def make_plan(args):
     return Plan(args, counts, lengths, model), missing, instruction, lines
 
 
-def commands(args, rows):
+def commands(args, cells):
     """The lines of a shell script that does the whole study; what they cost stands in comments."""
     plan, missing, instruction, lines = make_plan(args)
     yield from lines
-    if missing and any(row not in ("zero-shot", "sft") for row in rows):
+    if missing and any(cell.mode != "zero-shot" and cell.cot_share(1) for cell in cells):
         name, file = args.paper_data.get("teacher", "gpt-4o"), Path(args.train).with_suffix("")
         yield "\n# reasoning by a teacher"
         yield plan.teacher(missing, instruction)
@@ -215,17 +240,27 @@ def commands(args, rows):
         yield shell("gen_cot.py", options)
         args.train = f"{file}_cot.jsonl"  # that the rows train on
     yield f"\n{plan.memory()}"
-    jobs = [job for row in rows for job in ((plan.training, row), (plan.inference, row))]
-    if args.base_url:
-        jobs.sort(key=lambda job: job[0] == plan.inference)
-    for job, row in [job for job in jobs if job != (plan.training, "zero-shot")]:
-        yield f"\n# {row}: {job.__name__}"
-        yield job(row)
-        if job == plan.training:
-            yield shell("train.py", train_options(args, row), args.launch)
+    jobs = [(cell, kind) for cell in cells for kind in ("training", "inference")]
+    if args.base_url:  # a server needs the GPUs that trained
+        jobs.sort(key=lambda job: job[1] == "inference")
+    for cell, kind in jobs:
+        if (cell.mode, kind) == ("zero-shot", "training"):
+            continue
+        yield f"\n# {cell.row}: {kind}"
+        yield getattr(plan, kind)(cell)
+        if kind == "training":
+            yield shell("train.py", cell.train_options(), args.launch)
         else:
-            yield shell("infer.py", infer_options(args, row))
+            yield shell("infer.py", cell.infer_options())
     yield "\n# scores"
-    others = [row for row in rows if row in ROWS and row != "dynamic"] if "dynamic" in rows else []
-    for pair in [(row,) for row in rows] + [("dynamic", row) for row in others]:
-        yield shell("evaluate.py", score_options(args, *pair))
+    yield from (shell("evaluate.py", cell.score_options()) for cell in cells)
+    for cell, other in pairs(cells):
+        yield shell("evaluate.py", cell.score_options(other))
+
+
+def pairs(cells):
+    """(dynamic, other) for each other mode of a data set."""
+    own = [cell for cell in cells if cell.gamma is None and not cell.never]
+    dynamic = [cell for cell in own if cell.mode == "dynamic"]
+    others = [cell for cell in own if cell.mode != "dynamic"]
+    return [(cell, other) for cell in dynamic for other in others if other.args is cell.args]
