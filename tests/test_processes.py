@@ -117,9 +117,9 @@ def alone(posts, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("count, engine", [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
-def test_processes_give_a_single_ones_losses_and_choices(posts, alone, tmp_path, count, engine):
-    finished(launch(count, "runs", engine, posts, tmp_path))
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_processes_give_a_single_ones_losses_and_choices(posts, alone, tmp_path, engine):
+    finished(launch(2, "runs", engine, posts, tmp_path))
     for run in sorted(tmp_path.iterdir()):
         single = alone / run.name.partition("-")[0]
         expected = steps(single)
@@ -231,7 +231,7 @@ def test_steps_without_images_or_posts_are_those_of_a_single_process(odd_steps, 
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp_path):
-    """Two sharded processes, then one, then four: together the run that was never stopped."""
+    """Two sharded processes, then one, then three: together the run that was never stopped."""
     out, script = tmp_path / "run", ROOT / "train.py"
     first = arguments(posts, out, "dynamic", "--save-every 3")
     # 1 is torchrun's code where a process has left with 143.
@@ -254,7 +254,7 @@ train.run(train.main)
     command = [sys.executable, "-c", code, *first, "--resume"]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 143 and "stopped after step 8 of 20" in again.stderr, again.stderr
-    finished(launch(4, *first, "--parallel fsdp --resume", script=script))
+    finished(launch(3, *first, "--parallel fsdp --resume", script=script))
     for ours, theirs in zip(steps(out), steps(alone / "long"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
         assert ours["cot_share"] == theirs["cot_share"]
