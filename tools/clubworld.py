@@ -448,9 +448,9 @@ def make_folder(folder, label, settings, fill):
         raise UserError(f"{folder} can't be written: {error}") from error
 
 
-def write_world(out, seed=0, train=POSTS["train"], valid=POSTS["valid"], test=POSTS["test"]):
-    """Write train.jsonl, valid.jsonl, test.jsonl and images/ to `out`. Raises UserError."""
-    counts = {"train": train, "valid": valid, "test": test}
+def write_world(out, seed=0, **counts):
+    """Write the posts (POSTS says how many, or `counts`) and images/ to `out`. Raises UserError."""
+    counts = POSTS | counts
 
     def fill(folder):
         (folder / "images").mkdir()
@@ -591,7 +591,7 @@ def main():
         posts_help = f"posts in {name}.jsonl"
         add(f"--{name}", type=positive_int, default=count, metavar="N", help=posts_help)
     args = parser.parse_args()
-    write_world(args.out, args.seed, args.train, args.valid, args.test)
+    write_world(args.out, args.seed, train=args.train, valid=args.valid, test=args.test)
     write_toy_model(Path(args.out) / "toy", args.seed)
     info(f"{args.out}: club world {args.seed}, and in toy/ its model")
 
