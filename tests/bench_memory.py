@@ -21,24 +21,40 @@ import transformers  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from model import empty_model  # noqa: E402
 from support.adapters import add_adapter  # noqa: E402
 from support.console import HelpFormatter  # noqa: E402
-from tiny import batch_of, random_posts  # noqa: E402
+from tiny import TOKENS, batch_of, random_posts  # noqa: E402
 from tools import memory  # noqa: E402
 from train import TrainingStep  # noqa: E402
 
 
 def read_shapes(text):
-    """A dict from name to a dict of `config`'s arguments, from a table with these as its titles."""
-    titles, *rows = map(str.split, text.strip().splitlines())
-    return {name: dict(zip(titles, map(int, row), strict=True)) for name, *row in rows}
+    """{shape: {setting of a config: value}} of a table with a column for each shape."""
+    names, *rows = map(str.split, text.strip().splitlines())
+    columns = zip(*([int(value) for value in values] for _, *values in rows), strict=True)
+    settings = [setting for setting, *_ in rows]
+    return {
+        name: dict(zip(settings, column, strict=True))
+        for name, column in zip(names, columns, strict=True)
+    }
 
 
-SHAPES = read_shapes("""
-      hidden layers heads kv  mlp vocabulary tied vision blocks vision_heads vision_mlp
-wide     256      2     4  2  704       2000    1     96      3            4        288
-long      64      6     4  1  176        500    1     64      4            4        192
-wordy     96      3     4  2  264      12000    0     64      2            4        192
+TEXTS = read_shapes("""
+                     wide  long  wordy
+hidden_size           256    64     96
+num_hidden_layers       2     6      3
+num_attention_heads     4     4      4
+num_key_value_heads     2     1      2
+intermediate_size     704   176    264
+vocab_size           2000   500  12000
+""")
+VISIONS = read_shapes("""
+                     wide  long  wordy
+hidden_size            96    64     64
+depth                   3     4      2
+num_heads               4     4      4
+intermediate_size     288   192    192
 """)
 REAL = {size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B")}
 CASES = [
@@ -84,41 +100,21 @@ class Live(TorchDispatchMode):
         return result
 
 
-def config(
-    *, hidden, layers, heads, kv, mlp, vocabulary, tied, vision, blocks, vision_heads, vision_mlp
-):
-    half = hidden // heads // 2
+def config(name):
+    text, vision, tied = TEXTS[name], VISIONS[name], name != "wordy"
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
     mrope = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope}
+    text = text | {"bos_token_id": None, "eos_token_id": None, "rope_parameters": rope}
+    blocks = {
+        "out_hidden_size": text["hidden_size"],
+        "fullatt_block_indexes": [vision["depth"] - 1],
+    }
     return transformers.Qwen2_5_VLConfig(
-        text_config=dict(
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv,
-            vocab_size=vocabulary,
-            bos_token_id=None,
-            eos_token_id=None,
-            tie_word_embeddings=bool(tied),
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": mrope,
-            },
-        ),
-        vision_config=dict(
-            depth=blocks,
-            hidden_size=vision,
-            num_heads=vision_heads,
-            out_hidden_size=hidden,
-            intermediate_size=vision_mlp,
-            fullatt_block_indexes=[blocks - 1],
-        ),
-        image_token_id=90,
-        video_token_id=91,
-        vision_start_token_id=92,
-        vision_end_token_id=93,
-        tie_word_embeddings=bool(tied),
+        text_config=text | {"tie_word_embeddings": tied},
+        vision_config=vision | blocks,
+        tie_word_embeddings=tied,
+        **TOKENS,
     )
 
 
@@ -140,17 +136,12 @@ ROWS = [
 ]
 
 
-def empty(shape):
-    with torch.device("meta"):
-        return transformers.Qwen2_5_VLForConditionalGeneration(config(**shape))
-
-
-def measured(shape, settings):
+def measured(name, settings):
     """Bytes at the peak of a step, with the settings of a memory.Step; every post reasons."""
     bf16, rank, freeze_vision = settings.bf16, settings.rank, settings.freeze_vision
     checkpointing, mode = settings.checkpointing, "dynamic" if settings.share_prompt else "cot"
     torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config(**shape))
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config(name))
     if rank:
         model.to(torch.bfloat16 if bf16 else torch.float32)
         add_adapter(model, rank, "base", not freeze_vision)
@@ -191,8 +182,8 @@ def compare(names, cases):
         for case in cases:
             shape = (POSTS, GRID[0] * GRID[1] // 4, TEXT - 2, ANSWER)
             step = memory.Step(*shape, **{"bf16": False} | case)
-            estimated = memory.step_memory(empty(SHAPES[name]), step)["peak"]
-            peaks = {"measured": measured(SHAPES[name], step), "estimated": round(estimated)}
+            estimated = memory.step_memory(empty_model(config(name), device="meta"), step)["peak"]
+            peaks = {"measured": measured(name, step), "estimated": round(estimated)}
             yield {"shape": name, **case, **peaks}
 
 
@@ -210,13 +201,10 @@ def real():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--real", action="store_true", help="estimate the real shapes")
-    parser.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, default=[*SHAPES], help="which small models"
-    )
-    parser.add_argument(
-        "--cases", metavar="JSON", type=json.loads, default=CASES, help="the settings to measure"
-    )
+    add = parser.add_argument
+    add("--real", action="store_true", help="estimate the real shapes")
+    add("--shapes", nargs="+", choices=TEXTS, default=[*TEXTS], help="which small models")
+    add("--cases", metavar="JSON", type=json.loads, default=CASES, help="the settings to measure")
     args = parser.parse_args()
     if args.real:
         return real()

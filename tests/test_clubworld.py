@@ -1,6 +1,7 @@
 import json
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,32 +67,20 @@ def tokens(tokenizer, text):
 
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
-    for name, seed in (("a", 100), ("b", 100), ("c", 101)):
-        write_world(tmp_path / name, seed, train=40, valid=5, test=10)
-    a, b, c = (read(tmp_path / name) for name in "abc")
+    sizes = {"a": 40, "b": 40, "c": 40, "few": 10}
+    for name, train in sizes.items():
+        write_world(tmp_path / name, 101 if name == "c" else 100, train=train, valid=8, test=8)
+    a, b, c, few = (read(tmp_path / name) for name in sizes)
     assert a == b
     assert a.keys() == c.keys() and all(a[name] != c[name] for name in a)
-
-
-def test_more_training_posts_leave_the_other_files_as_they_are(tmp_path):
-    write_world(tmp_path / "few", 100, train=10, valid=8, test=8)
-    write_world(tmp_path / "many", 100, train=60, valid=8, test=8)
-    few, many = read(tmp_path / "few"), read(tmp_path / "many")
     same = [name for name in few if re.search("valid|test", name)]
-    assert len(same) == 18 and all(few[name] == many[name] for name in same)
-
-
-def test_the_records_name_images_that_open(tmp_path):
-    write_world(tmp_path / "world", 100, train=20, valid=5, test=5)
-    records = [
-        json.loads(line)
-        for name in ("train", "valid", "test")
-        for line in (tmp_path / "world" / f"{name}.jsonl").read_text().splitlines()
-    ]
-    assert len({record["id"] for record in records}) == 30
+    assert len(same) == 18 and all(few[name] == a[name] for name in same)
+    files = [few[f"{name}.jsonl"].splitlines() for name in ("train", "valid", "test")]
+    records = [json.loads(line) for lines in files for line in lines]
+    assert len({record["id"] for record in records}) == 26
     for record in records:
         assert list(record) == ["id", "text", "image", "keyphrases", "cot", "kind", "held_out"]
-        with Image.open(tmp_path / "world" / record["image"]) as image:
+        with Image.open(tmp_path / "few" / record["image"]) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (84, 84))
 
 
@@ -110,30 +99,28 @@ def test_an_interrupted_world_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_world_is_left_alone_and_another_is_not_overwritten(tmp_path):
-    out = tmp_path / "world"
+def test_no_other_folder_is_overwritten(tmp_path):
+    out, file = tmp_path / "world", tmp_path / "file"
+    out.mkdir()  # an empty one is taken
     write_world(out, 100, train=5, valid=2, test=2)
     (out / "test.jsonl").write_text("mine")
     write_world(out, 100, train=5, valid=2, test=2)
-    with pytest.raises(UserError, match="world.json"):
+    with pytest.raises(UserError, match="holds something else .its world.json would be"):
         write_world(out, 100, train=6, valid=2, test=2)
     assert (out / "test.jsonl").read_text() == "mine" and [*tmp_path.iterdir()] == [out]
+    file.touch()
+    for path in (file, file / "world"):
+        with pytest.raises(UserError, match="file"):
+            write_world(path, train=2, valid=1, test=1)
 
 
-def test_a_foreign_folder_is_refused_and_an_empty_one_is_taken(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").touch()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="full"):
-        write_world(tmp_path / "full", train=2, valid=1, test=1)
-    write_world(tmp_path / "empty", train=2, valid=1, test=1)
-    assert (tmp_path / "empty" / "train.jsonl").exists()
-
-
-def test_what_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file"):
-        write_world(tmp_path / "file" / "world", train=2, valid=1, test=1)
+def test_it_is_written_beside_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(clubworld, "POSTS", {"train": 3, "valid": 1, "test": 1})
+    monkeypatch.setattr(clubworld, "write_toy_model", lambda folder, seed: folder.mkdir())
+    files = clubworld.write_beside(tmp_path / "run", 7)
+    assert [*files] == ["model", "train", "valid", "test"]
+    assert all((tmp_path / "clubworld-7" / Path(file).name).exists() for file in files.values())
+    assert files["test"] == str(tmp_path / "clubworld-7" / "test.jsonl")
 
 
 # ---------------------------------------------------------------------------------------- the world

@@ -159,6 +159,35 @@ def test_rows_are_predicted_through_a_server_after_all_are_trained(
     assert scores["sft"]["all"]["tokens"] == scores["zero-shot"]["all"]["tokens"] == 20
 
 
+def test_a_club_world_is_a_data_set_like_any_other(world, tmp_path, scripts, monkeypatch, capsys):
+    """Two worlds (the same posts twice): equal steps, equal training time, and a gamma."""
+    names = {name: str(world / f"{name}.jsonl") for name in ("train", "valid", "test")}
+    monkeypatch.setattr(study, "write_beside", lambda out, seed: names | {"model": world / "toy"})
+    seconds = {"sft": [1, 0], "dynamic": [2, 1], "dynamic, untrained": [2, 0]}
+    (tmp_path / "seconds.json").write_text(json.dumps(seconds))
+    some = "--rows sft dynamic --worlds 0 1 --gammas 0.2 inf --gamma-worlds 100 --"
+    run_study(monkeypatch, *words("--out", tmp_path, some, SIZES))
+    cells = "sft-0 sft-1 dynamic-0 dynamic-1 dynamic-0.5epochs-0 dynamic-0.5epochs-1"
+    cells += " dynamic-gamma0.2-100 dynamic-gammainf-100"
+    assert {path.parent.name for path in tmp_path.glob("*/last")} == set(cells.split())
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert "dynamic-never-1" in scores and scores["sft-0"]["all"]["posts"] == 12
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    ours = [line for line in lines if line[0] == "| dynamic" and len(line) == 11]
+    assert [line[-2:] for line in ours] == [["8", "2.00 |"], ["4", "1.00 |"]]
+    values = [100 * scores[f"dynamic-{seed}"]["all"]["F1@1"] for seed in (0, 1)]
+    assert ours[0][1].startswith(f"{sum(values) / 2:.1f}")
+    assert ["| reasoned, %", "all", "unseen", *"ABCD", "E |"] in lines
+    law = next(
+        line for line in lines if line[0] == "| dynamic-gamma0.2, world 100" and len(line) == 4
+    )
+    n = json.loads((tmp_path / "dynamic-gamma0.2-100" / "direct.json").read_text())["n"]
+    assert float(law[3].rstrip(" |")) == pytest.approx(math.exp(-0.2 * n), abs=0.02)
+    count = len([command for command in scripts if command[0] == "train.py"])
+    run_study(monkeypatch, *words("--out", tmp_path, some, SIZES))
+    assert count == len([command for command in scripts if command[0] == "train.py"]) == 8
+
+
 VISION = 32 * (4 * 1280**2 + 3 * 1280 * 3420)  # weights of the blocks
 TEXT = {"3B": 36 * (2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 11008)}
 TEXT["7B"] = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944)

@@ -354,8 +354,11 @@ def shirt_masks():
     ImageDraw.Draw(shirt).polygon(outline, fill=1)
     for line in (outline, *armpits):
         ImageDraw.Draw(edge).line(line, fill=1, width=2)
-    x = np.arange(SIZE)
-    return np.array(shirt), np.array(shirt) & ((x < 24) | (x > 60)), np.array(edge)
+    return (
+        np.array(shirt),
+        np.array(shirt) & (abs(np.arange(SIZE) - SIZE // 2) > 18),
+        np.array(edge),
+    )
 
 
 def finish(rng, pixels):
@@ -448,9 +451,9 @@ def make_folder(folder, label, settings, fill):
         raise UserError(f"{folder} can't be written: {error}") from error
 
 
-def write_world(out, seed=0, train=POSTS["train"], valid=POSTS["valid"], test=POSTS["test"]):
-    """Write train.jsonl, valid.jsonl, test.jsonl and images/ to `out`. Raises UserError."""
-    counts = {"train": train, "valid": valid, "test": test}
+def write_world(out, seed=0, **counts):
+    """Write the posts (POSTS says how many, or `counts`) and images/ to `out`. Raises UserError."""
+    counts = POSTS | counts
 
     def fill(folder):
         (folder / "images").mkdir()
@@ -577,21 +580,22 @@ def write_beside(out, seed):
     world = Path(out).parent / f"clubworld-{seed}"
     write_world(world, seed)
     write_toy_model(world / "toy", seed)
-    names = {"model": "toy", "train": "train.jsonl", "valid": "valid.jsonl", "test": "test.jsonl"}
-    return {name: str(world / file) for name, file in names.items()}
+    return {"model": str(world / "toy")} | {name: str(world / f"{name}.jsonl") for name in POSTS}
 
 
-def main():
+def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="a new folder")
-    seed_help = "choose settings with 100 and up, report 0 to 4"
-    add("--seed", type=non_negative_int, default=0, help=seed_help)
+    add("--seed", type=non_negative_int, default=0, help="settings: 100 and up; reports: 0 to 4")
     for name, count in POSTS.items():
-        posts_help = f"posts in {name}.jsonl"
-        add(f"--{name}", type=positive_int, default=count, metavar="N", help=posts_help)
-    args = parser.parse_args()
-    write_world(args.out, args.seed, args.train, args.valid, args.test)
+        add(f"--{name}", type=positive_int, default=count, metavar="N", help="posts in its file")
+    return parser.parse_args(arguments)
+
+
+def main():
+    args = parse_args()
+    write_world(args.out, args.seed, **{name: getattr(args, name) for name in POSTS})
     write_toy_model(Path(args.out) / "toy", args.seed)
     info(f"{args.out}: club world {args.seed}, and in toy/ its model")
 
