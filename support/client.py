@@ -244,16 +244,14 @@ def read_reply(answer):
 
 def split_content(message):
     """(answer, reasoning) of a message; of content in parts, what is no text is reasoning."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [content]
-    texts = [part for part in parts if isinstance(part, str) or is_text(part)]
-    thoughts = [part for part in parts if part not in texts]
-    reasoning = flat(thoughts) or message.get("reasoning_content") or message.get("reasoning")
-    return flat(texts), flat(reasoning)
-
-
-def is_text(part):
-    return isinstance(part, dict) and part.get("type", "text") == "text"
+    parts, content = {True: [], False: []}, message.get("content")
+    for part in content if isinstance(content, list) else [content]:
+        is_text = not isinstance(part, dict) or part.get("type", "text") == "text"
+        parts[is_text].append(flat(part))
+    reasoning = (
+        "".join(parts[False]) or message.get("reasoning_content") or message.get("reasoning")
+    )
+    return "".join(parts[True]), flat(reasoning)
 
 
 def flat(value):
@@ -319,7 +317,7 @@ class Client:
         self.http = open_http(self.url, headers, options.timeout, workers)
         self.stop, self.gate = asyncio.Event(), asyncio.Lock()
         self.interval = self.last_start = self.hold_until = 0  # seconds, see `turn`
-        self.slowed_at = self.let_through_at = 0
+        self.slowed_at = 0
         self.requests = self.prompt_tokens = self.reply_tokens = 0
         self.reached = False  # whether the server has ever sent anything
         self.answered = False  # whether it has ever answered a request with a completion
@@ -392,8 +390,7 @@ class Client:
                 self.slow_down(start, limit.wait)
                 limited_since = limited_since or start
                 if time.monotonic() - limited_since > PATIENCE:
-                    nothing = self.let_through_at < limited_since
-                    self.give_up(f"{limit} (for {PATIENCE / 60:.0f} minutes)", stop=nothing)
+                    self.give_up(f"{limit} (for {PATIENCE / 60:.0f} minutes)", stop=True)
             except Refused as refused:
                 self.refused += 1
                 all_refused = not self.answered and self.refused >= max(5, self.workers)
@@ -447,7 +444,6 @@ class Client:
         except (ValueError, RecursionError):
             answer = response.content.decode("utf-8", "replace").strip()
         if status != 429:
-            self.let_through_at = time.monotonic()
             self.interval = self.interval / 2 if self.interval > 0.02 else 0
         if status >= 300 or isinstance(answer, dict) and answer.get("error"):
             self.judge(status, answer, response.headers, request)
@@ -466,20 +462,19 @@ class Client:
         said = message_of(answer) or "no word why"
         for key in self.secrets:
             said = said.replace(key, "***")
-        code = answer.get("error") if isinstance(answer, dict) else None
-        code = code.get("code") if isinstance(code, dict) else None
         reason = short(f"{status} {said}")
         hints = {
             401: "it wants a key: put it in OPENAI_API_KEY, or in the variable of --api-key-env",
             402: "the account needs credit",
+            429: "the account needs credit",
             404: f"check --base-url, and whether it has a model {request['model']}",
             407: "check the proxy in HTTP_PROXY or HTTPS_PROXY",
         }
         if self.key:
             hints[401] = f"check the key in {self.key}"
-        if code == "insufficient_quota":
-            status = 402
-        if status == 429:
+        error = answer.get("error") if isinstance(answer, dict) else None
+        no_credit = isinstance(error, dict) and error.get("code") == "insufficient_quota"
+        if status == 429 and not no_credit:
             raise RateLimit(f"rate limit: {reason}", retry_after(headers))
         if status < 300 or status >= 500 or status in (408, 409, 425):
             raise Fault(f"server error: {reason}", retry_after(headers))
