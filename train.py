@@ -459,8 +459,8 @@ def main():
     args = parse_args()
     check_args(args)
     mend = (
-        "a smaller --micro-batch takes less and changes no result, python -m tools.memory shows "
-        "what else would; --resume continues from the last checkpoint"
+        "a smaller --micro-batch takes less and changes no result, python -m tools.memory "
+        "estimates what other settings need; --resume continues from the last checkpoint"
     )
     with Ranks(args.device, args.parallel) as ranks, out_of_memory(mend), ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, locked(Path(args.out) / "log.jsonl"))

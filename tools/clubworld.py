@@ -42,9 +42,8 @@ SIZE = 84  # pixels: 6 x 6 patches of 14 pixels, 3 x 3 image tokens
 KINDS = {"A": 0.15, "B": 0.25, "C": 0.12, "D": 0.08, "E": 0.40}  # share of the posts
 HELD_OUT = 8  # clubs
 POSTS = {"train": 14_400, "valid": 400, "test": 1_000}
-# The settings of train.py with which the toy model learns its world.
 TOY_DEFAULTS = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=0)
-TOY_DEFAULTS |= dict(valid_posts=200, max_new_tokens=64)
+TOY_DEFAULTS |= dict(valid_posts=200, max_new_tokens=64)  # how train.py trains the toy model
 
 # ----------------------------------------------------------------------------------------- words
 # In a template, {a|b} is one of a and b, and a word in capitals is a slot. A mood tag has two words
@@ -354,11 +353,8 @@ def shirt_masks():
     ImageDraw.Draw(shirt).polygon(outline, fill=1)
     for line in (outline, *armpits):
         ImageDraw.Draw(edge).line(line, fill=1, width=2)
-    return (
-        np.array(shirt),
-        np.array(shirt) & (abs(np.arange(SIZE) - SIZE // 2) > 18),
-        np.array(edge),
-    )
+    sleeves = np.array(shirt) & (abs(np.arange(SIZE) - SIZE // 2) > 18)
+    return np.array(shirt), sleeves, np.array(edge)
 
 
 def finish(rng, pixels):

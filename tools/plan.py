@@ -261,6 +261,5 @@ def commands(args, cells):
 def pairs(cells):
     """(dynamic, other) for each other mode of a data set."""
     own = [cell for cell in cells if cell.gamma is None and not cell.never]
-    dynamic = [cell for cell in own if cell.mode == "dynamic"]
-    others = [cell for cell in own if cell.mode != "dynamic"]
-    return [(cell, other) for cell in dynamic for other in others if other.args is cell.args]
+    both = [(one, other) for one in own for other in own if one.args is other.args]
+    return [pair for pair in both if pair[0].mode == "dynamic" != pair[1].mode]
