@@ -39,6 +39,7 @@ from support.console import (
     fraction,
     non_negative_number,
     number,
+    number_or_inf,
     out_of_memory,
     positive_int,
     positive_number,
@@ -91,7 +92,7 @@ def add_training_options(add):
     )
     add("--mode", choices=list(MODES), default="dynamic", help=mode_help)
     gamma_help = "a sample whose plain answer has a loss below this is taught to reason"
-    add("--gamma", type=non_negative_number, default=0.4, help=gamma_help)
+    add("--gamma", type=number_or_inf, default=0.4, help=gamma_help)
     epochs_help = "passes over the posts, such as 5 or 2.5; one step at least"
     add("--epochs", type=positive_number, default=5, help=epochs_help)
     add("--batch-size", type=positive_int, default=32, help="posts per step, over all GPUs")
@@ -110,7 +111,7 @@ def add_training_options(add):
         help="second beta of AdamW",
     )
     clip_help = "maximum gradient norm; 0: no clipping"
-    add("--clip", type=non_negative_number, default=1.0, help=clip_help)
+    add("--clip", type=number_or_inf, default=1.0, help=clip_help)
     seed_help = "sets the order of the posts, the club world and the toy model"
     add("--seed", type=non_negative_int, default=0, help=seed_help)
 

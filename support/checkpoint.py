@@ -138,7 +138,7 @@ def read_pointer(pointer):
 
 def step_of(folder):
     """The N of a folder step-N, None for any other, which is the user's own."""
-    found = re.fullmatch(r"step-(\d+)", folder.name)
+    found = re.fullmatch("step-([0-9]+)", folder.name)
     return found and int(found[1])
 
 
@@ -312,7 +312,8 @@ def prune(run, keep):
     pointers = [run / name for name in ("last", "best") if (run / name).is_file()]
     kept |= {read_pointer(pointer).name for pointer in pointers}
     for folder in run.iterdir():
-        if re.fullmatch(r"\.?step-\d+(\.partial)?", folder.name) and folder.name not in kept:
+        ours = re.fullmatch(r"step-[0-9]+|\.step-[0-9]+\.partial", folder.name)
+        if ours and folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -65,11 +65,14 @@ def add_server_options(parser):
 
 
 def json_object(text):
-    """argparse type: a JSON object."""
+    """argparse type: a JSON object of a request's fields that are not the run's own."""
     with contextlib.suppress(ValueError):
-        if isinstance(value := json.loads(text), dict):
+        value = json.loads(text)
+        if isinstance(value, dict) and value.keys().isdisjoint(("model", "messages", "stream")):
             return value
-    raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON object")
+    raise argparse.ArgumentTypeError(
+        f"{shown(text)} is no JSON object without model, messages and stream"
+    )
 
 
 def endpoint(base_url):

@@ -68,7 +68,8 @@ def whole_number(low, high):
 
 positive_int = whole_number(1, 10**9)
 positive_number = number("a number above 0 and below 1e15", lambda x: 0 < x < 1e15)
-non_negative_number = number("a number of at least 0", lambda x: x >= 0)  # infinity, too
+non_negative_number = number("a number of at least 0 and below 1e15", lambda x: 0 <= x < 1e15)
+number_or_inf = number("a number of at least 0, or inf", lambda x: x >= 0)
 fraction = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 

@@ -140,28 +140,30 @@ class IndexedLines:
     def __init__(self, path):
         self.path = Path(path)
         self.offsets, self.lines = array("Q"), array("Q")
-        self.state = self.current_state()
+        self.state = self.size_and_time(self.path)
 
     def __len__(self):
         return len(self.offsets)
 
-    def current_state(self):
-        """The file's size and time. Raises UserError."""
+    def size_and_time(self, file):
+        """What tells that a file, a path or a descriptor, was changed. Raises UserError."""
         with reading(self.path, "every machine of a run must see it"):
-            state = os.stat(self.path)
+            state = os.stat(file)
         return state.st_size, state.st_mtime_ns
 
     def raw(self, index):
         """The bytes of a line. Raises UserError where the file has changed."""
-        if self.current_state() != self.state:
-            raise UserError(f"{self.path}: the file was changed while it was in use; start again")
-        with open(self.path, "rb") as file:
+        with (
+            reading(self.path, "every machine of a run must see it"),
+            open(self.path, "rb") as file,
+        ):
+            if self.size_and_time(file.fileno()) != self.state:
+                raise UserError(
+                    f"{self.path}: the file was changed while it was in use; start again (copies "
+                    "on several machines need the same time, as cp -p gives them)"
+                )
             file.seek(self.offsets[index])
             return file.readline()
-
-    def __setstate__(self, state):  # another machine's copy may have a time of its own
-        self.__dict__.update(state)
-        self.state = self.state[0], self.current_state()[1]
 
     def digest(self):
         """A fingerprint of the file's content."""

@@ -285,8 +285,9 @@ def test_a_parameter_that_the_model_does_not_take_is_the_users(tmp_path, name):
         assert gen(posts, server, *options, *changed, out="other.jsonl") == 0
     sent = server.log[-1][0]
     assert name not in sent and sent["max_completion_tokens"] == 512
-    with pytest.raises(SystemExit):
-        gen(posts, server, "--request", "[1]")
+    for wrong in ("[1]", '{"stream": true}'):
+        with pytest.raises(SystemExit):
+            gen(posts, server, "--request", wrong)
 
 
 def test_what_a_server_repeats_of_the_request_is_no_verdict(tmp_path):

@@ -187,10 +187,16 @@ def test_a_machine_that_does_not_see_the_posts_says_so(world, tmp_path):
     import pickle
 
     posts = Posts(shutil.copy(world / "train.jsonl", tmp_path / "posts.jsonl"))
-    packed = pickle.dumps(posts)
+    there = pickle.loads(pickle.dumps(posts))  # on another rank, or in a spawned worker
+    assert there[3] == posts[3]
+    text = (tmp_path / "posts.jsonl").read_text()
+    (tmp_path / "posts.jsonl").write_text(text.replace("the", "THE"))
+    os.utime(tmp_path / "posts.jsonl", ns=(0, posts.state[1] + 1))  # of the same size
+    with pytest.raises(UserError, match="posts.jsonl: the file was changed"):
+        there[3]
     os.unlink(tmp_path / "posts.jsonl")
     with pytest.raises(UserError, match="posts.jsonl: can't be read .*every machine"):
-        pickle.loads(packed)
+        there[3]
 
 
 # --------------------------------------------------------------------------------- permissions

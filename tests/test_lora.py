@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import tools.merge
 from evaluate import UserError
 from model import FAMILIES, load
 from support import checkpoint
-from support.adapters import adapter_config, add_adapter, merge_adapter
+from support.adapters import adapter_config, add_adapter, base_name, merge_adapter, read_adapter
 from test_processes import finished, launch
 from tiny import batch_of, random_posts, tiny_model, train_alone, words
 from train import TrainingStep
@@ -92,14 +93,15 @@ def test_shared_and_literal_steps_agree_and_checkpointing_changes_nothing(peft, 
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     model.train()
-    for share_prompt, checkpointing in ((True, False), (False, False), (False, True)):
+    step = TrainingStep(model, "dynamic", 4.0)
+    for context, checkpointing in ((nullcontext, False), (literal, False), (nullcontext, True)):
         if checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
                 {"use_reentrant": False}
             )
-        step = TrainingStep(model, "dynamic", 4.0, share_prompt)
         step.zero_grad()
-        loss = step(batch_of(posts))[0]
+        with context():
+            loss = step(batch_of(posts))[0]
         loss.mean().backward()
         of_trained = [(name, p) for name, p in step.named_parameters() if p.requires_grad]
         results.append((loss, {name: p.grad.clone() for name, p in of_trained}))
@@ -246,7 +248,7 @@ def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path, world):
         whole = (good / "adapter_model.safetensors").read_bytes()
         (folder / "adapter_model.safetensors").write_bytes(whole[:5000])
 
-    assert "base_model_name_or_path was not found" in broken("lost", set_base("/nowhere/at/all"))
+    assert "base_model_name_or_path: " in broken("lost", set_base("/nowhere/at/all"))
     assert "an adapter itself" in broken("twice", lambda folder: set_base(str(folder))(folder))
     assert "no adapter_model.safetensors" in broken("empty", remove)
     assert "can't be loaded" in broken("torn", cut)
@@ -270,3 +272,24 @@ def test_without_peft_one_line_says_what_to_install(world, tmp_path):
         assert done.stderr.strip().splitlines()[-1].endswith("pip install peft"), done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"modules_to_save": ["lm_head"]}, {"target_parameters": ["x"]}, {"peft_type": "IA3"}],
+)
+def test_adapters_that_are_more_than_lora_are_refused(tmp_path, change):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "base"} | change
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="only LoRA adapters that name their base.*are supported"):
+        base_name(tmp_path)
+
+
+def test_an_adapter_of_a_tied_tensor_is_refused(peft, tmp_path):
+    """Merged, it would change the embedding and the head at once."""
+    model = tiny_model("qwen2_5_vl")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], base_model_name_or_path="base")
+    adapted = peft.get_peft_model(tiny_model("qwen2_5_vl"), config)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lm_head or embed_tokens, which are tied"):
+        read_adapter(tmp_path, model)

@@ -176,6 +176,17 @@ def test_checkpoints_in_mid_epoch_and_how_many_are_kept(train_on, world):
     assert newest <= names <= newest | {best}
 
 
+def test_only_a_runs_own_checkpoints_are_listed_and_pruned(tmp_path):
+    others = ("step-notes", "step-6-merged", "step-6-backup", "step-9.partial", ".step-9", "best-6")
+    for name in ("step-5", "step-6", ".step-7.partial", *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "progress.json").write_text("{}")
+    (tmp_path / "last").write_text("step-6\n")
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path)] == ["step-5", "step-6"]
+    checkpoint.prune(tmp_path, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-6", "last", *others}
+
+
 def test_a_second_signal_ends_everything():
     before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
     with checkpoint.Stop() as stop:

@@ -34,6 +34,8 @@ from support.console import (
     fraction,
     info,
     non_negative_number,
+    number,
+    number_or_inf,
     positive_int,
     read_json,
 )
@@ -388,7 +390,7 @@ def parse_args(arguments=None):
     rows_help = "rows of the table (default: all; on the club worlds without zero-shot)"
     add("--rows", nargs="*", choices=ROWS, help=rows_help)
     gammas_help = "also train dynamic with these gammas (default: six on the club worlds)"
-    add("--gammas", nargs="*", type=non_negative_number, help=gammas_help)
+    add("--gammas", nargs="*", type=number_or_inf, help=gammas_help)
     add("--infer", default="", help="more settings of infer.py, such as '--batch-size 64'")
     add("--at-once", type=positive_int, default=1, help="runs at a time, which share the cores")
     add = parser.add_argument_group("your data").add_argument
@@ -421,7 +423,7 @@ def add_plan_options(add):
     """The settings of --dry-run."""
     add("--dry-run", action="store_true", help="print all commands and what they cost; run none")
     add("--cot-share", type=fraction, default=1, help="share of dynamic's posts that reason")
-    share, price = fraction, non_negative_number
+    share, price = number("a share above 0", lambda x: 0 < x <= 1), non_negative_number
     several = [
         ("--posts", "TRAIN TEST", positive_int, None, "posts, where there are no files"),
         ("--lengths", "TEXT IMAGE PLAIN COT", positive_int, None, "average tokens of their parts"),
