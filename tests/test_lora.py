@@ -18,7 +18,7 @@ from model import FAMILIES, load
 from support import checkpoint
 from support.adapters import adapter_config, add_adapter, base_name, merge_adapter, read_adapter
 from test_processes import finished, launch
-from tiny import batch_of, random_posts, tiny_model, train_alone, words
+from tiny import batch_of, literal, random_posts, tiny_model, train_alone, words
 from train import TrainingStep
 
 ROOT = Path(__file__).parent.parent
