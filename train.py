@@ -231,9 +231,7 @@ def train(args, ranks):
                 (loss.sum() / samples * ranks.world_size).backward()
                 log.add(batch, loss, plain_loss, use_cot)
             ranks.drop_unused_gradients(model, micro_batches)
-            norm = full_tensor(clip_grad_norm_(model.parameters(), args.clip or math.inf))
-            if not norm.isfinite():
-                raise ranks.error(f"step {step}: {NOT_FINITE}")
+            norm = clip_gradients(model, args.clip, step, ranks)
             optimizer.step()
             optimizer.zero_grad()
             log.end_step(step, lr, norm, micro_batches)
@@ -249,10 +247,18 @@ def train(args, ranks):
     return model, encoder, folder
 
 
-NOT_FINITE = (
-    "the loss or its gradient is not finite; the last checkpoint is kept; a lower --lr or a smaller"
-    " --clip usually helps"
-)
+def clip_gradients(model, most, step, ranks):
+    """Scale the gradients to a norm of at most `most` (0: as they are); returns their norm.
+
+    Raises UserError where it is not finite.
+    """
+    norm = full_tensor(clip_grad_norm_(model.parameters(), most or math.inf))
+    if not norm.isfinite():
+        raise ranks.error(
+            f"step {step}: the loss or its gradient is not finite; the last checkpoint is kept; a "
+            "lower --lr or a smaller --clip usually helps"
+        )
+    return norm
 
 
 def set_learning_rate(optimizer, step, total, args):
