@@ -86,10 +86,8 @@ def add_run_options(add):
 
 
 def add_training_options(add):
-    first_lines = {name: mode.losses.__doc__.splitlines()[0] for name, mode in MODES.items()}
-    mode_help = "; ".join(
-        f"{name}: {line.rstrip('.').lower()}" for name, line in first_lines.items()
-    )
+    docs = {name: mode.losses.__doc__.splitlines()[0] for name, mode in MODES.items()}
+    mode_help = " ".join(f"{name}: {doc}" for name, doc in docs.items())
     add("--mode", choices=list(MODES), default="dynamic", help=mode_help)
     gamma_help = "a sample whose plain answer has a loss below this is taught to reason"
     add("--gamma", type=number_or_inf, default=0.4, help=gamma_help)
@@ -99,17 +97,12 @@ def add_training_options(add):
     add("--lr", type=positive_number, default=5e-5, help="peak learning rate")
     warmup_help = "share of the steps with a rising learning rate"
     add("--warmup", type=fraction, default=0.03, help=warmup_help)
-    add(
-        "--final-lr", type=fraction, default=0.02, help="share of the peak left at the cosine's end"
-    )
+    final_help = "share of the peak left at the cosine's end"
+    add("--final-lr", type=fraction, default=0.02, help=final_help)
     decay_help = "weight decay of AdamW, for matrices only"
     add("--weight-decay", type=non_negative_number, default=0.01, help=decay_help)
-    add(
-        "--beta2",
-        type=number("a number from 0 to below 1", lambda x: 0 <= x < 1),
-        default=0.98,
-        help="second beta of AdamW",
-    )
+    below_1 = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+    add("--beta2", type=below_1, default=0.98, help="second beta of AdamW")
     clip_help = "maximum gradient norm; 0: no clipping"
     add("--clip", type=number_or_inf, default=1.0, help=clip_help)
     seed_help = "sets the order of the posts, the club world and the toy model"

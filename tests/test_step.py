@@ -12,6 +12,7 @@ import train
 from data import Targets
 from model import FAMILIES, TokenLoss
 from tiny import batch_of, literal, random_posts, tiny_model, train_alone
+from tools.cost import Lengths, passes
 from train import MODES, TrainingStep
 
 GRIDS = [(4, 4), (2, 6), None, (6, 4), (2, 2), (4, 2)]
@@ -259,7 +260,10 @@ def test_a_fifth_mode_is_a_function_and_a_row(tmp_path, world, monkeypatch):
         for post, chosen in zip(posts, use_cot, strict=True)
     ]
     torch.testing.assert_close(loss, torch.stack(expected), rtol=0, atol=1e-5)
-    assert "coin: answers that reason for every second post" in train.make_parser().format_help()
+    shown = " ".join(train.make_parser().format_help().split())
+    assert "coin: Answers that reason for every second post." in shown
+    lengths = Lengths(text=1, image=2, plain=3, cot=4)  # costs: two kinds of answer, and no probe
+    assert passes(lengths, "coin", 0.5) == [(4, 0.5, True), (3, 0.5, True)]
     options = "--epochs 0.01 --batch-size 8 --micro-batch 8 --workers 0 --device cpu --mode coin"
     files = ["--model", world / "toy", "--train", world / "train.jsonl", "--out", tmp_path / "run"]
     train_alone(*files, options)
