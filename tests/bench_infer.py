@@ -131,7 +131,7 @@ def plain(model, encoder, samples, args):
 
 def ours(model, encoder, samples, args):
     def batches():
-        window = data.window(args.batch_size)
+        window = max(1, 32 // args.batch_size) * args.batch_size
         for start in range(0, len(samples), window):
             posts = samples[start : start + window]
             for chunk in data.by_length(posts, -(-len(posts) // args.batch_size)):

@@ -50,8 +50,8 @@ def measure(encoded, batch_size, seconds, args):
     loader, waited = data.Loader(encoded, order.tolist(), batch_size, args.workers), []
     times = [time.perf_counter()]
     for _ in loader:
+        waited.append(time.perf_counter() - times[-1])
         time.sleep(seconds)
-        waited.append(loader.waited)
         times.append(time.perf_counter())
     return statistics.mean(waited[5:]), statistics.mean(np.diff(times)[5:])
 
