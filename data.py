@@ -184,7 +184,7 @@ PROMPT = (
 )
 
 
-def read_prompt(path, *fields):
+def load_prompt_file(path, *fields):
     """The prompt in a file, which must contain each of `fields`. Raises UserError."""
     with reading(path, "a prompt is a UTF-8 text file"):
         prompt = Path(path).read_text(encoding="utf-8")
@@ -336,7 +336,7 @@ class Encoder:
         own = {token.content: [number] for number, token in added.items()}
         self.tags = {tag: own.get(tag) or self.plain_ids(tag) for tag in TAGS}
         self.think = self.tags["<think>"]
-        self.hidden = special.difference(*self.tags.values())
+        self.left_out = special.difference(*self.tags.values())
         self.frames = {has_image: self._frame(has_image) for has_image in (True, False)}
         before_answer = self._apply_template([{"type": "text", "text": "."}])
         self.opens_think = before_answer.rstrip().endswith("<think>")
@@ -439,21 +439,27 @@ class Encoder:
         return sum(ids, []) + [self.end_of_turn]
 
     def start(self, think):
-        """How an answer begins where reasoning is asked for: `think` is auto, always or never.
+        """How --think begins an answer: (the tokens that it begins with, a first token to ban).
 
-        Returns (its first token ids, the token that must not be written there or None).
+        The chat template may have opened <think> already: then "always" only must not close it at
+        once, and "never" closes it.
         """
-        if think == "auto":
-            return [], None
-        tag = self.tags["</think>" if self.opens_think else "<think>"]
-        return (tag, None) if (think == "never") == self.opens_think else ([], tag[0])
+        if think == "always":
+            return (
+                ([], self.tags["</think>"][0]) if self.opens_think else (self.tags["<think>"], None)
+            )
+        if think == "never":
+            return (
+                (self.tags["</think>"], None) if self.opens_think else ([], self.tags["<think>"][0])
+            )
+        return [], None
 
     def decode(self, ids):
         """The text of an answer's token ids; of the special tokens only the tags are in it.
 
         It begins with the <think> that the chat template has opened.
         """
-        shown = [token for token in ids if token not in self.hidden]
+        shown = [token for token in ids if token not in self.left_out]
         text = self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
         return "<think>" + text if self.opens_think else text
 
@@ -628,7 +634,7 @@ def epoch_order(count, batch_size, seed, epoch):
 
 
 class TrainingOrder:
-    """The posts of every step of a run: item `step` is a list of `batch_size` indices.
+    """The posts of every step of a run: item i, from 0, has the `batch_size` indices of step i + 1.
 
     Each epoch has an order of its own; the last one may be a part of one.
     """
@@ -642,8 +648,8 @@ class TrainingOrder:
     def __len__(self):
         return self.steps
 
-    def __getitem__(self, step):
-        epoch, index = divmod(step, self.epoch_steps)
+    def __getitem__(self, i):
+        epoch, index = divmod(i, self.epoch_steps)
         return epoch_order(*self.settings, epoch)[index]
 
     def ends_epoch(self, step):
@@ -813,5 +819,5 @@ def resolve_options(args, folder):
         elif given != default and (Path(folder) / ENCODER_FILE).is_file():
             flag = "--" + name.replace("_", "-")
             info(f"{flag} {given} is used instead of the model's own, {default}")
-    prompt = read_prompt(args.prompt_file, "{text}") if args.prompt_file else own.prompt
+    prompt = load_prompt_file(args.prompt_file, "{text}") if args.prompt_file else own.prompt
     return EncoderOptions(prompt, args.max_pixels, args.max_length)

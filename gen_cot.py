@@ -120,7 +120,9 @@ def accepted(reply, keyphrases, min_words, max_words):
     words = count_words(reasoning)
     plain = " ".join(re.sub("[-‐–]", " ", reasoning).replace("’", "'").casefold().split())
     reason = None
-    if wanted(answer) != wanted(keyphrases):
+    if not reasoning or data.TAG.search(reasoning) or data.CHAT_TOKEN.search(reasoning):
+        reason = "tag misplaced: no reasoning, or a tag in it"
+    elif wanted(answer) != wanted(keyphrases):
         reason = f"other keyphrases: {data.plain_answer(answer)}"
     elif words < min_words:
         reason = f"too short: {plural(words, 'word')}"
@@ -270,7 +272,7 @@ def write_reasoning(args, first_wait=2):
     """The whole run; returns 0 if every post asked for has its reasoning, else 1."""
     posts = data.Posts(args.data, for_training=True, names=args.map)
     fields = ("{text}", "{keyphrases}")
-    prompt = data.read_prompt(args.prompt_file, *fields) if args.prompt_file else PROMPT
+    prompt = data.load_prompt_file(args.prompt_file, *fields) if args.prompt_file else PROMPT
     results = Results(posts, args.out)
     with contextlib.nullcontext() if args.dry_run else locked(args.out):
         teacher = {"teacher": args.model, "prompt": prompt}

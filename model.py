@@ -147,8 +147,8 @@ def write_answers(model, encoder, batches, think="auto", max_new_tokens=512):
     """Yield (id, (text, generated tokens, whether it ended)) of each post as it becomes known.
 
     Greedy decoding with continuous batching: prompts are read a Batch at a time, and as many
-    answers are written at once as the largest Batch has posts. A finished answer leaves its place
-    in the cache to the next prompt.
+    answers are written at once as the largest Batch has posts. The last of them takes the slot of
+    one that is finished, and the next prompt the slot at the end.
 
     think: "auto" lets the model decide; "always" starts the answer with <think>; "never" keeps
     <think> out of the whole answer. Where the chat template has opened <think>, "always" bans

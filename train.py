@@ -136,9 +136,10 @@ def parse_args(arguments=None, parser=None):
 
 
 class TrainingStep(nn.Module):
-    """Per-sample losses of a micro-batch of B posts. DDP and FSDP expect one forward per backward.
+    """Per-sample losses of a micro-batch of B posts.
 
-    The method is `dynamic` (Ma et al., EMNLP 2025, section 3). Every mode returns (loss,
+    It is a module so that all passes of a step stand in one forward, as DDP and FSDP need. The
+    method is `dynamic` (Ma et al., EMNLP 2025, section 3). Every mode returns (loss,
     plain_loss, use_cot), each (B,): `loss` carries the gradient; `plain_loss` is L(y_s), or None;
     `use_cot` is true where the target was y_c.
     """
@@ -180,7 +181,7 @@ class Mode(NamedTuple):
     """A row of the table below, which is all that the rest of the project knows of a mode."""
 
     losses: Callable  # of a TrainingStep and a Batch
-    trains: str  # the target of a sample: "plain", "cot", "both", or "either", chosen for each
+    trains: str  # a sample's target: "plain", "cot", "both", or "either", which the mode chooses
     shares_prompt: bool = False  # whether a prompt is read once, for more than one answer
 
 
@@ -303,7 +304,7 @@ def run_settings(args, posts):
     if is_local(args.model):
         settings["model"] = str(Path(args.model).resolve())
     if args.prompt_file:
-        settings["prompt"] = data.read_prompt(args.prompt_file, "{text}")
+        settings["prompt"] = data.load_prompt_file(args.prompt_file, "{text}")
     return settings | {"posts": len(posts), "train_digest": posts.digest()}
 
 
@@ -345,8 +346,9 @@ def build_model(args, folder, ranks):
     ranks.on_all_ranks(freeze, model, args)
     model.train()
     if args.gradient_checkpointing:
-        old_name = model.gradient_checkpointing_enable  # transformers is renaming it
-        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        renamed = hasattr(model, "activation_checkpointing_enable")  # in newer transformers
+        name = "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
     training_step = ranks.wrap_model(TrainingStep(model, args.mode, args.gamma))
     ranks.on_rank0(say_model, name, model, ranks)
     return model, encoder, source, training_step
@@ -418,7 +420,7 @@ def report(model, encoder, folder, posts, args, ranks):
     direct = [pair for pair in pairs if not pair[1]["think"]]
     shown = (reasoned[:2] + direct + reasoned[2:])[:3]
     for record, prediction in shown:
-        print(f"\nPost       {record['text']}  [{record['image']}]")
+        print(f"\nPost       {record['text']}  [{record.get('image')}]")
         print(f"Reference  {data.plain_answer(record['keyphrases'])}")
         print(f"Predicted  {data.plain_answer(prediction['keyphrases'])}")
         why_none = prediction.get("error", "answered directly")

@@ -241,7 +241,7 @@ def token_texts(encoder, vocabulary):
     pairs = [[bracket, token] for token in range(len(tokenizer))]
     texts = tokenizer.backend_tokenizer.decode_batch(pairs, skip_special_tokens=False)
     texts = [text.lower().removeprefix("<") for text in texts] + [""] * vocabulary
-    for token in encoder.hidden:  # left out of the decoded answer
+    for token in encoder.left_out:  # left out of the decoded answer
         texts[token] = ""
     forbidden = torch.zeros(len(TAG), vocabulary, dtype=torch.bool)
     for token, text in enumerate(texts[:vocabulary]):

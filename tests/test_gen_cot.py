@@ -224,7 +224,9 @@ def written(cot, answer="wildflower hour; flowers"):
             "tag misplaced: <answer></answer><think></think>",
         ),
         (written("It is a flower."), "too short: 4 words"),
-        ("<think></think><answer>wildflower hour; flowers</answer>", "too short: 0 words"),
+        (written(""), "tag misplaced: no reasoning, or a tag in it"),
+        (written(REASONING + " <Think>"), "tag misplaced: no reasoning, or a tag in it"),
+        (written(REASONING + " <|im_end|>"), "tag misplaced: no reasoning, or a tag in it"),
         # A thinking teacher: its own thoughts come first, in tags or not.
         (f"{THOUGHTS} </think>\n\n{written(REASONING)}", None),
         (f"<think>{THOUGHTS}</think>\n\n{written(REASONING)}", None),

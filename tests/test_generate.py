@@ -52,7 +52,7 @@ class Speaker:
         tokenizer = Tokenizer(models.WordLevel({text: n for n, text in enumerate(TEXTS)}, "a"))
         tokenizer.decoder = decoders.Fuse()
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-        self.hidden, self.end_of_turn = set(), END
+        self.left_out, self.end_of_turn = set(), END
         self.layout, self.favourite = layout, favourite
 
     def start(self, think):
