@@ -40,10 +40,9 @@ def but(*without, **others):
 def check(path, *options):
     """(exit code, what it printed) of `python -m tools.dataset check`, or its error."""
     out = io.StringIO()
-    arguments = ["check", str(path), "--workers", "1", *options]
     try:
         with redirect_stdout(out):
-            code = dataset.check(dataset.parse_args(arguments))
+            code = dataset.check(dataset.parse_args(["check", str(path), *options]))
     except UserError as error:
         return 1, str(error)
     return code, out.getvalue()
@@ -61,21 +60,18 @@ def opened(path, for_training, capsys):
     return capsys.readouterr().err + error
 
 
-MAPS = "the record has id, {}; --map {}=NAME"
-# The records, what is said of them, and whether only training says so.
+MAPS = "the record has {}; --map {}=NAME"
+CAPTION, TAGS = but("text", caption="a"), but("keyphrases", hashtags=["#a"])
+# The records, what is said of them, and whether only training says so (None: infer.py warns).
 KINDS = {
-    "caption": (but("text", caption="a"), MAPS.format("image, keyphrases, caption", "text"), False),
+    "caption": (CAPTION, MAPS.format("id, image, keyphrases, caption", "text"), False),
     "null": (but(text=None), "the field 'text' must be a string (empty if there is none)", False),
     "number": (but(id=7), "the field 'id' must be a string", False),
     "no id": (but("id"), "the field 'id' is missing", False),
     "one string": (but(keyphrases="a; b"), "'keyphrases' must be a list of strings", False),
     "objects": (but(keyphrases=[{"text": "a"}]), "must be a list of strings", False),
     "list": (but(image=["0.jpg"]), "must be one file name or null", False),
-    "hashtags": (
-        but("keyphrases", hashtags=["#a"]),
-        MAPS.format("text, image, hashtags", "keyphrases"),
-        True,
-    ),
+    "hashtags": (TAGS, MAPS.format("id, text, image, hashtags", "keyphrases"), True),
     "#": (but(keyphrases=["#a"]), "begins with a hash sign", True),
     "a;b": (but(keyphrases=["a;b"]), "semicolon", True),
     "gone": (but(image="images/0.jpg"), "the image 'images/0.jpg'", None),
@@ -88,11 +84,7 @@ KINDS = {
 def test_what_is_said_of_records(tmp_path, capsys, name):
     record, said, only_training = KINDS[name]
     (tmp_path / "images").mkdir()
-    records = [dict(record) for _ in range(3)]
-    for number, one in enumerate(records):
-        if isinstance(one.get("id"), str):
-            one["id"] = f"p{number}"
-    path = write(tmp_path / "posts.jsonl", *records)
+    path = write(tmp_path / "posts.jsonl", record)
     code, printed = check(path)
     assert code == 1 and said in printed
     for_training, for_prediction = (opened(path, flag, capsys) for flag in (True, False))
@@ -128,44 +120,31 @@ def test_check_groups_what_is_wrong_by_kind(tmp_path):
         "1,236 posts: 1 naming an image (0 can be read), 1,235 with a text, 1 with a cot; "
         "1,236 keyphrases"
     )
-    first, *places, hint = hashes.splitlines()
+    first, *places = hashes.splitlines()
     assert first == "1,234 x a keyphrase begins with a hash sign"
-    assert [place.split(":")[0] for place in places] == [
-        f"  line {n + 1} (id 'p{n}')" for n in range(3)
-    ]
-    assert "the keyphrase '#0a' begins with a hash sign" in places[0]
-    assert "remove quotes" in hint and hint.count("--map keyphrases=keyphrases") == 1
+    starts = [f"  line {n + 1} (id 'p{n}'): the keyphrase '#{n}a' begins" for n in range(3)]
+    assert len(places) == 3 and all(map(str.startswith, places, starts))
+    assert "remove quotes" in places[0] and places[0].count("--map keyphrases=keyphrases") == 1
     assert text.startswith("1 x the field 'text' must be a string")
     assert double.startswith("1 x an id is used twice\n  line 1236 (id 't'): this id was already")
-    assert image.startswith("1 x none of the images is there\n  line 1236 (id 't'): the image")
-    assert total == "1,236 posts, 1,237 problems of 4 kinds\n" and code == 1
+    assert image.startswith(
+        "1 x an image: no such file\n  line 1236 (id 't'): the image 'gone.jpg'"
+    )
+    assert total == "1,236 posts, 1,237 problems\n" and code == 1
     assert check(write(tmp_path / "good.jsonl", but()))[0] == 0
 
 
 # ------------------------------------------------------------------------------------------- --map
 
 
-@pytest.mark.parametrize(
-    "text, names",
-    [
-        ("text=caption", {"text": "caption"}),
-        (" text = a b , keyphrases=x=y", {"text": "a b", "keyphrases": "x=y"}),
-        ("caption=text", None),
-        ("text", None),
-        ("text=", None),
-        ("", None),
-        ("text=a,text=b", None),
-    ],
-)
-def test_the_option(text, names, capsys):
-    arguments = ["--data", "x", "--out", "y", "--map", text]
-    if names is not None:
-        assert infer.parse_args(arguments).map == names == parse_map(text)
-        return
-    with pytest.raises(SystemExit):
-        infer.parse_args(arguments)
-    error = capsys.readouterr().err
-    assert "OURS=THEIRS, such as text=caption" in error and error.count("\n") == 1
+def test_the_option(capsys):
+    assert parse_map("text=caption") == {"text": "caption"}
+    assert parse_map(" text = a b , keyphrases=x=y") == {"text": "a b", "keyphrases": "x=y"}
+    for text in ("caption=text", "text", "text=", "", "text=a,text=b"):
+        with pytest.raises(SystemExit):
+            infer.parse_args(["--data", "x", "--out", "y", "--map", text])
+        error = capsys.readouterr().err
+        assert "OURS=THEIRS, such as text=caption" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -197,29 +176,8 @@ def test_what_a_value_becomes(field, value, ours):
 
 def test_mapped_keyphrases_can_be_trained_on_and_good_ones_stay_as_they_are():
     draw = random.Random(0)
-    pieces = [
-        "#foxes",
-        "a b",
-        "c#",
-        "u.s.",
-        "“heroes”",
-        "- foxes",
-        "tags: foxes",
-        "1. foxes",
-        "x\ny",
-    ]
-    pieces += [
-        "2. kit",
-        "paris, france",
-        "#1 fan",
-        "• x",
-        "end.",
-        "[a]",
-        "日本",
-        "a;b",
-        "  ",
-        "Foxes",
-    ]
+    pieces = "#foxes|a b|c#|u.s.|“heroes”|- foxes|tags: foxes|1. foxes|x\ny|2. kit|paris, france"
+    pieces = (pieces + "|#1 fan|• x|end.|[a]|日本|a;b|  |Foxes").split("|")
     good = 0
     for _ in range(3000):
         phrases = draw.sample(pieces, draw.randint(1, 4))
@@ -256,14 +214,9 @@ def test_training_on_other_names_is_the_same_training(theirs, tmp_path, capsys):
         sizes = "--epochs 0.5 --batch-size 16 --workers 0 --max-new-tokens 4 --valid-posts 4"
         files += ["--model", theirs / "toy", "--out", tmp_path / name]
         _, _, folder = train_alone(*files, sizes, *options)
-        return [
-            {
-                key: value
-                for key, value in line.items()
-                if "second" not in key and key != "memory_gb"
-            }
-            for line in lines(folder / "log.jsonl")
-        ]
+        log = lines(folder / "log.jsonl")
+        same = [key for line in log for key in line if "second" not in key and key != "memory_gb"]
+        return [{key: line.get(key) for key in same} for line in log]
 
     ours = run("ours", "train.jsonl")
     mapped = run("theirs", "their_train.jsonl", MAP)
@@ -304,11 +257,8 @@ def test_predicting_and_scoring_posts_in_other_names(theirs, tmp_path, capsys):
         dataset.rename(dataset.parse_args(words("rename", source, MAP, "--out", source)))
     code, printed = check(source, *MAP.split())
     assert code == 0 and printed.startswith("12 posts: 12 with an image, 12 with a text")
-    figures = [
-        dataset.figures_of(read_entries(path, names))
-        for path, names in ((source, parse_map(MAP.split()[1])), (theirs / "test.jsonl", None))
-    ]
-    assert figures[0] == figures[1]
+    mapped = dataset.figures_of(read_entries(source, parse_map(MAP.split()[1])))
+    assert mapped == dataset.figures_of(read_entries(theirs / "test.jsonl"))
 
 
 def test_a_teacher_reads_other_names(tmp_path):
