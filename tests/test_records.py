@@ -89,12 +89,8 @@ def test_what_is_said_of_records(tmp_path, capsys, name):
     assert code == 1 and said in printed
     for_training, for_prediction = (opened(path, flag, capsys) for flag in (True, False))
     assert f"error: {path}" in for_training and said in for_training
-    if only_training:
-        assert "error" not in for_prediction
-    elif only_training is None:  # prediction tells it of every post
-        assert for_prediction.startswith("warning: ") and said in for_prediction
-    else:
-        assert said in for_prediction
+    assert ("error: " in for_prediction) == (only_training is False)
+    assert (said in for_prediction) == (not only_training)
 
 
 def test_a_file_without_images_is_warned_of_once(tmp_path, capsys):
@@ -127,9 +123,7 @@ def test_check_groups_what_is_wrong_by_kind(tmp_path):
     assert "remove quotes" in places[0] and places[0].count("--map keyphrases=keyphrases") == 1
     assert text.startswith("1 x the field 'text' must be a string")
     assert double.startswith("1 x an id is used twice\n  line 1236 (id 't'): this id was already")
-    assert image.startswith(
-        "1 x an image: no such file\n  line 1236 (id 't'): the image 'gone.jpg'"
-    )
+    assert image.startswith("1 x an image: no such file\n  line 1236 (id 't'): the image 'gone")
     assert total == "1,236 posts, 1,237 problems\n" and code == 1
     assert check(write(tmp_path / "good.jsonl", but()))[0] == 0
 
@@ -154,7 +148,7 @@ def test_the_option(capsys):
         ("keyphrases", "#TicketSale #Saturday", ["TicketSale", "Saturday"]),
         ("keyphrases", "a, b", ["a", "b"]),
         ("keyphrases", '["a", "b, c"]', ["a", "b, c"]),
-        ("keyphrases", ["#a", "a", "paris, france", "u.s.", "c;d"], "a|paris, france|u.s.|c|d"),
+        ("keyphrases", ["#a", "a", "x, y", "u.s.", "c;d"], ["a", "x, y", "u.s.", "c", "d"]),
         ("keyphrases", None, []),
         ("keyphrases", [1], [1]),
         ("image", ["0.jpg"], "0.jpg"),
@@ -169,8 +163,6 @@ def test_the_option(capsys):
     ],
 )
 def test_what_a_value_becomes(field, value, ours):
-    if field == "keyphrases" and isinstance(ours, str):
-        ours = ours.split("|")
     assert converted(field, value) == ours
 
 
