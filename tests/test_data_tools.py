@@ -375,8 +375,7 @@ def test_check_is_content_with_good_posts(tmp_path, monkeypatch):
     Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
     path = write(tmp_path / "posts.jsonl", [post("1", image="good.png"), post("2")])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    counts = {"posts": 2, "with_image": 1, "images_read": 1, "with_text": 2, "with_cot": 0}
-    counts["keyphrases"] = 2
+    counts = dict(posts=2, with_image=1, images_read=1, with_text=2, with_cot=0, keyphrases=2)
     assert as_json("check", "posts.jsonl") == counts | {"problems": []}
     text = write(tmp_path / "src.txt", ["a<sep>b<sep>x/c.jpg", "again<sep>b<sep>x/c.jpg"])
     assert as_json("check", text) == counts | {"with_image": 0, "images_read": 0, "problems": []}

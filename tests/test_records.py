@@ -69,11 +69,9 @@ KINDS = {
     "number": (but(id=7), "the field 'id' must be a string", False),
     "no id": (but("id"), "the field 'id' is missing", False),
     "one string": (but(keyphrases="a; b"), "'keyphrases' must be a list of strings", False),
-    "objects": (but(keyphrases=[{"text": "a"}]), "must be a list of strings", False),
     "list": (but(image=["0.jpg"]), "must be one file name or null", False),
     "hashtags": (TAGS, MAPS.format("id, text, image, hashtags", "keyphrases"), True),
     "#": (but(keyphrases=["#a"]), "begins with a hash sign", True),
-    "a;b": (but(keyphrases=["a;b"]), "semicolon", True),
     "gone": (but(image="images/0.jpg"), "the image 'images/0.jpg'", None),
     "address": (but(image="https://example.org/0.jpg"), "example.org/0.jpg", None),
     "folder": (but(image="images"), "the image 'images'", None),
@@ -112,10 +110,8 @@ def test_check_groups_what_is_wrong_by_kind(tmp_path):
     records += [but(id="t", text=None), but(id="t", cot="why", image="gone.jpg")]
     code, printed = check(write(tmp_path / "posts.jsonl", *records))
     counts, hashes, text, image, double, total = printed.split("\n\n")
-    assert counts == (
-        "1,236 posts: 1 naming an image (0 can be read), 1,235 with a text, 1 with a cot; "
-        "1,236 keyphrases"
-    )
+    said = "1 naming an image (0 can be read), 1,235 with a text, 1 with a cot; 1,236 keyphrases"
+    assert counts == f"1,236 posts: {said}"
     first, *places = hashes.splitlines()
     assert first == "1,234 x a keyphrase begins with a hash sign"
     starts = [f"  line {n + 1} (id 'p{n}'): the keyphrase '#{n}a' begins" for n in range(3)]
@@ -125,7 +121,6 @@ def test_check_groups_what_is_wrong_by_kind(tmp_path):
     assert double.startswith("1 x an id is used twice\n  line 1236 (id 't'): this id was already")
     assert image.startswith("1 x an image: no such file\n  line 1236 (id 't'): the image 'gone")
     assert total == "1,236 posts, 1,237 problems\n" and code == 1
-    assert check(write(tmp_path / "good.jsonl", but()))[0] == 0
 
 
 # ------------------------------------------------------------------------------------------- --map
@@ -216,8 +211,6 @@ def test_training_on_other_names_is_the_same_training(theirs, tmp_path, capsys):
         assert one.get("loss") == other.get("loss") and one.get("all") == other.get("all")
     with pytest.raises(UserError, match="map was {'text': 'tweet'.*, is None"):
         run("theirs", "train.jsonl", "--resume")
-    with pytest.raises(UserError, match="map was .*'photos'.*, is {'text': 'tweet'}"):
-        run("theirs", "train.jsonl", "--resume --map text=tweet")
     assert run("theirs", "their_train.jsonl", MAP, "--resume") == mapped
     with pytest.raises(UserError, match="train_digest|content|train.*was"):
         write(theirs / "their_train.jsonl", *lines(theirs / "their_train.jsonl")[::-1])
