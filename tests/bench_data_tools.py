@@ -1,10 +1,10 @@
-"""Time and memory of the data set tools split, stats and check.
+"""Time and memory of opening many posts for training, and of split, stats and check.
 
 Run by hand: python tests/bench_data_tools.py [POSTS]
 
 The posts are made up, as many as MMKP-360k has for training, or POSTS: 28 words of text, one to
 four keyphrases as common as 1 / rank, a twentieth of them retweets. Prints wall time and peak
-memory (of the largest process) of each tool.
+memory of each.
 """
 
 import json
@@ -17,6 +17,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+READ_POSTS = """
+import sys, random, data
+posts = data.Posts(sys.argv[1], for_training=True)
+for _ in range(1000):
+    posts[random.randrange(len(posts))]
+"""
 
 
 def write_posts(path, posts, seed=0):
@@ -38,17 +44,20 @@ def write_posts(path, posts, seed=0):
             file.write(json.dumps(record) + "\n")
 
 
-def measure(*arguments):
+def measure(*arguments, code=("-m", "tools.dataset")):
     start = time.perf_counter()
-    command = [sys.executable, "-m", "tools.dataset", *map(str, arguments)]
+    command = [sys.executable, *code, *map(str, arguments)]
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=ROOT, **nowhere)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"tools.dataset {' '.join(map(str, arguments))} failed")
+        sys.exit(f"{' '.join(command)} failed")
     words = " ".join(str(argument) for argument in arguments if not isinstance(argument, Path))
     seconds = time.perf_counter() - start
-    print(f"{words:60} {seconds:6.1f} s  {usage.ru_maxrss / 1e6:5.2f} GB", flush=True)
+    print(
+        f"{words or 'open':60} {seconds:6.1f} s  {usage.ru_maxrss / 1e6:5.2f} GB",
+        flush=True,
+    )
 
 
 def main():
@@ -56,11 +65,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "posts.jsonl", Path(folder) / "split"
         write_posts(path, posts)
+        measure(path, code=("-c", READ_POSTS))
         sizes = "--test", posts // 10, "--valid", posts // 10
         for overlap in (0.4492, 0.8):
             measure("split", path, "--overlap", overlap, *sizes, "--out", out)
         measure("stats", out / "train.jsonl", out / "test.jsonl")
-        measure("check", path, "--workers", 1)
+        measure("check", path)
 
 
 if __name__ == "__main__":

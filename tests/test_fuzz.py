@@ -30,9 +30,8 @@ from evaluate import UserError, non_negative_int  # noqa: E402
 from support import images  # noqa: E402
 from support.console import HelpFormatter, positive_int  # noqa: E402
 from support.jsonl import to_line  # noqa: E402
-from tools.check import check, check_line  # noqa: E402
 from tools.dataset import figures_of  # noqa: E402
-from tools.posts import read_entries  # noqa: E402
+from tools.posts import check, check_line, read_entries  # noqa: E402
 
 STEMS = dict(
     line.split()
@@ -309,13 +308,13 @@ class Fuzz:
             except UserError as error:
                 posts = None
                 self.one_line(error, "posts.jsonl")
-        for line, offset, _ in evaluate.read_lines(path) if posts else ():
-            _, problems, _ = check_line(str(path), False, None, line, offset)
+        for line, _, raw in evaluate.read_lines(path) if posts else ():
+            _, problems, _ = check_line(str(path), evaluate.parse_line, None, line, raw)
             for problem in problems:
                 self.one_line(UserError(f"posts.jsonl: {problem.what}; {problem.hint}"), "")
         if draw.random() < 0.03:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
-                code = check(argparse.Namespace(file=str(path), workers=1, json=False, map=None))
+                code = check(argparse.Namespace(file=str(path), json=False, map=None))
                 assert code == 1 or posts is not None
         if posts is None:
             return

@@ -15,22 +15,12 @@ import tempfile
 from pathlib import Path
 
 import evaluate
-from data import check_record, relative_path
-from evaluate import UserError, first_few, non_negative_int, percent, plural, read_rows
-from support.console import (
-    ArgumentParser,
-    fraction,
-    info,
-    positive_int,
-    positive_number,
-    reading,
-    whole_number,
-    writing,
-)
+from data import relative_path
+from evaluate import UserError, first_few, non_negative_int, percent, plural
+from support.console import ArgumentParser, fraction, info, positive_int, positive_number, writing
 from support.jsonl import locked, to_line, write_atomic
-from support.records import add_map_option, check_file
-from tools.check import check
-from tools.posts import read_entries, share, to_record
+from support.records import add_map_option
+from tools.posts import check, read_entries, share, to_record
 
 # ------------------------------------------------------------------------------------ rename, cmkp
 
@@ -41,24 +31,27 @@ def refuse_input(out, *files):
         raise UserError(f"{out}: this is a file to read; choose another --out")
 
 
+def write_records(path, records):
+    """Write records to a JSONL file, whole or not at all. Raises UserError."""
+    with writing(path):
+        write_atomic(path, "".join(map(to_line, records)))
+
+
+def moved(entries, folder):
+    """The records of a list of Entry, whose images' paths now begin at `folder`."""
+    for entry in entries:
+        if entry.image and not os.path.isabs(entry.record["image"]):
+            entry.record["image"] = relative_path(entry.image, folder)
+    return [entry.record for entry in entries]
+
+
 def rename(args):
     """Write posts that have other field names with ours, for the commands without --map."""
-    refuse_input(args.out, args.source)
-    check_file(args.source)
-    folder, out, count = os.path.realpath(Path(args.source).parent), Path(args.out), 0
-
-    def lines():
-        nonlocal count
-        for line, _, row in evaluate.read_jsonl(args.source):
-            record, count = to_record(args.source, line, row, args.map), count + 1
-            if record.get("image") and not os.path.isabs(record["image"]):
-                path = os.path.join(folder, record["image"])
-                record["image"] = relative_path(path, out.parent)
-            yield to_line(record).encode()
-
-    with writing(out):
-        write_atomic(out, lines())
-    print(json.dumps({"posts": count}) if args.json else f"{out}: {plural(count, 'post')}")
+    refuse_input(args.out, args.file)
+    records = moved(read_entries(args.file, args.map), Path(args.out).parent)
+    write_records(args.out, records)
+    posts = len(records)
+    print(json.dumps({"posts": posts}) if args.json else f"{args.out}: {plural(posts, 'post')}")
 
 
 def make_ids_unique(records):
@@ -77,19 +70,11 @@ def make_ids_unique(records):
 
 def cmkp(args):
     """Write CMKP's text as JSONL."""
-    refuse_input(args.out, args.source)
-    check_file(args.source, cmkp=True)
-    images = ()
-    if args.images:
-        with reading(args.images, "--images must be a folder"):
-            images = set(os.listdir(args.images))
-    records, missing, unusable = [], [], []
-    for line, row in read_rows(args.source):
-        if isinstance(row, dict):
-            raise UserError(
-                f"{args.source} line {line}: JSONL already; text<sep>a;b<sep>address is needed here"
-            )
-        record = to_record(args.source, line, row)
+    refuse_input(args.out, args.file)
+    images = set(os.listdir(args.images)) if args.images else ()
+    records, missing = [], []
+    for line, _, raw in evaluate.read_lines(args.file):
+        record = to_record(args.file, line, evaluate.decode(args.file, line, raw))
         records.append(record)
         name = record["address"].rsplit("/", 1)[-1]
         if name in images:
@@ -97,32 +82,22 @@ def cmkp(args):
             record["image"] = relative_path(path, Path(args.out).parent)
         elif args.images:
             missing.append(name or f"line {line} has no address")
-        try:
-            check_record(record, f"line {line}", for_training=True)
-        except UserError as error:
-            unusable.append(str(error))
     if not records:
-        raise UserError(f"{args.source}: no posts in it")
+        raise UserError(f"{args.file}: no posts in it")
     result = {
         "posts": len(records),
-        "images": sum(record["image"] is not None for record in records),
+        "images": len(records) - len(missing) if args.images else 0,
         "images_missing": len(missing),
         "ids_renamed": make_ids_unique(records),
-        "unusable": len(unusable),
     }
-    with writing(args.out):
-        write_atomic(args.out, "".join(map(to_line, records)))
+    write_records(args.out, records)
     if missing:
         info(f"{plural(len(missing), 'image')} missing: {first_few(missing)}")
-    if unusable:
-        info(f"{plural(len(unusable), 'post')} of no use for training: {first_few(unusable)}")
     rows = [[name.replace("_", " "), str(value)] for name, value in result.items()]
     print(json.dumps(result, indent=2) if args.json else evaluate.lay_out(rows))
 
 
 # ------------------------------------------------------------------------------------------- stats
-
-SHARES = {"present", "absent", "overlap", "overlap_occurrences", "posts_with_unseen"}
 
 
 def figures_of(entries, known=None):
@@ -167,17 +142,12 @@ def print_stats(names, parts, as_json):
         return
 
     def cell(key, value):
-        if key in SHARES and value is not None:
-            return percent(value) + "%"
         if isinstance(value, float):
-            return f"{value:.2f}"
+            return f"{value:.2f}" if key.endswith("per_post") else f"{percent(value)}%"
         return "-" if value is None else str(value)
 
-    rows = [
-        [key.replace("_", " "), *(cell(key, column.get(key)) for column in columns)]
-        for key in columns[-1]
-    ]
-    print(evaluate.lay_out(rows))
+    lines = {key: [cell(key, column.get(key)) for column in columns] for key in columns[-1]}
+    print(evaluate.lay_out([[key.replace("_", " "), *cells] for key, cells in lines.items()]))
 
 
 def stats(args):
@@ -192,7 +162,7 @@ def split(args):
     """Split posts at random, or with --overlap so that few keyphrases are in train, as MMKP-V2."""
     from tools.split import SIDE_NAMES, TEST, VALID, random_split, resplit  # numpy: --help is quick
 
-    out = Path(args.out)
+    out, sizes = Path(args.out), (0, args.valid, args.test)
     paths = [out / f"{name}.jsonl" for name in SIDE_NAMES]
     for path in paths:
         refuse_input(path, *args.files)
@@ -201,36 +171,25 @@ def split(args):
     entries.sort(key=lambda e: (e.record["id"], e.record["text"], to_line(e.record)))
     if count := make_ids_unique([entry.record for entry in entries]):
         info(f"ids used more than once: {count} of them, the later ones, now end in a number")
-    asked = args.test, args.valid, args.seed
-    if args.test + args.valid >= len(entries):
-        raise UserError(
-            f"--test {args.test} and --valid {args.valid} leave nothing to train on of "
-            f"{plural(len(entries), 'post')}"
-        )
+    if sum(sizes) >= len(entries):
+        raise UserError(f"--test and --valid leave nothing to train on of {len(entries):,} posts")
     if args.overlap is None:
-        side = random_split(entries, *asked)
+        side = random_split(entries, sizes, args.seed)
     else:
-        side = resplit(entries, args.overlap, *asked, args.likeness)
+        side = resplit(entries, args.overlap, sizes, args.seed, args.likeness)
     parts = [[], [], []]
     for entry, which in zip(entries, side, strict=True):
         parts[which].append(entry)
-        image = entry.record.get("image")
-        if image and not os.path.isabs(image):
-            entry.record["image"] = relative_path(entry.image, out)
     for which, size in ((TEST, args.test), (VALID, args.valid)):
         if len(parts[which]) != size:
-            info(
-                f"{SIDE_NAMES[which]}: {plural(len(parts[which]), 'post')} where {size} asked for, "
-                "because posts that stay together don't add up to it"
-            )
-    with (
-        locked(paths[0]),
-        writing(paths[0]),
-        tempfile.TemporaryDirectory(dir=out, prefix=".split.") as temporary,
-    ):
+            count = plural(len(parts[which]), f"{SIDE_NAMES[which]} post")
+            told = f"not as asked: {count}, not {size}; those of one text or image stay together"
+            if not parts[which]:
+                raise UserError(f"{told}; ask for more")
+            info(told)
+    with locked(paths[0]), tempfile.TemporaryDirectory(dir=out, prefix=".split.") as temporary:
         for path, part in zip(paths, parts, strict=True):
-            lines = "".join(to_line(entry.record) for entry in part)
-            write_atomic(Path(temporary) / path.name, lines)
+            write_records(Path(temporary) / path.name, moved(part, out))
         for path in paths:  # only now: a full disk leaves older files as they were
             os.replace(Path(temporary) / path.name, path)
     print_stats(paths, parts, args.json)
@@ -241,52 +200,38 @@ def split(args):
 
 def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
-    tools = parser.add_subparsers(required=True, metavar="cmkp | stats | split | check | rename")
+    tools = parser.add_subparsers(required=True, metavar="cmkp | rename | stats | check | split")
 
-    def add_tool(function):
-        options = {"help": function.__doc__, "description": function.__doc__}
-        tool = tools.add_parser(function.__name__, **options)
-        tool.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    def add_tool(function, name, posts):
+        about = function.__doc__
+        tool = tools.add_parser(function.__name__, help=about, description=about)
         tool.set_defaults(tool=function)
-        return tool.add_argument
+        add = tool.add_argument
+        add(name, metavar="FILE", nargs="+" if name == "files" else None, help=posts)
+        add("--json", action="store_true", help="print JSON instead of a table")
+        return add
 
-    add = add_tool(cmkp)
-    add("source", metavar="SRC", help="CMKP's text")
+    add = add_tool(cmkp, "file", "CMKP's text")
     add("--images", metavar="DIR", help="images, named like the last part of the addresses")
     add("--out", metavar="FILE", help="the JSONL file to write", required=True)
 
-    add = add_tool(rename)
-    add("source", metavar="FILE", help="posts")
+    add = add_tool(rename, "file", "posts")
     add_map_option(add, required=True)
     add("--out", metavar="FILE", help="the JSONL file to write", required=True)
 
-    add = add_tool(stats)
-    add("files", metavar="FILE", nargs="+", help="posts; the first is the train file")
-    add_map_option(add)
+    add_map_option(add_tool(stats, "files", "posts; the first is the train file"))
+    add_map_option(add_tool(check, "file", "posts"))
 
-    add = add_tool(split)
-    add("files", metavar="FILE", nargs="+", help="posts")
+    add = add_tool(split, "files", "posts")
     add_map_option(add)
-    overlap = (
-        "share of the distinct keyphrases of test, and of valid, that train has, to 0.005; without "
-        "it the split is random"
-    )
+    overlap = "share of test's and valid's distinct keyphrases that train has; random without it"
     add("--overlap", type=fraction, help=overlap)
     likeness = "with --overlap: how much test's and valid's means may differ from all posts'"
     add("--likeness", type=positive_number, default=0.1, help=likeness)
     add("--test", metavar="N", type=positive_int, help="posts in test.jsonl", required=True)
-    valid = "posts in valid.jsonl, 0 for none"
-    add("--valid", metavar="N", type=non_negative_int, help=valid, required=True)
+    add("--valid", metavar="N", type=non_negative_int, help="or 0 for none", required=True)
     add("--seed", type=non_negative_int, default=0, help="seed of the random choices")
     add("--out", metavar="DIR", help="folder for train, valid and test.jsonl", required=True)
-
-    add = add_tool(check)
-    add("file", metavar="FILE", help="posts")
-    add_map_option(add)
-    cores = os.cpu_count() or 1
-    add(
-        "--workers", type=whole_number(1, 1024), default=cores, help="processes that read the posts"
-    )
     return parser.parse_args(arguments)
 
 

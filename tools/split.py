@@ -4,19 +4,18 @@ At random (`random_split`), or so that train lacks some keyphrases of test and v
 keyphrases are held out (`HoldOut`), then groups of posts are swapped (`Swaps`).
 """
 
-import math
 import os
 import random
-from collections import Counter
 
 import numpy as np
 
-from evaluate import UserError, percent, plural
+from evaluate import UserError, percent
 from tools.posts import share
 
 SIDES = TRAIN, VALID, TEST = range(3)
 SIDE_NAMES = ("train", "valid", "test")
 OVERLAP_TOLERANCE = 0.005
+FIGURES = ("overlap", "words a post", "keyphrases a post", "share present")  # should be as asked
 PATIENCE = 5000  # swaps in vain before the search gives up
 
 
@@ -38,25 +37,25 @@ def group_posts(entries):
     return [numbers.setdefault(root(post), len(numbers)) for post in range(len(entries))]
 
 
-def random_split(entries, test, valid, seed):
-    """Split posts at random; those that share an image or a text stay on one side.
+def fill(side, size, order, sizes):
+    """Move groups, in this order, from train to test and valid as long as `sizes` has room.
 
-    Returns a list with TRAIN, VALID or TEST for each entry. Raises UserError where no post fits.
+    side, size: (G,), the side of each group, which is changed, and its posts.
     """
-    of_post, side = group_posts(entries), {}
-    size = Counter(of_post)
-    order = random.Random(seed).sample(sorted(size), len(size))
-    for which, room in ((TEST, test), (VALID, valid)):
-        asked = room
-        for group in order:
-            if group not in side and size[group] <= room:
+    for which in (TEST, VALID):
+        room = sizes[which] - size[side == which].sum()
+        for group in order if room else ():
+            if side[group] == TRAIN and size[group] <= room:
                 side[group], room = which, room - size[group]
-        if asked and room == asked:
-            raise UserError(
-                f"not as asked: --{SIDE_NAMES[which]} {asked} leaves no {SIDE_NAMES[which]} posts, "
-                "because those of the same text or image stay together; ask for more"
-            )
-    return [side.get(group, TRAIN) for group in of_post]
+
+
+def random_split(entries, sizes, seed):
+    """Split groups of posts at random: an array with TRAIN, VALID or TEST for each entry."""
+    of_post = np.array(group_posts(entries))
+    size = np.bincount(of_post)
+    side = np.zeros(len(size), dtype=int)  # TRAIN is 0
+    fill(side, size, random.Random(seed).sample(range(len(size)), len(size)), sizes)
+    return side[of_post]
 
 
 # -------------------------------------------------------------------- keyphrases that train lacks
@@ -140,7 +139,7 @@ class HoldOut:
                 too_many = held
             else:
                 enough, side = held, dealt[0]
-        self.fill_up(side)
+        fill(side, self.groups.size, self.fillers.tolist(), self.sizes)
         return side
 
     def deal_evenly(self, held):
@@ -170,8 +169,7 @@ class HoldOut:
         The share `to_test` of their posts is in test, the others in valid.
         """
         size = self.groups.size
-        held_side = VALID + (self.dice < to_test)  # TEST is VALID + 1
-        side = (self.first < held) * held_side  # TRAIN is 0
+        side = (self.first < held) * (VALID + (self.dice < to_test))  # 0 is TRAIN, VALID + 1 TEST
         beyond = [int(size[side == which].sum()) - self.sizes[which] for which in SIDES]
         rest = self.fillers[side[self.fillers] == TRAIN]
         so_far, start = size[rest].cumsum(), 0
@@ -181,15 +179,6 @@ class HoldOut:
             side[rest[start:end]] = which
             start = end
         return side, beyond
-
-    def fill_up(self, side):
-        """Move smaller groups to test and valid where a group of several posts did not fit."""
-        size = self.groups.size
-        for which in (TEST, VALID):
-            room = self.sizes[which] - size[side == which].sum()
-            for group in self.fillers.tolist() if room else ():
-                if side[group] == TRAIN and size[group] <= room:
-                    side[group], room = which, room - size[group]
 
 
 def means(sums):
@@ -216,8 +205,8 @@ class Swaps:
         for group, phrase in zip(*pairs, strict=True):
             self.phrases[group].append(phrase)
             self.count[self.side[group]][phrase] += 1
-        self.distinct = [0, 0, 0]  # keyphrases of each side
-        self.shared = [0, 0, 0]  # those of them that train has, too
+        # Keyphrases of each side, and those of them that train has, too.
+        self.distinct, self.shared = [0, 0, 0], [0, 0, 0]
         for phrase in range(groups.phrases):
             self.tally(phrase, 1)
 
@@ -240,11 +229,14 @@ class Swaps:
             self.count[to][phrase] += 1
             self.tally(phrase, 1)
 
+    def reached(self, which):
+        """The overlap of one side."""
+        return share(self.shared[which], self.distinct[which])
+
     def misfits(self):
         """How far each figure of test and valid is from what it should be, in tolerances."""
         for which in self.checked:
-            overlap = share(self.shared[which], self.distinct[which])
-            yield abs(overlap - self.overlap) / OVERLAP_TOLERANCE
+            yield abs(self.reached(which) - self.overlap) / OVERLAP_TOLERANCE
             for mean, target in zip(means(self.sums[which]), self.whole, strict=True):
                 yield abs(mean / target - 1) / self.likeness if target else 0
 
@@ -265,8 +257,6 @@ class Swaps:
             one = outside[position]
             other = rng.choice(same_size[self.rows[one][0]])
             here, there = self.side[one], self.side[other]
-            if here == there:
-                continue
             self.move(one, there)
             self.move(other, here)
             if (now := self.badness()) < best:
@@ -276,46 +266,30 @@ class Swaps:
                 self.move(one, here)
                 self.move(other, there)
 
-    def named_misfits(self):
-        """{name: misfit} of a side's figures, good up to 1."""
-        figures = ("overlap", "words a post", "keyphrases a post", "share present")
-        names = [f"{SIDE_NAMES[which]} {figure}" for which in self.checked for figure in figures]
-        return dict(zip(names, self.misfits(), strict=True))
 
-
-def resplit(entries, overlap, test, valid, seed, likeness):
+def resplit(entries, overlap, sizes, seed, likeness):
     """Split posts so that few of the keyphrases of test and valid are in train: MMKP-V2's idea.
 
-    Returns a list with TRAIN, VALID or TEST for each entry. Of the orders in which keyphrases
-    can be held out, the one that favours rare keyphrases least is taken: rare ones cost few posts,
-    and so reach lower overlaps, but test should have unseen keyphrases of all sorts.
-
-    Raises UserError where no split found has this overlap (within OVERLAP_TOLERANCE) and sides that
-    are like the whole (within `likeness`).
+    Of the orders in which keyphrases can be held out, the one that favours rare keyphrases least is
+    taken: rare ones cost few posts, and so reach lower overlaps, but test should have unseen ones
+    of all sorts. Returns what `random_split` does. Raises UserError where no split found has this
+    overlap (within OVERLAP_TOLERANCE) and sides that are like the whole (within `likeness`).
     """
-    groups, sizes, attempts = Groups(entries), (0, valid, test), []
+    groups, attempts = Groups(entries), []
     for sharpness in (1, 2, 4, 8):
         side = HoldOut(groups, sizes, sharpness, seed).split(overlap)
         swaps = Swaps(groups, side, overlap, likeness)
         swaps.search(seed)
-        side[:] = swaps.side
-        misfits = swaps.named_misfits()
-        for which in (TEST, VALID):
-            if sizes[which] and not (side == which).any():  # all that fit must stay together
-                misfits[f"{SIDE_NAMES[which]} posts"] = math.inf
-        worst = max(misfits.values())
-        if worst <= 1:
-            return side[groups.of_post].tolist()
-        attempts.append((worst, side, [name for name in misfits if misfits[name] > 1]))
-    _, side, missed = min(attempts, key=lambda attempt: attempt[0])
+        if max(swaps.misfits(), default=0) <= 1:
+            return np.array(swaps.side)[groups.of_post]
+        attempts.append(swaps)
+    closest = min(attempts, key=lambda swaps: max(swaps.misfits()))
+    names = [f"{SIDE_NAMES[which]} {figure}" for which in closest.checked for figure in FIGURES]
+    missed = [name for name, misfit in zip(names, closest.misfits(), strict=True) if misfit > 1]
     reached = " and ".join(
-        f"{percent(groups.overlap(side, which))}% in {SIDE_NAMES[which]}"
-        for which in (TEST, VALID)
-        if sizes[which]
+        f"{percent(closest.reached(which))}% in {SIDE_NAMES[which]}" for which in closest.checked
     )
     raise UserError(
-        f"no split found with an overlap of {percent(overlap)}%, --test {test} and --valid {valid} "
-        f"of {plural(len(entries), 'post')}; the closest has {reached} (not as asked: "
-        f"{', '.join(missed)}). Ask for that overlap, other sizes or a larger --likeness; nothing "
-        "was written"
+        f"no split found with an overlap of {percent(overlap)}%; the closest has {reached} (not as "
+        f"asked: {', '.join(missed)}). Ask for that overlap, other sizes or a larger --likeness"
     )
