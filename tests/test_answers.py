@@ -95,67 +95,27 @@ def test_reasoned_means_reasoning_that_is_not_blank():
 
 # ------------------------------------------------------------------------------ decoration of lists
 
-# One reply a line, \n for its line breaks.
+# Between slashes, with \n for line breaks.
 DECORATED = r"""
-**Keyphrases:** foxes; kit
-**Keyphrases**: foxes; kit
-Hashtags: #foxes #kit
-Key phrases: foxes, kit
-关键词：foxes；kit
-标签：#foxes #kit
-【关键词】foxes；kit
-キーワード：foxes、kit
-Palabras clave: foxes; kit
-Sure! Here are the hashtags for this post:\n\n1. foxes\n2. kit
-### Keyphrases\n- foxes\n- kit
-"Tags": "foxes; kit"
-1. foxes\n2. kit
-1) foxes 2) kit
-（1）foxes；（2）kit
-1、foxes；2、kit
-1.foxes 2.kit
-**1.** foxes\n**2.** kit
-①foxes\n②kit
-1️⃣ foxes\n2️⃣ kit
-#foxes #kit
-#foxes# #kit#
-＃foxes＃，＃kit＃
-#foxes#kit
-- #foxes\n- #kit
-\#foxes; \#kit
-「foxes」「kit」
-《foxes》；《kit》
-“foxes”, “kit”
-“foxes; kit”
-"foxes", "kit".
-`foxes`; `kit`
-**foxes**; **kit**
-_foxes_; _kit_
-**“foxes”**, kit
-•foxes •kit
--foxes\n-kit
-- foxes\n- kit
-["foxes", "kit"]
-```json\n["foxes", "kit"]\n```
-```foxes; kit```
-{\n  "tags": [\n    "foxes",\n    "kit"\n  ]\n}
-{"reason": "red shirts", "keyphrases": ["foxes", "kit"], "score": 1}
-["foxes", "k\u0069t"]
-{'keyphrases': ['foxes', 'kit']}
-keyphrases = ["foxes", "kit"]
-Here you are: ["#foxes", "kit;"]. Anything else?
-["foxes", "kit"
-[foxes; kit]
-{foxes, kit}
-foxes؛ kit
-foxes، kit
-foxes; kit.
-foxes.\nkit.
-foxes; kit;
+    **Keyphrases:** foxes; kit / **Keyphrases**: foxes; kit / Hashtags: #foxes #kit
+    Key phrases: foxes, kit / 关键词：foxes；kit / 标签：#foxes #kit / 【关键词】foxes；kit
+    キーワード：foxes、kit / Palabras clave: foxes; kit
+    Sure! Here are the hashtags for this post:\n\n1. foxes\n2. kit / ### Keyphrases\n- foxes\n- kit
+    "Tags": "foxes; kit" / 1. foxes\n2. kit / 1) foxes 2) kit / （1）foxes；（2）kit
+    1、foxes；2、kit / 1.foxes 2.kit / **1.** foxes\n**2.** kit / ①foxes\n②kit / 1️⃣ foxes\n2️⃣ kit
+    #foxes #kit / #foxes# #kit# / ＃foxes＃，＃kit＃ / #foxes#kit / - #foxes\n- #kit
+    \#foxes; \#kit / 「foxes」「kit」 / 《foxes》；《kit》 / “foxes”, “kit” / “foxes; kit”
+    "foxes", "kit". / `foxes`; `kit` / **foxes**; **kit** / _foxes_; _kit_ / **“foxes”**, kit
+    •foxes •kit / -foxes\n-kit / - foxes\n- kit / ["foxes", "kit"] / ```json\n["foxes", "kit"]\n```
+    ```foxes; kit``` / {\n  "tags": [\n    "foxes",\n    "kit"\n  ]\n}
+    {"reason": "red shirts", "keyphrases": ["foxes", "kit"], "score": 1} / ["foxes", "k\u0069t"]
+    {'keyphrases': ['foxes', 'kit']} / keyphrases = ["foxes", "kit"]
+    Here you are: ["#foxes", "kit;"]. Anything else? / ["foxes", "kit" / [foxes; kit] / {foxes, kit}
+    foxes؛ kit / foxes، kit / foxes; kit. / foxes.\nkit. / foxes; kit;
 """
 
 
-@pytest.mark.parametrize("line", DECORATED.strip().split("\n"))
+@pytest.mark.parametrize("line", re.split(" / |\n    ", DECORATED.strip()))
 def test_decoration_is_dropped(line):
     reply = line.replace("\\n", "\n")
     assert parse_answer(reply) == (PAIR, None)
@@ -191,6 +151,7 @@ PHRASES = """
     10:30 / i <3 you / 5 > 3 / (the) foxes / $5 / @me / at&t / x_y / st. louis / 1,000 likes / c++
     -5 degrees / version 2.0 / <number> days / b.a.t. / foxes [live] / [live] foxes / 1. fc köln
     第1回 / 東京 日本 / 北京・上海 / yahoo! / why? / 🏆 / naïve / it's / № 5
+    خبر عاجل / नया साल / שלום עולם / สวัสดี / ΦΙΛΟΣ / ёлка - 2 / 👩‍👩‍👧
 """
 PHRASES = re.split(" / |\n    ", PHRASES.strip())
 
@@ -278,27 +239,6 @@ ANYWHERE = [*ANYWHERE.split(), "- ", "\u2028", "\x85", "\t", "\n"]
 
 def word(draw):
     return "".join(draw.choices(draw.choice(LETTERS), k=draw.randint(1, 5)))
-
-
-def test_innocent_phrases_of_all_scripts_are_accepted_and_read_back():
-    """Words of one script, joined by spaces or by marks inside of the phrase."""
-    draw, accepted = random.Random(0), 0
-    joints = [" "] * 6 + "- ' ’ & , 、 ، . / · ・ _".split() + [", ", ". ", " & ", "!? "]
-    for _ in range(1000):
-        keyphrases = []
-        for _ in range(draw.randint(1, 5)):
-            phrase = word(draw)
-            while draw.random() < 0.6:
-                phrase += draw.choice(joints) + word(draw)
-            keyphrases.append(phrase + draw.choice(["", "", "", "!", "?", ".", "%"]))
-        keyphrases = [*{phrase.casefold(): phrase for phrase in keyphrases}.values()]
-        if reason := refusal(keyphrases, "why"):
-            assert any(re.match(r"\d{1,3}(\.|、)", phrase) for phrase in keyphrases), reason
-            continue
-        accepted += 1
-        assert parse_answer(plain_answer(keyphrases)) == (keyphrases, None)
-        assert parse_answer(cot_answer("why", keyphrases)) == (keyphrases, "why")
-    assert accepted > 900
 
 
 def test_any_keyphrases_are_read_back_or_refused():

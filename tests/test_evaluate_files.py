@@ -11,18 +11,7 @@ from itertools import product
 import pytest
 
 import evaluate
-from evaluate import (
-    MEASURES,
-    UserError,
-    align,
-    parse_line,
-    read_jsonl,
-    read_predictions,
-    read_references,
-    score,
-    table,
-    train_keyphrases,
-)
+from evaluate import MEASURES, UserError, read_jsonl, read_predictions, read_references, score
 from test_evaluate import HERE, POSTS, PREDICTIONS
 
 CMKP = HERE.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
@@ -46,7 +35,7 @@ def test_jsonl_yields_lines_offsets_and_records(tmp_path):
     assert found == [(1, {"a": "é"}), (4, {"b": 1}), (5, {"c": "\u2028"})]
     raw = path.read_bytes()
     for number, offset, record in rows:
-        assert parse_line(path, number, raw[offset:].split(b"\n")[0] + b"\n") == record
+        assert evaluate.parse_line(path, number, raw[offset:].split(b"\n")[0] + b"\n") == record
 
 
 def test_jsonl_streams(tmp_path):
@@ -83,7 +72,7 @@ def test_cmkp_text(tmp_path):
     first, second = read_references(path)
     assert (first["text"], first["id"], first["keyphrases"]) == ("a b ; c", "D0wn_-9", ["x", "y z"])
     assert (second["text"], second["id"], second["keyphrases"]) == ("t", None, ["k"])
-    assert list(train_keyphrases(path)) == ["x", "y z", "k"]
+    assert list(evaluate.train_keyphrases(path)) == ["x", "y z", "k"]
 
 
 def test_cmkp_predictions(tmp_path):
@@ -128,14 +117,14 @@ def test_bad_references_are_named(tmp_path, field):
 
 
 def test_align_by_id_and_by_line():
-    assert align(PREDICTIONS[::-1], POSTS) == PREDICTIONS
+    assert evaluate.align(PREDICTIONS[::-1], POSTS) == PREDICTIONS
     text = [{"id": None, "keyphrases": [name]} for name in "abc"]
-    assert align(text, POSTS) == text
+    assert evaluate.align(text, POSTS) == text
     cmkp = [{**post, "address": f"http://host/{post['id']}.jpg"} for post in POSTS]
     # The names of the images are these predictions' ids, and not those of the others.
-    assert align(PREDICTIONS[::-1], cmkp) == PREDICTIONS
+    assert evaluate.align(PREDICTIONS[::-1], cmkp) == PREDICTIONS
     others = [{**prediction, "id": f"line {i}"} for i, prediction in enumerate(PREDICTIONS)]
-    assert align(others, cmkp) == others
+    assert evaluate.align(others, cmkp) == others
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -203,7 +192,7 @@ def test_all_combinations_of_formats_give_the_same(files, scores_of):
 def test_table_shows_percent(files, script):
     code, out, _ = script(files["preds.jsonl"], files["test.jsonl"], "--train", files["test.txt"])
     lines = out.splitlines()
-    assert code == 0 and out == table(score(PREDICTIONS, POSTS, KNOWN)) + "\n"
+    assert code == 0 and out == evaluate.table(score(PREDICTIONS, POSTS, KNOWN)) + "\n"
     assert lines[0].split() == ["all", "present", "absent", "seen", "unseen", "absent+unseen"]
     cells = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert cells["posts"] == ["3", "2", "2", "3", "0", "0"]

@@ -63,12 +63,12 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def posts(pictures):
-    path = pictures[0].parent / "posts.jsonl"
     same = {"keyphrases": ["the foxes", "post"], "cot": "hello there the post names the foxes"}
     records = [
         {"id": str(number), "text": text, "image": picture and picture.name} | same
         for number, (text, picture) in enumerate(zip(TEXTS, pictures, strict=True))
     ]
+    path = pictures[0].parent / "posts.jsonl"
     path.write_text("".join(map(to_line, records)), encoding="utf-8")
     return path
 
@@ -204,6 +204,8 @@ def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pict
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     plain = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=40)
     plain["eos_token_id"] = ends
+    # The second without a generation_config.json.
+    assert model.generation_config.eos_token_id in (ends, ends[1])
     opened = "Qwen3.5" in folder.name  # by the template
     forced = [] if think == "auto" or opened else tokenizer("<think>").input_ids
     if opened and think == "always":
@@ -229,26 +231,6 @@ def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pict
         (alone,) = generated(number)
         assert answer == ("<think>" * opened + text, len(own), stop) == alone
     assert penalised  # else the answers would not tell a penalty from none
-
-
-def test_an_answer_ends_at_each_token_that_the_folder_says_it_may_end_with(loaded, pictures):
-    """Published models end an answer with <|im_end|>, a text without turns with <|endoftext|>."""
-    model, encoder = loaded
-    batch = batch_of(encoder, pictures, [0])
-    inherited = model.generation_config.eos_token_id
-    ends = encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert inherited in (ends, ends[1])  # the second without a generation_config.json
-    options = dict(do_sample=False, max_new_tokens=12, repetition_penalty=1.0)
-    row = model.generate(**batch.prompt, **options)[0].tolist()
-    row = row[batch.prompt["input_ids"].shape[1] :]
-    place = next(place for place in range(1, 12) if row[place] not in row[:place])
-    try:
-        model.generation_config.eos_token_id = [row[place], ends[0]]
-        ((text, count, ended),) = generate(model, encoder, batch, max_new_tokens=12)
-    finally:
-        model.generation_config.eos_token_id = inherited
-    assert ended and count == place + 1
-    assert text == encoder.decode(row[:place])
 
 
 @each_layout
