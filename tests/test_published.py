@@ -191,45 +191,29 @@ def test_posts_and_answers_never_become_an_added_token(source, loaded):
         assert cut and all(Counter(ids)[number] == frame[number] for number in added), name
 
 
-@pytest.mark.parametrize(
-    "source, think",
-    [*((kind, "auto") for kind in published.KINDS), *((kind, "always") for kind in LAYOUTS[1:])],
-    indirect=["source"],
-)
-def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pictures, think):
+def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pictures):
     """theirs: the published settings, but without sampling and penalties, as predictions are."""
     folder, _ = source
     model, encoder = loaded
     theirs, tokenizer = in_transformers(folder), transformers.AutoTokenizer.from_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    plain = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=40)
-    plain["eos_token_id"] = ends
     # The second without a generation_config.json.
     assert model.generation_config.eos_token_id in (ends, ends[1])
-    opened = "Qwen3.5" in folder.name  # by the template
-    forced = [] if think == "auto" or opened else tokenizer("<think>").input_ids
-    if opened and think == "always":
-        plain["begin_suppress_tokens"] = tokenizer("</think>").input_ids
-
-    def generated(*numbers):
-        return generate(model, encoder, batch_of(encoder, pictures, numbers), think, 40)
-
+    plain = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=20)
+    together = generate(model, encoder, batch_of(encoder, pictures, range(4)), max_new_tokens=20)
     penalised = 0
-    for number, answer in enumerate(generated(0, 1, 2, 3)):
+    for number, answer in enumerate(together):
         prompt = batch_of(encoder, pictures, [number]).prompt
-        start = prompt["input_ids"].shape[1]
-        if forced:
-            added = torch.tensor([forced])
-            prompt["input_ids"] = torch.cat([prompt["input_ids"], added], dim=1)
-            prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
-            prompt["mm_token_type_ids"] = (prompt["input_ids"] == encoder.image_token_id).int()
-        own = theirs.generate(**prompt, **plain, repetition_penalty=1.0)[0, start:]
-        with_penalty = theirs.generate(**prompt, **plain, repetition_penalty=1.5)[0, start:]
+        own, with_penalty = (
+            theirs.generate(**prompt, **plain, eos_token_id=ends, repetition_penalty=penalty)[0]
+            for penalty in (1.0, 1.5)
+        )
         penalised += not torch.equal(own, with_penalty)
+        own = own[prompt["input_ids"].shape[1] :]
         stop = own[-1].item() in ends
         text = tokenizer.decode(own[:-1] if stop else own, skip_special_tokens=True)
-        (alone,) = generated(number)
-        assert answer == ("<think>" * opened + text, len(own), stop) == alone
+        opened = "<think>" * ("Qwen3.5" in folder.name)  # by the template
+        assert answer == (opened + text, len(own), stop)
     assert penalised  # else the answers would not tell a penalty from none
 
 
