@@ -49,22 +49,19 @@ def test_stemmer_survives_long_words():
 @pytest.mark.parametrize(
     "phrase, words",
     [
-        ("Wildflower Hours", ("wildflow", "hour")),
-        ("  two\t words \n", ("two", "word")),
-        ("", ()),
-        ("   ", ()),
-        ("北京 Dogs天气", ("北", "京", "dog", "天", "气")),
-        ("寿司がスキ々", ("寿", "司", "が", "ス", "キ", "々")),
-        ("\U00020000\U0002a700", ("\U00020000", "\U0002a700")),
-        ("한국 음식", ("한국", "음식")),  # Hangul is written with spaces
-        ("أخبار عاجلة", ("أخبار", "عاجلة")),
-        ("😀 cats🐈", ("😀", "cats🐈")),
-        ("全角\u3000空白", ("全", "角", "空", "白")),
-        ("<unk> , .", ("<unk>", ",", ".")),
+        ("  Wildflower\t Hours \n", "wildflow hour"),
+        ("   ", ""),
+        ("北京 Dogs天气", "北 京 dog 天 气"),
+        ("寿司がスキ々", "寿 司 が ス キ 々"),
+        ("\U00020000\U0002a700", "\U00020000 \U0002a700"),
+        ("한국 음식", "한국 음식"),  # Hangul is written with spaces
+        ("أخبار عاجلة 😀 cats🐈", "أخبار عاجلة 😀 cats🐈"),
+        ("全角\u3000空白", "全 角 空 白"),
+        ("<unk> , .", "<unk> , ."),
     ],
 )
 def test_normalize(phrase, words):
-    assert normalize(phrase) == words
+    assert normalize(phrase) == tuple(words.split())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from functools import partialmethod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -37,17 +38,19 @@ LAYOUTS = ["Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3.5-4B"]
 each_layout = pytest.mark.parametrize("source", LAYOUTS, indirect=True)
 
 
+class Source(NamedTuple):
+    folder: Path
+    written: torch.nn.Module  # whose weights the folder holds, built without the folder's files
+    model: torch.nn.Module  # as loaded, like its encoder
+    encoder: data.Encoder
+
+
 @pytest.fixture(scope="module", params=published.KINDS)
 def source(request, tmp_path_factory):
-    """(folder, the model whose weights it holds, built without the folder's files)"""
     folder = tmp_path_factory.mktemp("published") / request.param
-    return folder, published.write(folder, request.param)
-
-
-@pytest.fixture(scope="module")
-def loaded(source):
-    model, encoder, _ = load(str(source[0]))
-    return model.eval(), encoder
+    written = published.write(folder, request.param)
+    model, encoder, _ = load(str(folder))
+    return Source(folder, written, model.eval(), encoder)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +101,8 @@ def encode(encoder, picture=None, text="x", name="a"):
     return encoder.encode({"id": name, "text": text}, picture, with_answers=False)
 
 
-def test_it_loads_as_what_was_written_here_and_in_transformers(source, loaded, pictures):
-    folder, written = source
-    model, encoder = loaded
+def test_it_loads_as_what_was_written_here_and_in_transformers(source, pictures):
+    folder, written, model, encoder = source
     batch = batch_of(encoder, pictures, range(4))
     assert model.dtype == torch.float32
     expected = logits(written, batch)
@@ -108,11 +110,8 @@ def test_it_loads_as_what_was_written_here_and_in_transformers(source, loaded, p
     assert torch.equal(logits(in_transformers(folder), batch), expected)
 
 
-def test_image_preparation_is_transformers_own_with_the_folders_numbers(
-    source, loaded, pictures, tmp_path
-):
-    folder, _ = source
-    _, encoder = loaded
+def test_image_preparation_is_transformers_own_with_the_folders_numbers(source, pictures, tmp_path):
+    folder, encoder = source.folder, source.encoder
     own = transformers.AutoImageProcessor.from_pretrained(folder)
     for picture in filter(None, pictures):
         ours = encode(encoder, picture)
@@ -142,9 +141,8 @@ def test_image_preparation_is_transformers_own_with_the_folders_numbers(
     assert 25 < len(ours) <= 100 * 100 // patch**2
 
 
-def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, loaded, pictures):
-    folder, _ = source
-    _, encoder = loaded
+def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, pictures):
+    folder, encoder = source.folder, source.encoder
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     from_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = ["hello there", "the <tool> foxes, हिन्दी", " 日本 😀\n\n1984 ", "a"]
@@ -164,10 +162,9 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, lo
         assert sample.prompt == ids
 
 
-def test_posts_and_answers_never_become_an_added_token(source, loaded):
+def test_posts_and_answers_never_become_an_added_token(source):
     """Their ids are those of a tokenizer that has no added tokens at all."""
-    folder, _ = source
-    _, encoder = loaded
+    folder, encoder = source.folder, source.encoder
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     bare = Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
     added = transformers.AutoTokenizer.from_pretrained(folder).added_tokens_decoder
@@ -191,10 +188,9 @@ def test_posts_and_answers_never_become_an_added_token(source, loaded):
         assert cut and all(Counter(ids)[number] == frame[number] for number in added), name
 
 
-def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pictures):
+def test_generation_is_transformers_own_for_each_post_alone(source, pictures):
     """theirs: the published settings, but without sampling and penalties, as predictions are."""
-    folder, _ = source
-    model, encoder = loaded
+    folder, _, model, encoder = source
     theirs, tokenizer = in_transformers(folder), transformers.AutoTokenizer.from_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     # The second without a generation_config.json.
@@ -219,7 +215,7 @@ def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pict
 
 @each_layout
 def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_path, capsys):
-    folder, written = source
+    folder, written = source.folder, source.written
     side_files = [file for file in folder.iterdir() if "safetensors" not in file.name]
     options = "--epochs 1 --batch-size 2 --lr 1e-3 --warmup 0 --gamma 99 --workers 0"
     files = ["--model", folder, "--train", posts, "--out", tmp_path / "run"]
@@ -302,6 +298,7 @@ import sys
 sys.path.append("tests")
 import infer
 from pathlib import Path
+from typing import NamedTuple
 from tiny import train_alone, words
 
 posts, picture, folder = map(Path, sys.argv[1:])
@@ -331,7 +328,7 @@ def test_weights_too_large_for_one_file_are_saved_in_shards_with_an_index_of_the
     source, pictures, tmp_path, monkeypatch
 ):
     """transformers cuts at 50 GB; here at 50 kB, in other places than the source is cut."""
-    folder, written = source
+    folder, written = source.folder, source.written
     model, encoder, _ = load(str(folder))
     save_in_shards = partialmethod(type(model).save_pretrained, max_shard_size="50KB")
     monkeypatch.setattr(type(model), "save_pretrained", save_in_shards)
@@ -348,14 +345,14 @@ def test_weights_too_large_for_one_file_are_saved_in_shards_with_an_index_of_the
 
 
 @each_layout
-def test_a_folder_whose_template_is_in_a_file_of_its_own_only(source, loaded, tmp_path):
+def test_a_folder_whose_template_is_in_a_file_of_its_own_only(source, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(source[0], folder)
+    shutil.copytree(source.folder, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     del settings["chat_template"]
     published.write_json(folder / "tokenizer_config.json", settings)
     _, encoder, _ = load(str(folder))
-    assert encode(encoder).prompt == encode(loaded[1]).prompt
+    assert encode(encoder).prompt == encode(source.encoder).prompt
     next(folder.glob("chat_template.j*")).unlink()
     with pytest.raises(UserError, match="its chat template: can't be read"):
         load(str(folder))
