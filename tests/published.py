@@ -41,11 +41,12 @@ TOOLS["qwen2_5_vl"] = """
     <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>
     <|repo_name|> <|file_sep|>
 """.split()
-TOOLS["qwen3_vl"] = [
-    *TOOLS["qwen2_5_vl"],
-    *"<tool_response> </tool_response> <think> </think>".split(),
-]
-
+TOOLS["qwen3_vl"] = (
+    TOOLS["qwen2_5_vl"]
+    + """
+    <tool_response> </tool_response> <think> </think>
+""".split()
+)
 TOOLS["qwen3_5"] = TOOLS["qwen3_5_moe"] = TOOLS["qwen3_vl"]
 # Special tokens that Qwen3.5 names in tokenizer_config.json only.
 CONFIG_ONLY = """
@@ -112,15 +113,8 @@ def write(folder, kind, seed=0, shards=3):
     folder.mkdir(parents=True)
     ids = write_tokenizer(folder, family, length)
     vocabulary = len(ids["vocabulary"]) + 11  # published models have more rows than tokens
-    tokens = {
-        f"{name}_token_id": ids[f"<|{token}|>"]
-        for name, token in (
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
+    marks = "image_pad video_pad vision_start vision_end".split()
+    tokens = {f"{mark.removesuffix('_pad')}_token_id": ids[f"<|{mark}|>"] for mark in marks}
     model = tiny_model(family, seed, vocabulary, tokens, tied).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -176,34 +170,13 @@ def config(family, tied, version, vocabulary, ids, tokens):
             "vision_config": vision | VISION[family] | {"model_type": family},
             **tokens,
         }
-    vision = {
-        "depth": 2,
-        "in_chans": 3,
-        "num_heads": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "temporal_patch_size": 2,
-    }
+    vision = {"in_chans": 3, "spatial_patch_size": 14} | VISION[family]
+    vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     if family == "qwen2_vl":
-        architecture, vision = (
-            "Qwen2VLForConditionalGeneration",
-            vision | {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
-        )
+        architecture = "Qwen2VLForConditionalGeneration"
     else:
-        architecture, vision = (
-            "Qwen2_5_VLForConditionalGeneration",
-            vision
-            | {
-                "hidden_act": "silu",
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "out_hidden_size": 32,
-                "window_size": 56,
-                "fullatt_block_indexes": [1],
-                "tokens_per_second": 2,
-            },
-        )
+        architecture = "Qwen2_5_VLForConditionalGeneration"
+        vision |= {"hidden_act": "silu", "tokens_per_second": 2}
     return {
         "architectures": [architecture],
         **tokens,
@@ -222,42 +195,22 @@ def config(family, tied, version, vocabulary, ids, tokens):
 
 
 def write_image_processor(folder, family):
-    patches = {"patch_size": PATCH[family], "temporal_patch_size": 2, "merge_size": 2}
+    common = {"patch_size": PATCH[family], "temporal_patch_size": 2, "merge_size": 2}
     if not family.startswith("qwen3"):
-        write_json(
-            folder / "preprocessor_config.json",
-            {
-                "min_pixels": 3136,
-                "max_pixels": 12845056,
-                **patches,
-                "image_mean": CLIP_MEAN,
-                "image_std": CLIP_STD,
-                "image_processor_type": "Qwen2VLImageProcessor",
-                "processor_class": "Qwen2VLProcessor"
-                if family == "qwen2_vl"
-                else "Qwen2_5_VLProcessor",
-            },
-        )
+        name = "Qwen2VLProcessor" if family == "qwen2_vl" else "Qwen2_5_VLProcessor"
+        common |= {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "processor_class": name}
+        common |= {"image_processor_type": "Qwen2VLImageProcessor"}
+        sizes = {"min_pixels": 3136, "max_pixels": 12845056}
+        write_json(folder / "preprocessor_config.json", sizes | common)
         return
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "processor_class": "Qwen3VLProcessor"}
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "size": {"longest_edge": 16777216, "shortest_edge": 65536},
-            **patches,
-            **half,
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-        },
-    )
-    write_json(
-        folder / "video_preprocessor_config.json",
-        {
-            "size": {"longest_edge": 25165824, "shortest_edge": 4096},
-            **patches,
-            **half,
-            "video_processor_type": "Qwen3VLVideoProcessor",
-        },
-    )
+    common |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    common |= {"processor_class": "Qwen3VLProcessor"}
+    image = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
+    image |= {"image_processor_type": "Qwen2VLImageProcessorFast"}
+    write_json(folder / "preprocessor_config.json", image | common)
+    video = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}}
+    video |= {"video_processor_type": "Qwen3VLVideoProcessor"}
+    write_json(folder / "video_preprocessor_config.json", video | common)
 
 
 def write_tokenizer(folder, family, length):
@@ -275,13 +228,11 @@ def write_tokenizer(folder, family, length):
     tokenizer["added_tokens"] = [{"id": number, **token} for number, token in added.items()]
     for token in CONFIG_ONLY if newer else ():
         added[len(vocabulary) + len(added)] = {"content": token, **flags, "special": True}
-    (folder / "tokenizer.json").write_text(
-        json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8"
-    )
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
-    )
+    files = {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False)}
+    files["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
+    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
     template = QWEN3_TEMPLATE if family == "qwen3_vl" else QWEN_TEMPLATE
     if newer:
         template = qwen3_5_template(thinks=True)

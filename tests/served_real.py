@@ -24,9 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from data import MAX_PIXELS, image_url  # noqa: E402
 from evaluate import score  # noqa: E402
 from server import DROP, Raw, Server, text_of  # noqa: E402
+from support.images import MAX_PIXELS, image_url  # noqa: E402
 from support.jsonl import to_line  # noqa: E402
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
@@ -34,9 +34,8 @@ SPECIAL = "<|im_end|> <|im_start|> <|endoftext|> <|vision_start|> <|image_pad|>"
 # A weak teacher keeps to the form only after examples, each a turn of its own: the engine takes the
 # marks of turns that stand in a text for the special tokens.
 POST = "Post: {text}\nKeyphrases: {keyphrases}"
-REPLY = (
-    "<think>The post says {text}, so it is about {keyphrases}.</think><answer>{keyphrases}</answer>"
-)
+REPLY = "<think>The post says {text}, so it is about {keyphrases}.</think>"
+REPLY += "<answer>{keyphrases}</answer>"
 EXAMPLES = {
     "sunrise over the lake": "nature",
     "the dog ate my cake": "dogs; cake",
@@ -137,15 +136,13 @@ def infer(engine, posts, tokens, served=True):
 
 def compare(name, posts, here, served):
     """Print what is equal for `posts`, whose predictions are among those given."""
-    here, served = (
-        [row for post in posts for row in part if row["id"] == post["id"]]
-        for part in (here, served)
-    )
+    order = [post["id"] for post in posts]
+    here, served = ({row["id"]: row for row in part} for part in (here, served))
+    here, served = ([part[each] for each in order] for part in (here, served))
     pairs = list(zip(here, served, strict=True))
-    same = {
-        field: sum(str(one[field]).strip() == str(two[field]).strip() for one, two in pairs)
-        for field in ("tokens", "keyphrases", "think", "output")
-    }
+    fields, same = ("tokens", "keyphrases", "think", "output"), {}
+    for field in fields:
+        same[field] = sum(str(a[field]).strip() == str(b[field]).strip() for a, b in pairs)
     print(f"{name}, {len(posts)} posts, equal here and served: {same}")
     for place, part in (("here", here), ("served", served)):
         f1 = 100 * score(part, posts)["all"]["F1@1"]

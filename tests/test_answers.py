@@ -4,20 +4,13 @@ import json
 import random
 import re
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from data import (
-    NOT_IN_KEYPHRASE,
-    TAG,
-    TAGS,
-    check_record,
-    cot_answer,
-    parse_answer,
-    plain_answer,
-)
-from evaluate import UserError, read_posts, reasoned, score
+from data import NOT_IN_KEYPHRASE, TAG, TAGS, check_record, cot_answer, parse_answer, plain_answer
+from evaluate import UserError, read_jsonl, read_posts, reasoned
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 PAIR = ["foxes", "kit"]
@@ -44,7 +37,6 @@ def refusal(keyphrases, cot=None):
         # the last <answer> that is not empty
         ("<answer>foxes</answer><think>why</think>", ["foxes"], "why"),
         ("<answer></answer><answer>foxes; kit</answer>", PAIR, None),
-        ("<answer>foxes; kit</answer><answer> ; </answer>", PAIR, None),
         ("<think>why</think><answer>red</answer><answer>foxes; kit</answer>", PAIR, "why"),
         ("<answer><think>why</think>foxes; kit</answer>", PAIR, "why"),
         ("<answer><answer>foxes; kit</answer></answer>", PAIR, None),
@@ -53,13 +45,10 @@ def refusal(keyphrases, cot=None):
         ("<think>why</think><answer>foxes; kit</think>", PAIR, "why"),
         # else what follows the last </think>
         ("<think>\n\n</think>\n\nred, so.\n</think>\n\nfoxes; kit", PAIR, "red, so."),
-        ("<think>one<think>two</think>three</think>foxes; kit", PAIR, "one two three"),
         ("one</think>two</think>foxes; kit", PAIR, "one two"),
-        ("Sure!<think>why</think>foxes; kit", PAIR, "why"),
         ("<think>why</think>foxes; kit<answer>", PAIR, "why"),
         ("<think>why</think>foxes; kit<think>because", PAIR, "why because"),
         ("<think>why<answer></think>foxes; kit</answer>", PAIR, "why"),
-        ("<think></think>foxes; kit", PAIR, None),
         ("<think> \n </think>\n<answer>foxes; kit</answer>", PAIR, None),
         # else what precedes a <think> that is never closed
         ("krakow match day <think>red red red", ["krakow match day"], "red red red"),
@@ -69,19 +58,11 @@ def refusal(keyphrases, cot=None):
         ("why</think>", [], "why"),
         ("<think>why</think><answer></answer>", [], "why"),
         # tags in capitals, in another script, cut off
-        ("<THINK>red shirts</THINK><ANSWER>foxes; kit</ANSWER>", PAIR, "red shirts"),
         ("＜Think＞why＜/Think＞＜Answer＞foxes; kit＜/Answer＞", PAIR, "why"),
-        (
-            "＜ｔｈｉｎｋ＞why＜／ｔｈｉｎｋ＞＜ＡＮＳＷＥＲ＞foxes; kit＜／ＡＮＳＷＥＲ＞",
-            PAIR,
-            "why",
-        ),
         ("<思考>why</思考><答案>foxes; kit</答案>", PAIR, "why"),
         ("<Thinking>why</Thinking>foxes; kit", PAIR, "why"),
         ("<thinK>why</thinK><anſwer>foxes; kit</anſwer>", PAIR, "why"),
-        ("<answer>foxes; kit</ans", PAIR, None),
         ("<think>why</think><answer>foxes; kit<", PAIR, "why"),
-        ("<think>why</think\nfoxes; kit", PAIR, "why"),
         ("<think>why</think><answer\nfoxes; kit</answer", PAIR, "why"),
         ("<think>why</thi", [], "why"),
     ],
@@ -91,131 +72,52 @@ def test_tags_in_any_order(reply, keyphrases, think):
 
 
 CHAT_FORMATS = """
-    {}<|im_end|> / <|im_start|>assistant\n{}<|im_end|> / {}</s> / <s>{}</s> / {}<|endoftext|>
-    <|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|> / {}<eos> / {}<end_of_turn>
-    <start_of_turn>model\n{}<end_of_turn> / {}<｜end▁of▁sentence｜> / <｜Assistant｜>{}
-    {}<|im_end|>\n<|im_start|>user\nAnother post<|im_end|> / <|assistant|>\n{}<|end|> / {}<|return|>
+    {}<|im_end|> / <|im_start|>assistant\\n{}<|im_end|> / <s>{}</s> / {}<|endoftext|>
+    <|start_header_id|>assistant<|end_header_id|>\\n\\n{}<|eot_id|> / {}<eos> / <｜Assistant｜>{}
+    <start_of_turn>model\\n{}<end_of_turn> / {}<｜end▁of▁sentence｜> / <|assistant|>\\n{}<|end|>
+    {}<|im_end|>\\n<|im_start|>user\\nAnother post<|im_end|> / {}<|return|>
 """
-CHAT_FORMATS = [line.strip() for line in re.split(" / |\n    ", CHAT_FORMATS.strip("\n"))]
 
 
-@pytest.mark.parametrize("chat", [line.replace("\\n", "\n") for line in CHAT_FORMATS])
+@pytest.mark.parametrize("chat", re.split(" / |\n    ", CHAT_FORMATS.strip()))
 def test_tokens_of_chat_formats_are_no_part_of_an_answer(chat):
-    assert parse_answer(chat.format("foxes; kit")) == (PAIR, None)
     reply = "<think>why</think><answer>foxes; kit</answer>"
-    assert parse_answer(chat.format(reply)) == (PAIR, "why")
+    assert parse_answer(chat.replace("\\n", "\n").format(reply)) == (PAIR, "why")
 
 
 def test_reasoned_means_reasoning_that_is_not_blank():
-    thoughts = ["why", "", " \n\u2003", None, "x"]
-    predictions = [{"id": str(i), "keyphrases": ["a"], "think": t} for i, t in enumerate(thoughts)]
-    assert [reasoned(prediction) for prediction in predictions] == [True, False, False, False, True]
+    thoughts = {"why": True, "": False, " \n\u2003": False, None: False}
+    assert {think: reasoned({"think": think}) for think in thoughts} == thoughts
     assert not reasoned({"id": "a", "keyphrases": ["a"]})
-    posts = [{"id": str(i), "text": "a", "keyphrases": ["a"]} for i in range(5)]
-    assert score(predictions, posts)["all"]["reasoned"] == 2 / 5
     # What the parser returns is counted in the same way.
     assert parse_answer("<think>\n</think>a")[1] is None and parse_answer("<think>b</think>a")[1]
 
 
 # ------------------------------------------------------------------------------ decoration of lists
 
-# One reply a line, \n for its line breaks.
+# Between slashes, with \n for line breaks.
 DECORATED = r"""
-Keyphrases: foxes; kit
-**Keyphrases:** foxes; kit
-**Keyphrases**: foxes; kit
-Hashtags: #foxes #kit
-HASHTAGS:\n#foxes\n#kit
-Key phrases: foxes, kit
-关键词：foxes；kit
-以下是关键词：foxes、kit
-标签：#foxes #kit
-【关键词】foxes；kit
-【关键词】：\nfoxes\nkit
-キーワード：foxes、kit
-키워드: foxes, kit
-Palabras clave: foxes; kit
-Ключевые слова: foxes; kit
-Sure! Here are the hashtags for this post:\n\n1. foxes\n2. kit
-Answer: foxes; kit
-### Keyphrases\n- foxes\n- kit
-The keyphrases are: foxes, kit.
-"Tags": "foxes; kit"
-1. foxes; 2. kit
-1. foxes\n2. kit
-1) foxes 2) kit
-(1) foxes; (2) kit
-（1）foxes；（2）kit
-1、foxes\n2、kit
-1、foxes；2、kit
-1、foxes 2、kit
-1.foxes 2.kit
-1. **foxes**\n2. **kit**
-**1.** foxes\n**2.** kit
-①foxes\n②kit
-1️⃣ foxes\n2️⃣ kit
-#foxes #kit
-#foxes, #kit
-＃foxes ＃kit
-#foxes# #kit#
-#foxes##kit#
-＃foxes＃，＃kit＃
-#foxes#kit
-- #foxes\n- #kit
-\#foxes; \#kit
-「foxes」「kit」
-「foxes」、「kit」
-《foxes》；《kit》
-『foxes』\n『kit』
-“foxes”, “kit”
-“foxes; kit”
-"foxes; kit"
-"foxes", "kit".
-'foxes', 'kit'
-`foxes`; `kit`
-«foxes», «kit»
-**foxes**; **kit**
-*foxes*; *kit*
-_foxes_; _kit_
-**“foxes”**, kit
-•foxes\n•kit
-•foxes •kit
-① foxes ② kit
--foxes\n-kit
-*foxes\n*kit
-- foxes\n- kit
-・foxes\n・kit
-– foxes\n– kit
-["foxes", "kit"]
-```json\n["foxes", "kit"]\n```
-```\nfoxes; kit\n```
-```foxes; kit```
-{"keyphrases": ["foxes", "kit"]}
-{\n  "tags": [\n    "foxes",\n    "kit"\n  ]\n}
-{"reason": "red shirts", "keyphrases": ["foxes", "kit"], "score": 1}
-["foxes", "k\u0069t"]
-['foxes', 'kit']
-{'keyphrases': ['foxes', 'kit']}
-keyphrases = ["foxes", "kit"]
-Here you are: ["#foxes", "kit;"]. Anything else?
-["foxes", "kit"
-[foxes; kit]
-[foxes]; [kit]
-{foxes, kit}
-foxes؛ kit
-foxes، kit
-foxes；kit
-foxes; kit.
-foxes.\nkit.
-foxes。\nkit。
-foxes; kit;
+    **Keyphrases:** foxes; kit / **Keyphrases**: foxes; kit / Hashtags: #foxes #kit
+    Key phrases: foxes, kit / 关键词：foxes；kit / 标签：#foxes #kit / 【关键词】foxes；kit
+    キーワード：foxes、kit / Palabras clave: foxes; kit
+    Sure! Here are the hashtags for this post:\n\n1. foxes\n2. kit / ### Keyphrases\n- foxes\n- kit
+    "Tags": "foxes; kit" / 1. foxes\n2. kit / 1) foxes 2) kit / （1）foxes；（2）kit
+    1、foxes；2、kit / 1.foxes 2.kit / **1.** foxes\n**2.** kit / ①foxes\n②kit / 1️⃣ foxes\n2️⃣ kit
+    #foxes #kit / #foxes# #kit# / ＃foxes＃，＃kit＃ / #foxes#kit / - #foxes\n- #kit
+    \#foxes; \#kit / 「foxes」「kit」 / 《foxes》；《kit》 / “foxes”, “kit” / “foxes; kit”
+    "foxes", "kit". / `foxes`; `kit` / **foxes**; **kit** / _foxes_; _kit_ / **“foxes”**, kit
+    •foxes •kit / -foxes\n-kit / - foxes\n- kit / ["foxes", "kit"] / ```json\n["foxes", "kit"]\n```
+    ```foxes; kit``` / {\n  "tags": [\n    "foxes",\n    "kit"\n  ]\n}
+    {"reason": "red shirts", "keyphrases": ["foxes", "kit"], "score": 1} / ["foxes", "k\u0069t"]
+    {'keyphrases': ['foxes', 'kit']} / keyphrases = ["foxes", "kit"]
+    Here you are: ["#foxes", "kit;"]. Anything else? / ["foxes", "kit" / [foxes; kit] / {foxes, kit}
+    foxes؛ kit / foxes، kit / foxes; kit. / foxes.\nkit. / foxes; kit;
 """
-DECORATED = DECORATED.strip().replace("\\n", "\0").split("\n")
-DECORATED = [reply.replace("\0", "\n") for reply in DECORATED]
 
 
-@pytest.mark.parametrize("reply", DECORATED)
-def test_decoration_is_dropped(reply):
+@pytest.mark.parametrize("line", re.split(" / |\n    ", DECORATED.strip()))
+def test_decoration_is_dropped(line):
+    reply = line.replace("\\n", "\n")
     assert parse_answer(reply) == (PAIR, None)
     assert parse_answer(f"<think>why</think>\n\n{reply}\n") == (PAIR, "why")
     assert parse_answer(f"<answer>\n{reply}</answer>") == (PAIR, None)
@@ -249,6 +151,7 @@ PHRASES = """
     10:30 / i <3 you / 5 > 3 / (the) foxes / $5 / @me / at&t / x_y / st. louis / 1,000 likes / c++
     -5 degrees / version 2.0 / <number> days / b.a.t. / foxes [live] / [live] foxes / 1. fc köln
     第1回 / 東京 日本 / 北京・上海 / yahoo! / why? / 🏆 / naïve / it's / № 5
+    خبر عاجل / नया साल / שלום עולם / สวัสดี / ΦΙΛΟΣ / ёлка - 2 / 👩‍👩‍👧
 """
 PHRASES = re.split(" / |\n    ", PHRASES.strip())
 
@@ -270,18 +173,14 @@ def test_a_phrase_stays_a_phrase(phrase):
     "keyphrases, answer",
     [
         (["paris, france"], "paris, france;"),
-        (["東京、日本"], "東京、日本;"),
         (["1,000 likes"], "1,000 likes;"),
         (["paris, france", "rome"], "paris, france; rome"),
         (["washington d.c."], "washington d.c."),
-        (["no. 1."], "no. 1.;"),
         (["#1 fan", "c#"], "#1 fan; c#"),
         (["foxes", "martin luther king jr."], "foxes; martin luther king jr.;"),
-        (["martin luther king jr.", "foxes"], "martin luther king jr.; foxes"),
         (["jr.", "sr."], "jr.; sr.;"),
         (["'n sync", "rockin'"], "'n sync; rockin';"),
         (["x <"], "x <;"),
-        (["#1 fan"], "#1 fan"),
         (["a  b", " c\u3000d "], "a b; c d"),
         (["Foxes", "FC Köln"], "Foxes; FC Köln"),
     ],
@@ -305,12 +204,9 @@ def test_an_answer_ends_with_a_semicolon_only_where_it_must(keyphrases, answer):
         (["《三体》"], "《三体》", "quotes"),
         (["kit,"], "kit,", "would be lost"),
         (["a <|im_end|>"], "a <|im_end|>", "would be lost"),
-        (["</s>"], "</s>", "would be lost"),
         (["＜think＞"], "＜think＞", "would be lost"),
         (["Kit", "x", "kit"], "kit", "there twice"),
-        (["kit  on", "kit on"], "kit on", "there twice"),
         (["a; b"], "a; b", "semicolon"),
-        (["a； b"], "a； b", "semicolon"),
         (["a\nb"], "a\\nb", "line break"),
         (["a</THINK>"], "a</THINK>", "tag"),
         ([" \u3000"], " \\u3000", "empty"),
@@ -323,28 +219,16 @@ def test_what_cant_be_read_back_is_refused_by_name(keyphrases, lost, words):
     check_record(post(keyphrases), "line 1")  # a post to predict may have it
 
 
-@pytest.mark.parametrize(
-    "cot", ["a <Think> b", "so</THINK>", "why<|im_end|>", "＜answer＞", "a</s>"]
-)
-def test_reasoning_that_would_end_early_is_refused(cot):
-    assert "'cot' is the reasoning alone" in refusal(["x"], cot)
+def test_reasoning_that_would_end_early_is_refused():
+    for cot in ("a <Think> b", "so</THINK>", "why<|im_end|>", "＜answer＞", "a</s>"):
+        assert "'cot' is the reasoning alone" in refusal(["x"], cot)
     assert refusal(["x"], "a < b, <3, <number>, answer > think") is None
 
 
-LETTERS = {
-    "latin": "abcdefg éßøñ",
-    "cyrillic": "абвгд",
-    "greek": "αβγδς",
-    "arabic": "خبرعاجل",
-    "hebrew": "שלום",
-    "devanagari": "नमस्ते",
-    "thai": "สวัสดี",
-    "han": "世界杯足球東京",
-    "kana": "かなカナー",
-    "hangul": "한국어",
-    "digits": "0123456789١٢",
-    "emoji": "😀🏆👩‍👧",
-}
+LETTERS = """
+    abcdefgéßøñ абвгд αβγδς خبرعاجل שלום नमस्ते สวัสดี 世界杯足球東京 かなカナー 한국어
+    0123456789١٢ 😀🏆👩‍👧
+""".split()  # of a script each
 ANYWHERE = """
     ' ’ - & / . , 、 ، _ # @ : ! ? % + * ( ) [ ] { } " | = ~ ^ $ · ・ — < > “ ” ‘ « » 「 」 『 』
     《 》 【 】 ` • – ＃ 。 ． ; ； ؛ \\ 1. 2. 2) 1、 ① ** ``` <|im_end|> <think> </answer
@@ -354,58 +238,17 @@ ANYWHERE = [*ANYWHERE.split(), "- ", "\u2028", "\x85", "\t", "\n"]
 
 
 def word(draw):
-    letters = draw.choice([*LETTERS.values()]).replace(" ", "")
-    return "".join(draw.choices(letters, k=draw.randint(1, 5)))
-
-
-def test_innocent_phrases_of_all_scripts_are_accepted_and_read_back():
-    """Words of one script, joined by spaces or by marks inside of the phrase."""
-    draw = random.Random(0)
-    joints = [" "] * 6 + [
-        "-",
-        "'",
-        "’",
-        "&",
-        ", ",
-        "、",
-        "،",
-        ". ",
-        ".",
-        " & ",
-        "/",
-        "·",
-        "・",
-        "_",
-        "!? ",
-    ]
-    for _ in range(3000):
-        keyphrases = []
-        for _ in range(draw.randint(1, 5)):
-            phrase = word(draw)
-            while draw.random() < 0.6:
-                phrase += draw.choice(joints) + word(draw)
-            keyphrases.append(phrase + draw.choice(["", "", "", "!", "?", ".", "%"]))
-        unique = {phrase.casefold(): phrase for phrase in keyphrases}
-        keyphrases = list(unique.values())
-        numbers = [p for p in keyphrases if re.match(r"\d{1,3}(\.|、)", p)]
-        reason = refusal(keyphrases, "why")
-        assert reason is None or numbers, reason
-        if reason is None:
-            assert parse_answer(plain_answer(keyphrases)) == (keyphrases, None)
-            assert parse_answer(cot_answer("why", keyphrases)) == (keyphrases, "why")
+    return "".join(draw.choices(draw.choice(LETTERS), k=draw.randint(1, 5)))
 
 
 def test_any_keyphrases_are_read_back_or_refused():
     draw = random.Random(1)
     accepted = 0
-    for _ in range(10_000):
+    for _ in range(4000):
         keyphrases = []
         for _ in range(draw.randint(1, 4)):
-            pieces = [
-                word(draw) if draw.random() < 0.6 else draw.choice(ANYWHERE) for _ in range(4)
-            ]
-            glue = draw.choice(["", " "])
-            keyphrases.append(glue.join(pieces[: draw.randint(1, 4)]))
+            pieces = [draw.choice([word(draw), draw.choice(ANYWHERE)]) for _ in range(4)]
+            keyphrases.append(draw.choice(["", " "]).join(pieces[: draw.randint(1, 4)]))
         cot = "".join(draw.choice([word(draw), " ", *"<>/.\n"]) for _ in range(6))
         if refusal(keyphrases, cot):
             continue
@@ -414,38 +257,26 @@ def test_any_keyphrases_are_read_back_or_refused():
         assert parse_answer(plain_answer(keyphrases)) == (clean, None)
         assert parse_answer(cot_answer(cot, keyphrases)) == (clean, cot.strip() or None)
         assert plain_answer(keyphrases) in ("; ".join(clean), "; ".join(clean) + ";")
-    assert accepted > 2000
+    assert accepted > 500
 
 
-@pytest.mark.parametrize("name", ["test_src.txt", "valid_src.txt"])
-def test_cmkp_posts_are_accepted_and_their_answers_are_unchanged(name):
-    path = SHARED / "data" / "cmkp" / name
-    if not path.exists():
-        pytest.skip("CMKP's posts are not here")
-    posts = [post["keyphrases"] for _, post in read_posts(path)]
-    assert len(posts) > 5000
-    for keyphrases in posts:
-        assert refusal(keyphrases) is None
-        answer = plain_answer(keyphrases)
-        assert answer == "; ".join(phrase.strip() for phrase in keyphrases)
-        assert parse_answer(answer) == (keyphrases, None)
-
-
-def test_answers_of_the_club_world_are_unchanged(world):
-    for name in ("train.jsonl", "valid.jsonl", "test.jsonl"):
-        for _, record in read_posts(world / name):
-            keyphrases = record["keyphrases"]
+def test_answers_of_cmkp_and_of_the_club_world_are_unchanged(world):
+    """And their posts are accepted."""
+    paths = [world / "train.jsonl", *(SHARED / "data" / "cmkp").glob("*_src.txt")]
+    for path in paths:
+        for _, record in read_posts(path):
+            keyphrases = [phrase.strip() for phrase in record["keyphrases"]]
             assert refusal(keyphrases, record.get("cot")) is None
-            assert plain_answer(keyphrases) == "; ".join(keyphrases)
+            answer = plain_answer(keyphrases)
+            assert answer == "; ".join(keyphrases)
+            assert parse_answer(answer) == (keyphrases, None)
 
 
-@pytest.mark.parametrize("name", ["replies.jsonl", "keyphrases.jsonl"])
-def test_shared_cases(name):
-    path = SHARED / "cases" / name
-    if not path.exists():
+def test_shared_cases():
+    paths = [SHARED / "cases" / name for name in ("replies.jsonl", "keyphrases.jsonl")]
+    if not all(path.exists() for path in paths):
         pytest.skip("the shared cases are not here")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        case = json.loads(line)
+    for _, _, case in chain(*map(read_jsonl, paths)):
         if "reply" in case:
             keyphrases, think = parse_answer(case["reply"])
             assert (keyphrases, bool(think)) == (case["keyphrases"], case["reasoned"])
@@ -460,20 +291,8 @@ KEYPHRASES = """
     नया साल / kit / שלום עולם / c# / u.s. / 2. bundesliga / new kit / κύπελλο
 """
 KEYPHRASES = re.split(" / |\n    ", KEYPHRASES.strip())
-REASONS = [
-    "red shirts so zzz",
-    "красные рубашки zzz",
-    "红色 球衣 zzz",
-    "zzz; qqq",
-    "zzz, qqq",
-    "- zzz\n- qqq",
-]
-
-
-def tag(draw, name):
-    """A tag in another case or script."""
-    kinds = [str, str, str.upper, str.title, wide]
-    return draw.choice(kinds)(name)
+REASONS = ["red shirts so zzz", "красные рубашки zzz", "红色 球衣 zzz"]
+REASONS += ["zzz; qqq", "zzz, qqq", "- zzz\n- qqq"]
 
 
 def wide(name):
@@ -482,17 +301,15 @@ def wide(name):
 
 def decorated(draw, phrases):
     """The phrases of a list in one of the ways in which models write it."""
-    quotes = draw.choice(
-        ['""', "“”", "''", "``", "「」", "『』", "《》", "«»", ["**", "**"], ["", ""]]
-    )
-    quoted = [quotes[0] + phrase + quotes[1] for phrase in phrases]
+    quotes = draw.choice("\"\" “” '' `` 「」 『』 《》 «» ****".split() + [""])
+    half = len(quotes) // 2
+    quoted = [quotes[:half] + phrase + quotes[half:] for phrase in phrases]
     numbered = [f"{i}. {phrase}" for i, phrase in enumerate(quoted, 1)]
-    joints = ["; ", ";", "；", "\n", "\n\n", " ;\n"]
+    joint, indent = draw.choice(["; ", ";", "；", "\n", "\n\n", " ;\n"]), draw.choice([None, 2])
     lists = [
-        draw.choice(joints).join(quoted),
-        draw.choice(joints).join(quoted) + draw.choice(["", ";", "\n"]),
-        json.dumps(phrases, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 2])),
-        json.dumps({"keyphrases": phrases}, ensure_ascii=False, indent=draw.choice([None, 2])),
+        joint.join(quoted) + draw.choice(["", "", "", ";", "\n"]),
+        json.dumps(phrases, ensure_ascii=draw.random() < 0.5, indent=indent),
+        json.dumps({"keyphrases": phrases}, ensure_ascii=False, indent=indent),
         str(phrases),
         "\n".join(draw.choice(["- ", "* ", "•", "· ", "▪"]) + phrase for phrase in quoted),
     ]
@@ -504,19 +321,15 @@ def decorated(draw, phrases):
         if not any(re.match(r"\d", phrase) for phrase in phrases):
             lists += [" ".join(numbered)]
         lists += ["\n".join(f"{i}、{phrase}" for i, phrase in enumerate(quoted, 1))]
-    text = draw.choice(lists)
-    if draw.random() < 0.3:
-        labels = ["Keyphrases: ", "**Hashtags:**\n", "关键词：", "Here are the keyphrases:\n\n"]
-        text = draw.choice(labels) + text
+    label = draw.choice(["Keyphrases: ", "**Hashtags:**\n", "关键词：", "The tags:\n\n"])
+    text = label * (draw.random() < 0.3) + draw.choice(lists)
     return f"```\n{text}\n```" if draw.random() < 0.1 else text
 
 
 def mutated(draw, phrases, reason):
     """A reply to which the answer is `phrases`, with its tags moved, doubled, cut and rewritten."""
-    answer, think, end, opened, closed = (
-        decorated(draw, phrases),
-        *(tag(draw, name) for name in TAGS),
-    )
+    answer, kinds = decorated(draw, phrases), [str, str, str.upper, str.title, wide]
+    think, end, opened, closed = (draw.choice(kinds)(tag) for tag in TAGS)
     thought = f"{think}{reason}{end}"
     blank = draw.choice(["", "\n", "\n\n", " "])
     inside = f"{opened}{answer}{closed}"
@@ -558,7 +371,7 @@ def test_ten_thousand_mutated_replies():
 
 def test_replies_cut_and_shuffled_at_random_give_no_tags():
     draw = random.Random(3)
-    for _ in range(10_000):
+    for _ in range(3000):
         reply = mutated(draw, draw.sample(KEYPHRASES, 2), "zzz") + mutated(draw, ["kit"], "qqq")
         edges = sorted(draw.randrange(len(reply) + 1) for _ in range(4))
         pieces = [reply[a:b] for a, b in zip([0, *edges], [*edges, None], strict=True)]
@@ -570,42 +383,17 @@ def test_replies_cut_and_shuffled_at_random_give_no_tags():
         assert len({phrase.casefold() for phrase in keyphrases}) == len(keyphrases)
 
 
-HOSTILE = [
-    *TAGS,
-    *ANYWHERE,
-    "1. ",
-    "1、",
-    "a\n",
-    "a.",
-    "a. ",
-    "<answer>x</answer>",
-    "keyphrases\n",
-    "the ",
-]
-HOSTILE += [
-    "'a'",
-    '", ',
-    "“”",
-    "「」",
-    " ",
-    "[ ",
-    '["',
-    '[" ',
-    "{",
-    "** ",
-    "**a",
-    "<",
-    "< ",
-    "＜",
-    "<|",
-]
-HOSTILE += ["hashtag ", "key ", "\\", "9", "_", "x", "#1", "-", "• ", "```\n", '\\"', "[1,"]
+HOSTILE = """
+    < <| ＜ 「」 “” 'a' [" [1, { **a a. x 9 _ - #1 \\" <answer>x</answer> [ ** the hashtag key •
+""".split()
+HOSTILE += [*TAGS, *ANYWHERE, "1. ", "a\n", "a. ", '", ', " ", "[ ", '[" ', "** ", "< ", "the "]
+HOSTILE += ["keyphrases\n", "hashtag ", "key ", "• ", "```\n"]
 
 
 @pytest.mark.parametrize("around", ["{}", '["{}x', "#{}:", "1. a; 2. {}."])
 def test_the_time_is_linear_in_the_length(around):
-    """All of these take 0.2 s at most; where time is quadratic, 50,000 letters take a minute."""
+    """All of these take 0.1 s at most; where time is quadratic, 25,000 letters take 15 s."""
     for piece in HOSTILE:
         start = time.process_time()
-        parse_answer(around.replace("{}", piece * (50_000 // len(piece))))
+        parse_answer(around.replace("{}", piece * (25_000 // len(piece))))
         assert time.process_time() - start < 3, piece

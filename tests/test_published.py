@@ -9,13 +9,13 @@ import sys
 from collections import Counter
 from functools import partialmethod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -28,25 +28,29 @@ from support import checkpoint
 from support.distributed import Ranks
 from support.jsonl import to_line
 from tiny import generate, train_alone, words
-from train import MODES
 
 ROOT = Path(__file__).parent.parent
 FOXES = "the foxes play, and the post names them <tool_call>"
 TEXTS = ["hello there", FOXES, "日本 😀 <|im_end|>", "a"]
 SIZES = [(112, 84), None, (150, 301), (448, 64)]
+# One of each way to write a folder; the other kinds differ in numbers.
+LAYOUTS = ["Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3.5-4B"]
+each_layout = pytest.mark.parametrize("source", LAYOUTS, indirect=True)
+
+
+class Source(NamedTuple):
+    folder: Path
+    written: torch.nn.Module  # whose weights the folder holds, built without the folder's files
+    model: torch.nn.Module  # as loaded, like its encoder
+    encoder: data.Encoder
 
 
 @pytest.fixture(scope="module", params=published.KINDS)
 def source(request, tmp_path_factory):
-    """(folder, the model whose weights it holds, built without the folder's files)"""
     folder = tmp_path_factory.mktemp("published") / request.param
-    return folder, published.write(folder, request.param)
-
-
-@pytest.fixture(scope="module")
-def loaded(source):
-    model, encoder, _ = load(str(source[0]))
-    return model.eval(), encoder
+    written = published.write(folder, request.param)
+    model, encoder, _ = load(str(folder))
+    return Source(folder, written, model.eval(), encoder)
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +66,18 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def posts(pictures):
+    same = {"keyphrases": ["the foxes", "post"], "cot": "hello there the post names the foxes"}
+    records = [
+        {"id": str(number), "text": text, "image": picture and picture.name} | same
+        for number, (text, picture) in enumerate(zip(TEXTS, pictures, strict=True))
+    ]
     path = pictures[0].parent / "posts.jsonl"
-    records = []
-    for number, (text, picture) in enumerate(zip(TEXTS, pictures, strict=True)):
-        record = {"id": str(number), "text": text, "image": picture and picture.name}
-        record["keyphrases"] = ["the foxes", f"post {number}"]
-        records.append(record | {"cot": "hello there the post names the foxes"})
     path.write_text("".join(map(to_line, records)), encoding="utf-8")
     return path
 
 
 def batch_of(encoder, pictures, numbers):
-    samples = [
-        encoder.encode({"id": str(n), "text": TEXTS[n]}, pictures[n], with_answers=False)
-        for n in numbers
-    ]
+    samples = [encode(encoder, pictures[number], TEXTS[number], str(number)) for number in numbers]
     return data.collate(samples, encoder)
 
 
@@ -91,19 +92,17 @@ def in_transformers(folder):
 
 
 def headers(folder):
-    """Name -> (shape, dtype) of every weight in a folder, read from the safetensors themselves."""
-    found = {}
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                weight = file.get_slice(name)
-                found[name] = weight.get_shape(), weight.get_dtype()
-    return found
+    """Name -> (shape, dtype) of every weight in a folder's files."""
+    files = map(load_file, folder.glob("model*.safetensors"))
+    return {name: (weight.shape, weight.dtype) for file in files for name, weight in file.items()}
 
 
-def test_it_loads_as_what_was_written_here_and_in_transformers(source, loaded, pictures):
-    folder, written = source
-    model, encoder = loaded
+def encode(encoder, picture=None, text="x", name="a"):
+    return encoder.encode({"id": name, "text": text}, picture, with_answers=False)
+
+
+def test_it_loads_as_what_was_written_here_and_in_transformers(source, pictures):
+    folder, written, model, encoder = source
     batch = batch_of(encoder, pictures, range(4))
     assert model.dtype == torch.float32
     expected = logits(written, batch)
@@ -111,14 +110,11 @@ def test_it_loads_as_what_was_written_here_and_in_transformers(source, loaded, p
     assert torch.equal(logits(in_transformers(folder), batch), expected)
 
 
-def test_image_preparation_is_transformers_own_with_the_folders_numbers(
-    source, loaded, pictures, tmp_path
-):
-    folder, _ = source
-    _, encoder = loaded
+def test_image_preparation_is_transformers_own_with_the_folders_numbers(source, pictures, tmp_path):
+    folder, encoder = source.folder, source.encoder
     own = transformers.AutoImageProcessor.from_pretrained(folder)
     for picture in filter(None, pictures):
-        ours = encoder.encode({"id": "a", "text": "x"}, picture, with_answers=False)
+        ours = encode(encoder, picture)
         theirs = own(images=[Image.open(picture)], return_tensors="pt")
         assert torch.equal(ours.pixel_values, theirs["pixel_values"])
         assert torch.equal(ours.grid, theirs["image_grid_thw"])
@@ -128,34 +124,30 @@ def test_image_preparation_is_transformers_own_with_the_folders_numbers(
     patch = settings["patch_size"]
     pixels = np.random.default_rng(9).integers(0, 256, (patch * 18, patch * 20, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    ours = encoder.encode({"id": "a", "text": "x"}, tmp_path / "a.png", with_answers=False)
+    ours = encode(encoder, tmp_path / "a.png")
     assert ours.grid.tolist() == [[1, 18, 20]]
     assert ours.prompt.count(encoder.image_token_id) == 18 * 20 // 4
     corner = (pixels[:patch, :patch] / 255 - settings["image_mean"]) / settings["image_std"]
     by_hand = np.repeat(corner.transpose(2, 0, 1)[:, None], 2, axis=1).reshape(-1)
     np.testing.assert_allclose(ours.pixel_values[0], by_hand, atol=1e-5)
 
-
-def test_max_pixels_bounds_as_transformers_does(source, pictures):
-    options = data.EncoderOptions(max_pixels=100 * 100)
-    _, encoder, _ = load(str(source[0]), options=options)
-    own = transformers.AutoImageProcessor.from_pretrained(source[0])
-    ours = encoder.encode({"id": "a", "text": "x"}, pictures[2], with_answers=False).pixel_values
+    # --max-pixels bounds as transformers does.
+    _, encoder, _ = load(str(folder), options=data.EncoderOptions(max_pixels=100 * 100))
+    ours = encode(encoder, pictures[2]).pixel_values
     smallest = min(own.size["shortest_edge"], 100 * 100)
     size = {"shortest_edge": smallest, "longest_edge": 100 * 100}
     theirs = own(images=[Image.open(pictures[2])], size=size, return_tensors="pt")
     assert torch.equal(ours, theirs["pixel_values"])
-    assert 25 < len(ours) <= 100 * 100 // own.patch_size**2
+    assert 25 < len(ours) <= 100 * 100 // patch**2
 
 
-def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, loaded, pictures):
-    folder, _ = source
-    _, encoder = loaded
+def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, pictures):
+    folder, encoder = source.folder, source.encoder
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     from_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = ["hello there", "the <tool> foxes, हिन्दी", " 日本 😀\n\n1984 ", "a"]
     for text, picture in zip(texts, pictures, strict=True):
-        sample = encoder.encode({"id": "a", "text": text}, picture, with_answers=False)
+        sample = encode(encoder, picture, text)
         content = [{"type": "image"}] if picture else []
         content.append({"type": "text", "text": data.PROMPT.replace("{text}", text.strip())})
         turns = [{"role": "user", "content": content}]
@@ -170,10 +162,9 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, lo
         assert sample.prompt == ids
 
 
-def test_posts_and_answers_never_become_an_added_token(source, loaded):
+def test_posts_and_answers_never_become_an_added_token(source):
     """Their ids are those of a tokenizer that has no added tokens at all."""
-    folder, _ = source
-    _, encoder = loaded
+    folder, encoder = source.folder, source.encoder
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     bare = Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
     added = transformers.AutoTokenizer.from_pretrained(folder).added_tokens_decoder
@@ -181,7 +172,7 @@ def test_posts_and_answers_never_become_an_added_token(source, loaded):
     frame = Counter(encoder.prompt_ids("", 0)[0])
     for token in added.values():
         name = token.content
-        for text in (name, f"foxes{name}play", f" {name} ", f"日{name}{name}"):
+        for text in (f"foxes{name}play", f" {name} ", f"日{name}{name}"):
             ids, _ = encoder.prompt_ids(text, 0)
             _, before, after, tail = encoder.frames[False]
             expected = bare.encode(before + text + after, add_special_tokens=False).ids
@@ -197,67 +188,35 @@ def test_posts_and_answers_never_become_an_added_token(source, loaded):
         assert cut and all(Counter(ids)[number] == frame[number] for number in added), name
 
 
-@pytest.mark.parametrize("think", ["auto", "always"])
-def test_generation_is_transformers_own_for_each_post_alone(source, loaded, pictures, think):
+def test_generation_is_transformers_own_for_each_post_alone(source, pictures):
     """theirs: the published settings, but without sampling and penalties, as predictions are."""
-    folder, _ = source
-    model, encoder = loaded
+    folder, _, model, encoder = source
     theirs, tokenizer = in_transformers(folder), transformers.AutoTokenizer.from_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    plain = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=40)
-    plain["eos_token_id"] = ends
-    opened = "Qwen3.5" in folder.name  # by the template
-    forced = [] if think == "auto" or opened else tokenizer("<think>").input_ids
-    if opened and think == "always":
-        plain["begin_suppress_tokens"] = tokenizer("</think>").input_ids
-
-    def generated(*numbers):
-        return generate(model, encoder, batch_of(encoder, pictures, numbers), think, 40)
-
+    # The second without a generation_config.json.
+    assert model.generation_config.eos_token_id in (ends, ends[1])
+    plain = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=20)
+    together = generate(model, encoder, batch_of(encoder, pictures, range(4)), max_new_tokens=20)
     penalised = 0
-    for number, answer in enumerate(generated(0, 1, 2, 3)):
+    for number, answer in enumerate(together):
         prompt = batch_of(encoder, pictures, [number]).prompt
-        start = prompt["input_ids"].shape[1]
-        if forced:
-            added = torch.tensor([forced])
-            prompt["input_ids"] = torch.cat([prompt["input_ids"], added], dim=1)
-            prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
-            prompt["mm_token_type_ids"] = (prompt["input_ids"] == encoder.image_token_id).int()
-        own = theirs.generate(**prompt, **plain, repetition_penalty=1.0)[0, start:]
-        with_penalty = theirs.generate(**prompt, **plain, repetition_penalty=1.5)[0, start:]
+        own, with_penalty = (
+            theirs.generate(**prompt, **plain, eos_token_id=ends, repetition_penalty=penalty)[0]
+            for penalty in (1.0, 1.5)
+        )
         penalised += not torch.equal(own, with_penalty)
+        own = own[prompt["input_ids"].shape[1] :]
         stop = own[-1].item() in ends
         text = tokenizer.decode(own[:-1] if stop else own, skip_special_tokens=True)
-        (alone,) = generated(number)
-        assert answer == ("<think>" * opened + text, len(own), stop) == alone
+        opened = "<think>" * ("Qwen3.5" in folder.name)  # by the template
+        assert answer == (opened + text, len(own), stop)
     assert penalised  # else the answers would not tell a penalty from none
 
 
-def test_an_answer_ends_at_each_token_that_the_folder_says_it_may_end_with(loaded, pictures):
-    """Published models end an answer with <|im_end|>, a text without turns with <|endoftext|>."""
-    model, encoder = loaded
-    batch = batch_of(encoder, pictures, [0])
-    inherited = model.generation_config.eos_token_id
-    ends = encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert inherited in (ends, ends[1])  # the second without a generation_config.json
-    options = dict(do_sample=False, max_new_tokens=12, repetition_penalty=1.0)
-    row = model.generate(**batch.prompt, **options)[0].tolist()
-    row = row[batch.prompt["input_ids"].shape[1] :]
-    place = next(place for place in range(1, 12) if row[place] not in row[:place])
-    try:
-        model.generation_config.eos_token_id = [row[place], ends[0]]
-        ((text, count, ended),) = generate(model, encoder, batch, max_new_tokens=12)
-    finally:
-        model.generation_config.eos_token_id = inherited
-    assert ended and count == place + 1
-    assert text == encoder.decode(row[:place])
-
-
+@each_layout
 def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_path, capsys):
-    folder, written = source
-    side_files = {
-        file.name: file.read_bytes() for file in folder.iterdir() if "safetensors" not in file.name
-    }
+    folder, written = source.folder, source.written
+    side_files = [file for file in folder.iterdir() if "safetensors" not in file.name]
     options = "--epochs 1 --batch-size 2 --lr 1e-3 --warmup 0 --gamma 99 --workers 0"
     files = ["--model", folder, "--train", posts, "--out", tmp_path / "run"]
     model, encoder, run = train_alone(*files, options)
@@ -268,16 +227,19 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     for name, weight in model.state_dict().items():
         assert not torch.equal(weight, before[name]), name
 
-    # The names and shapes are the published ones; the values are float32, to continue training.
+    # The names are the published ones; the values are float32, to continue training.
     source_weights, saved_weights = headers(folder), headers(saved)
-    assert {dtype for _, dtype in source_weights.values()} >= {"BF16"}
+    assert {dtype for _, dtype in source_weights.values()} >= {torch.bfloat16}
     source_weights.pop("mtp.fc.weight", None)  # Qwen3.5's; it is not trained and not saved
-    assert saved_weights == {name: (shape, "F32") for name, (shape, _) in source_weights.items()}
-    for name, content in side_files.items():
-        assert (saved / name).read_bytes() == content, name
+    assert saved_weights == {
+        name: (shape, torch.float32) for name, (shape, _) in source_weights.items()
+    }
+    for file in side_files:
+        assert (saved / file.name).read_bytes() == file.read_bytes(), file.name
     template = "chat_template.jinja" if "Qwen3.5" in folder.name else "chat_template.json"
     sampling = ["generation_config.json"] if folder.name in published.SAMPLING else []
-    assert {"config.json", template, "merges.txt", *sampling} <= side_files.keys()
+    expected = {"config.json", template, "merges.txt", *sampling}
+    assert expected <= {file.name for file in side_files}
     # There is one file: an index left over from the source would name shards.
     assert not list(saved.glob("*.index.json"))
 
@@ -291,8 +253,8 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
 
     out = tmp_path / "preds.jsonl"
     arguments = words("--data", posts, "--out", out, "--model", run)
-    options = words("--workers 0 --max-new-tokens 5")
-    assert infer.infer_file(infer.parse_args([*arguments, *options])) == 0
+    arguments += words("--workers 0 --max-new-tokens 5")
+    assert infer.infer_file(infer.parse_args(arguments)) == 0
     predictions = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     answers = generate(again, again_encoder, batch, max_new_tokens=5)
     assert [prediction["output"] for prediction in predictions] == [text for text, _, _ in answers]
@@ -300,11 +262,10 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
 
 @pytest.mark.parametrize(
     "kind, options",
-    [("Qwen3.5-4B", f"--mode {mode}") for mode in MODES]
-    + [(kind, "--lora 4") for kind in ("Qwen3.5-4B", "Qwen3.5-35B-A3B")],
+    [("Qwen3.5-4B", ""), ("Qwen3.5-4B", "--lora 4"), ("Qwen3.5-35B-A3B", "--lora 4")],
 )
-def test_qwen3_5_learns_in_every_mode_and_resumes(kind, options, posts, tmp_path, monkeypatch):
-    if "--lora" in options:
+def test_qwen3_5_learns_and_resumes(kind, options, posts, tmp_path, monkeypatch):
+    if options:
         pytest.importorskip("peft", reason="adapters need the optional package peft")
     published.write(tmp_path / "model", kind)
     files = ["--model", tmp_path / "model", "--train", posts, "--out"]
@@ -329,35 +290,30 @@ def test_qwen3_5_learns_in_every_mode_and_resumes(kind, options, posts, tmp_path
 
 
 def test_nothing_but_our_own_lines_is_on_the_screen(posts, pictures, tmp_path):
-    """In a new process that trains and predicts with every kind: a library warns only once."""
-    kinds = {kind: tmp_path / kind for kind in published.KINDS}
-    for kind, folder in kinds.items():
-        published.write(folder, kind)
+    """In a new process that trains and predicts: a library warns only once."""
+    published.write(tmp_path / "model", "Qwen3.5-4B")
     script = """
 import sys
 
 sys.path.append("tests")
 import infer
 from pathlib import Path
-from tiny import generate, train_alone, words
-from train import MODES
+from typing import NamedTuple
+from tiny import train_alone, words
 
-posts, picture, *folders = map(Path, sys.argv[1:])
-for folder in folders:
-    run = folder.with_name(folder.name + "-run")
-    files = ["--model", folder, "--train", posts, "--out", run]
-    train_alone(*files, "--epochs 1 --workers 0")
-    few = "--workers 0 --max-new-tokens 3 --model"
-    for image in (picture, "none"):
-        infer.infer_one(infer.parse_args(words(image, "hello --json", few, run)))
-    files = ["--data", posts, "--out", folder.with_name(folder.name + ".jsonl")]
-    infer.infer_file(infer.parse_args(words(*files, few, folder)))
+posts, picture, folder = map(Path, sys.argv[1:])
+run = folder / "run"
+train_alone("--model", folder, "--train", posts, "--out", run, "--epochs 1 --workers 0")
+few = "--workers 0 --max-new-tokens 3 --model"
+for image in (picture, "none"):
+    infer.infer_one(infer.parse_args(words(image, "hello --json", few, run)))
+files = words("--data", posts, "--out", folder / "preds.jsonl", few, folder)
+infer.infer_file(infer.parse_args(files))
 """
-    command = [sys.executable, "-c", script, posts, pictures[0], *kinds.values()]
+    command = [sys.executable, "-c", script, posts, pictures[0], tmp_path / "model"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    texts = [json.loads(line)["text"] for line in done.stdout.splitlines()]
-    assert texts == ["hello"] * 2 * len(kinds)
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["hello"] * 2
     shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     ours = re.compile(
         r"(posts: )? *\d+%\||the answer was cut off after 3 tokens; |.*\.jsonl: 4 posts, "
@@ -367,11 +323,12 @@ for folder in folders:
     assert shown and not [line for line in shown if not ours.match(line)]
 
 
+@each_layout
 def test_weights_too_large_for_one_file_are_saved_in_shards_with_an_index_of_their_own(
     source, pictures, tmp_path, monkeypatch
 ):
     """transformers cuts at 50 GB; here at 50 kB, in other places than the source is cut."""
-    folder, written = source
+    folder, written = source.folder, source.written
     model, encoder, _ = load(str(folder))
     save_in_shards = partialmethod(type(model).save_pretrained, max_shard_size="50KB")
     monkeypatch.setattr(type(model), "save_pretrained", save_in_shards)
@@ -387,46 +344,41 @@ def test_weights_too_large_for_one_file_are_saved_in_shards_with_an_index_of_the
     assert torch.equal(logits(load(str(saved))[0].eval(), batch), logits(written, batch))
 
 
-def test_a_folder_whose_template_is_in_a_file_of_its_own_only(source, loaded, tmp_path):
+@each_layout
+def test_a_folder_whose_template_is_in_a_file_of_its_own_only(source, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(source[0], folder)
+    shutil.copytree(source.folder, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     del settings["chat_template"]
     published.write_json(folder / "tokenizer_config.json", settings)
     _, encoder, _ = load(str(folder))
-    record = {"id": "a", "text": "hello there"}
-    prompts = [each.encode(record, None, False).prompt for each in (encoder, loaded[1])]
-    assert prompts[0] == prompts[1]
+    assert encode(encoder).prompt == encode(source.encoder).prompt
     next(folder.glob("chat_template.j*")).unlink()
     with pytest.raises(UserError, match="its chat template: can't be read"):
         load(str(folder))
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (_, tied, *_) in published.KINDS.items() if tied])
+@pytest.mark.parametrize("kind", ["Qwen2.5-VL-3B", "Qwen3-VL-4B"])
 def test_a_head_of_its_own_is_refused_where_the_config_says_tied(kind, posts, tmp_path, capfd):
     """transformers would train two matrices, and let others read one of them."""
     folder = tmp_path / "model"
     written = published.write(folder, kind, shards=1)
-    file, family = next(folder.glob("*.safetensors")), published.KINDS[kind][0]
+    (folder / "model.safetensors.index.json").unlink()
+    file = next(folder.glob("*.safetensors")).rename(folder / "model.safetensors")
+    family = published.KINDS[kind][0]
     weights = load_file(file)
     embedding = published.published_name("model.language_model.embed_tokens.weight", family)
     for head, fine in ((weights[embedding], True), (weights[embedding] + 1, False)):
         weights["lm_head.weight"] = head.clone()
         save_file(weights, file, metadata={"format": "pt"})
-        published.write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {}, "weight_map": dict.fromkeys(weights, file.name)},
-        )
         if fine:
             model, _, _ = load(str(folder))
             assert torch.equal(model.lm_head.weight, written.lm_head.weight)
-    with pytest.raises(
-        UserError, match="config.json: tie_word_embeddings is true.*set it to false"
-    ):
+    with pytest.raises(UserError, match="config.json: tie_word_embeddings is true.*set it to"):
         load(str(folder))
     assert not capfd.readouterr().err
 
-    # The mend: both are trained and saved, for us and for others.
+    # The fix: both are trained and saved, for us and for others.
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     published.write_json(folder / "config.json", config)
     options = "--epochs 1 --batch-size 4 --lr 1e-3 --workers 0"

@@ -1,5 +1,7 @@
 """Chat templates that open <think> themselves, and tokenizers that have the tags as tokens."""
 
+import contextlib
+import itertools
 import json
 
 import pytest
@@ -12,36 +14,22 @@ from model import load
 from tiny import generate
 
 RECORD = {"id": "a", "text": "the foxes", "keyphrases": ["paris", "old town"], "cot": "hello there"}
+PLAIN = "paris; old town<|im_end|>\n"
 REASONS = "hello there</think><answer>paris; old town</answer><|im_end|>\n"
 EMPTY = "<think>\n\n</think>\n\n"
+THINKS, TRIMS = published.THINKING_TEMPLATE, published.qwen3_5_template(thinks=False)
+INSTRUCT = PLAIN, "<think>" + REASONS
+THINKING = "<think>\n</think>" + PLAIN, "<think>\n" + REASONS
 # A layout: the published kind, its template, which tags are tokens marked as special; and what the
 # plain answer and the one that reasons look like from the assistant's turn on.
 LAYOUTS = {
-    "instruct": ("Qwen3-VL-4B", None, (), "paris; old town<|im_end|>\n", "<think>" + REASONS),
-    "thinking": (
-        "Qwen3-VL-4B",
-        published.THINKING_TEMPLATE,
-        (),
-        "<think>\n</think>paris; old town<|im_end|>\n",
-        "<think>\n" + REASONS,
-    ),
-    "empty": (
-        "Qwen3.5-4B",
-        published.qwen3_5_template(thinks=False),
-        (),
-        EMPTY + "paris; old town<|im_end|>\n",
-        EMPTY + "<think>" + REASONS,
-    ),
-    "text": (
-        "Qwen2.5-VL-3B",
-        published.THINKING_TEMPLATE,
-        (),
-        "<think>\n</think>paris; old town<|im_end|>\n",
-        "<think>\n" + REASONS,
-    ),
+    "instruct": ("Qwen3-VL-4B", None, (), *INSTRUCT),
+    "thinking": ("Qwen3-VL-4B", THINKS, (), *THINKING),
+    "empty": ("Qwen3.5-4B", TRIMS, (), EMPTY + PLAIN, EMPTY + "<think>" + REASONS),
+    "text": ("Qwen2.5-VL-3B", THINKS, (), *THINKING),
+    "special": ("Qwen3-VL-4B", None, TAGS, *INSTRUCT),
+    "special thinking": ("Qwen3-VL-4B", THINKS, TAGS, *THINKING),
 }
-LAYOUTS["special"] = ("Qwen3-VL-4B", None, TAGS, *LAYOUTS["instruct"][3:])
-LAYOUTS["special thinking"] = (*LAYOUTS["thinking"][:2], TAGS, *LAYOUTS["thinking"][3:])
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -100,37 +88,32 @@ def test_only_the_tags_are_kept_of_the_special_tokens(layout):
     assert encoder.decode([end, *ids, image, *plain, encoder.pad]) == expected
 
 
-@pytest.fixture
-def wishing(layout):
-    """wishing(token): the model that wants to write that token and nothing else."""
-    _, model, _, _ = layout
-    hooks = []
+@contextlib.contextmanager
+def wishing(model, tokens):
+    """In this block the model wants to write these tokens, again and again, and nothing else."""
+    calls = itertools.count()
 
-    def wish(token):
-        def want(module, inputs, logits):
-            logits[..., token] += 1000
-            return logits
+    def want(module, inputs, logits):
+        logits[..., tokens[next(calls) % len(tokens)]] += 1e4
 
-        hooks.append(model.lm_head.register_forward_hook(want))
-        return model
-
-    yield wish
-    for hook in hooks:
+    hook = model.lm_head.register_forward_hook(want)
+    try:
+        yield
+    finally:
         hook.remove()
 
 
 @pytest.mark.parametrize("think", ["auto", "always", "never"])
-def test_reasoning_can_be_asked_for_and_forbidden(layout, wishing, think):
+def test_reasoning_can_be_asked_for_and_forbidden(layout, think):
     """The model wants to close its reasoning at once, or to open it: the wrong thing each time."""
-    _, _, encoder, (plain, _) = layout
+    _, model, encoder, (plain, _) = layout
     opened = plain.startswith("<think>\n<")
     tag = "</think>" if opened else "<think>"
-    model = wishing(encoder.tags[tag][0])
     batch = collate([encoder.encode(RECORD, None, with_answers=False)], encoder)
-    ((text, tokens, _),) = generate(model, encoder, batch, think, max_new_tokens=4)
-    forced = think == ("never" if opened else "always")
-    with torch.no_grad():
+    with wishing(model, encoder.tags[tag][:1]), torch.no_grad():
+        ((text, tokens, _),) = generate(model, encoder, batch, think, max_new_tokens=4)
         logits = model(**batch.prompt, use_cache=False).logits[0, -1]
+    forced = think == ("never" if opened else "always")
     first, second = logits.topk(2).indices.tolist()
     assert first == encoder.tags[tag][0]
     if forced:
@@ -147,21 +130,11 @@ def test_never_keeps_think_out_of_the_whole_answer(layout, case):
     _, model, encoder, *_ = layout
     tag = case("<think>")
     wanted = encoder.tags[tag] if tag in encoder.tags else encoder.plain_ids(tag)
-    calls = 0
-
-    def want(module, inputs, logits):
-        nonlocal calls
-        logits[..., wanted[calls % len(wanted)]] += 1e4
-        calls += 1
-
     batch = collate([encoder.encode(RECORD, None, with_answers=False)], encoder)
-    hook = model.lm_head.register_forward_hook(want)
-    try:
+    with wishing(model, wanted):
         ((free, _, _),) = generate(model, encoder, batch, "auto", max_new_tokens=20)
-        calls = 0
+    with wishing(model, wanted):
         ((kept, count, _),) = generate(model, encoder, batch, "never", max_new_tokens=20)
-    finally:
-        hook.remove()
     written = kept.removeprefix("<think>") if encoder.opens_think else kept
     assert free.lower().count("<think") > 2 and count > 3
     assert "<think" not in written.lower()
