@@ -3,7 +3,7 @@
 import copy
 
 from evaluate import UserError, plural
-from support.console import first_line, read_json
+from support.console import read_json, reading
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MORE_THAN_LORA = ("modules_to_save", "target_parameters", "trainable_token_indices")
@@ -70,8 +70,6 @@ def base_name(folder):
             f"{file}: only LoRA adapters that name their base_model_name_or_path, without "
             f"{', '.join(MORE_THAN_LORA)}, are supported"
         )
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS} in it; pickled weights are not read")
     return name
 
 
@@ -80,8 +78,7 @@ def read_adapter(folder, model, weights=True):
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    wrong = set()
-    try:
+    with reading(f"{folder}: its adapter", "is the copy whole, and its base the right one?"):
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = False
         model = inject_adapter(model, config)
@@ -93,17 +90,9 @@ def read_adapter(folder, model, weights=True):
                 raise ValueError("it adapts lm_head or embed_tokens, which are tied: one tensor")
             report = set_peft_model_state_dict(model, saved)
             wrong = {name for name in report.missing_keys if "lora_" in name}
-            wrong |= set(report.unexpected_keys)
-    except Exception as error:
-        raise UserError(
-            f"{folder}: its adapter can't be loaded ({first_line(error)}); is the copy whole, and "
-            "the base that it names the right one?"
-        ) from None
-    if wrong:
-        raise UserError(
-            f"{folder}: {plural(len(wrong), 'weight')} of the adapter missing or without a place "
-            f"in the base, the first {min(wrong)}; is the base that it names the right one?"
-        )
+            if wrong := wrong.union(report.unexpected_keys):
+                number = plural(len(wrong), "weight")
+                raise ValueError(f"{number} missing or without a place in the base: {min(wrong)}")
     return model.eval()
 
 

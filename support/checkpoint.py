@@ -20,7 +20,7 @@ from pathlib import Path
 
 from evaluate import UserError, shown
 from support.adapters import ADAPTER, adapter_config, base_name, need_peft, write_adapter
-from support.console import first_line, info, read_json, reading, writing
+from support.console import first_line, info, positive_int, read_json, reading, writing
 from support.jsonl import follow_umask, write_atomic
 
 OPTIMIZER, PROGRESS = "optimizer", "progress.json"
@@ -48,15 +48,10 @@ def find_model(name, files=MODEL_FILES):
                 "like Qwen/Qwen2.5-VL-3B-Instruct, is needed"
             )
         return folder
-    from huggingface_hub import snapshot_download
+    with reading(name, "it must be a local folder, or a model on the hub"):
+        from huggingface_hub import snapshot_download
 
-    try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # the hub's client raises a dozen kinds of errors
-        reason = first_line(error)
-        raise UserError(
-            f"{name}: neither a local folder nor available from the hub ({reason})"
-        ) from None
 
 
 def checkpoint_of(name):
@@ -84,12 +79,9 @@ def is_local(name):
 def base_of(folder):
     """The folder of the model that an adapter was made for. Raises UserError."""
     need_peft()
-    try:
-        base = find_model(base_name(folder))
-        if (base / ADAPTER).is_file():
-            raise UserError(f"{base} is an adapter itself; merge that first")
-    except UserError as error:
-        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path: {error}") from None
+    base = find_model(base_name(folder))
+    if (base / ADAPTER).is_file():
+        raise UserError(f"{folder}: its base {base} is an adapter itself; merge that first")
     return base
 
 
@@ -104,10 +96,9 @@ def read_own(folder):
         with reading(prompt, "a prompt is a UTF-8 text file"):
             own["prompt"] = prompt.read_text(encoding="utf-8")
     if limits.is_file():
-        values = read_json(limits)
-        own |= {name: values.get(name) for name in LIMITS}
-        if not all(isinstance(own[name], int) and own[name] > 0 for name in LIMITS):
-            raise UserError(f"{limits}: needs whole numbers above 0 for {' and '.join(LIMITS)}")
+        with reading(limits, f"it needs {' and '.join(LIMITS)}, whole numbers above 0"):
+            values = read_json(limits)
+            own |= {name: positive_int(str(values[name])) for name in LIMITS}
     return own
 
 
@@ -127,13 +118,8 @@ def write_pointer(run, pointer, name):
 
 
 def read_pointer(pointer):
-    """The checkpoint folder that a pointer file names. Raises UserError where it isn't there."""
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not folder.is_dir():
-        raise UserError(
-            f"{pointer}: names {folder.name}, which does not exist; name a checkpoint instead"
-        )
-    return folder
+    """The checkpoint folder that a pointer file names."""
+    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
 
 
 def step_of(folder):
@@ -161,8 +147,8 @@ def open_run(folder, settings, resume=False, force=False):
         changed = changed_settings(folder, settings)
         differences = ", ".join(changed.values())
         if changed and (not force or not changed.keys().isdisjoint(("posts", "batch_size"))):
-            mend = "" if force else "; --force resumes all the same"
-            raise UserError(f"{folder}: can't resume with other settings: {differences}{mend}")
+            hint = "" if force else "; --force resumes all the same"
+            raise UserError(f"{folder}: can't resume with other settings: {differences}{hint}")
         if changed:
             info(f"{folder}: resuming with other settings: {differences}")
     elif (folder / "last").exists() or list_checkpoints(folder):
@@ -202,12 +188,8 @@ def differences(before, now):
     found = {}
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if isinstance(new, list):
-            text = "has changed" if old else "was not read before"
-        elif isinstance(old, list):
-            text = "is not read any more"
-        else:
-            text = f"was {shown(old)}, is {shown(new)}"
+        is_file = isinstance(old or new, list)
+        text = "has changed" if is_file else f"was {shown(old)}, is {shown(new)}"
         if old != new:
             found[name] = f"{name} {text}"
     return found
@@ -235,18 +217,12 @@ class Checkpoints:
         read. A save that is cut short leaves only a hidden folder. Raises UserError, with the last
         checkpoint untouched, if a weight is not finite or the disk is full.
         """
-        finite = all(local_tensor(p).isfinite().all() for p in self.model.parameters())
-        if self.ranks.any(not finite):
-            raise self.ranks.error(
-                f"step {step}: some weights are not finite and are not saved; the last checkpoint "
-                "is kept; try a lower --lr"
-            )
         folder, partial = self.run / f"step-{step}", self.run / f".step-{step}.partial"
         if self.ranks.from_rank0((folder / PROGRESS).is_file):
             return  # --save-every and the end of an epoch may fall together
         self.ranks.info(f"saving {folder} …")
         try:
-            self.ranks.on_rank0(make_anew, partial / OPTIMIZER)
+            self.ranks.on_rank0(shutil.rmtree, partial, ignore_errors=True)
             state = optimizer_state(self.model, self.optimizer)
             self.ranks.on_all_ranks(write_state, state, partial / OPTIMIZER)
             weights = full_state_dict(self.model, keep=self.ranks.rank == 0)
@@ -256,11 +232,13 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             raise self.ranks.error(
                 f"{folder}: the checkpoint could not be saved ({first_line(error)}); the one "
-                "before it is kept: make room and continue with --resume"
+                "before it is kept: put that right and continue with --resume"
             ) from error
 
     def finish(self, weights, step, partial, folder):
         """Write what rank 0 alone writes, and give the checkpoint its name."""
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("some weights are not finite: try a lower --lr")
         if adapter_config(self.model):
             write_adapter(self.model, weights, partial)
         else:
@@ -283,7 +261,7 @@ class Checkpoints:
 
         The weights are those of the model, which was loaded from that checkpoint. Raises UserError.
         """
-        from torch.distributed import checkpoint, is_initialized
+        from torch.distributed import checkpoint
 
         if not self.ranks.from_rank0((self.run / "last").is_file):
             return 0
@@ -292,7 +270,6 @@ class Checkpoints:
             with plain_errors():
                 checkpoint.load(
                     optimizer_state(self.model, self.optimizer),
-                    no_dist=not is_initialized(),
                     storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)),
                 )
             return self.ranks.from_rank0(lambda: read_json(folder / PROGRESS)["step"])
@@ -309,17 +286,10 @@ class Checkpoints:
 
 def prune(run, keep):
     kept = {folder.name for folder in list_checkpoints(run)[-keep:]}
-    pointers = [run / name for name in ("last", "best") if (run / name).is_file()]
-    kept |= {read_pointer(pointer).name for pointer in pointers}
+    kept |= {read_pointer(run / name).name for name in ("last", "best") if (run / name).is_file()}
     for folder in run.iterdir():
         if re.fullmatch(r"\.?step-\d+(\.partial)?", folder.name) and folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def make_anew(folder):
-    """Make an empty folder; what its parent held goes."""
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 def copy_side_files(source, folder):
@@ -332,11 +302,6 @@ def copy_side_files(source, folder):
 
 def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
-
-
-def local_tensor(tensor):
-    """The part of a tensor that this rank holds: all of it unless it is sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor):
@@ -379,27 +344,23 @@ def optimizer_state(model, optimizer):
 
 def write_state(state, folder):
     """Write a dict of tensors, sharded or not, as safetensors that any number of ranks can read."""
-    from torch.distributed import checkpoint, is_initialized
+    from torch.distributed import checkpoint
 
     writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with plain_errors():
-        checkpoint.save(state, storage_writer=writer, no_dist=not is_initialized())
+        checkpoint.save(state, storage_writer=writer)
 
 
 @contextlib.contextmanager
 def plain_errors():
-    """Unwrap what torch.distributed.checkpoint raises: its own error is no Exception.
-
-    Its warning that there is one process only is silenced.
-    """
+    """Unwrap what torch.distributed.checkpoint raises: its own error is no Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 # ----------------------------------------------------------------------------------------- stopping
@@ -441,6 +402,5 @@ class Stop:
 
     def leave(self, text, ranks):
         """Print `text` and exit with the code of the signal."""
-        if ranks.rank == 0:
-            info(text)
+        ranks.info(text)
         sys.exit(128 + (self.asked or signal.SIGTERM))

@@ -13,7 +13,7 @@ from pathlib import Path
 from evaluate import UserError, parse_line, read_lines
 from support.console import reading, writing
 
-BLOCKED = (BlockingIOError, PermissionError)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of some network folders
 
 
 def to_line(record):
@@ -56,9 +56,8 @@ def write_settings(out, settings):
 
 def read_settings(out, kind):
     """What `write_settings` wrote, of the type `kind`; an empty one where that can't be read."""
-    with contextlib.suppress(OSError, ValueError):
-        settings = json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8"))
-        return settings if isinstance(settings, kind) else kind()
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return kind(json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8")))
     return kind()
 
 
@@ -81,17 +80,13 @@ def locked(path):
     """
     path = Path(path)
     lock_path = path.with_name(f".{path.name}.lock")
-    new_folder = not path.parent.exists()
     with writing(path):
         file = open_lock(lock_path, path)
     try:
         yield
     finally:
         if file is not None:
-            with contextlib.suppress(OSError):
-                lock_path.unlink()
-                if new_folder:
-                    path.parent.rmdir()  # fails unless the run ended before it wrote anything
+            lock_path.unlink(missing_ok=True)
             file.close()
 
 
@@ -105,24 +100,18 @@ def open_lock(lock_path, path):
         file = open(lock_path, "a+", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_ino == lock_path.stat().st_ino:
-                break
-        except BLOCKED:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise UserError(
-                f"{path}: another run is writing to it ({holder}); wait for it, "
-                "or name another --out"
-            ) from None
-        except FileNotFoundError:  # its holder removed it after we had opened it
-            pass
+            text = f"{path}: another run is writing to it ({file.read()}); wait for it, or name "
+            raise UserError(f"{text}another --out") from None
         except OSError as error:
-            file.close()
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network folders
+            if error.errno in NO_LOCKS:
                 return None
             raise
-        file.close()
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
+                break
+        file.close()  # its holder removed it after we had opened it
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -189,22 +178,18 @@ class JsonlWriter:
     def read(self, wanted=lambda record: True):
         """Iterate over (line number, offset, record) up to the first record that is not wanted.
 
-        That record and all after it, or a last line that was cut short when a run was killed,
-        are dropped when the file is opened for writing. Raises UserError for a line in the middle
-        that is no JSON.
+        That record and all after it, or a last line without its end, which a run that was killed
+        leaves, are dropped when the file is opened for writing. Raises UserError for a line that is
+        no JSON.
         """
         if not self.path.exists():
             return
         for line, offset, raw in read_lines(self.path):
             if not raw.strip():
                 continue
-            try:
-                record = parse_line(self.path, line, raw)
-            except UserError:
-                if raw.endswith(b"\n"):
-                    raise
-                record = None
-            if record is None or not wanted(record):
+            whole = raw.endswith(b"\n")
+            record = whole and parse_line(self.path, line, raw)
+            if not whole or not wanted(record):
                 self.end = offset
                 return
             yield line, offset, record
@@ -214,10 +199,6 @@ class JsonlWriter:
         self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
         if self.end is not None:
             self.file.truncate(self.end)
-        if self.file.seek(0, os.SEEK_END):
-            self.file.seek(-1, os.SEEK_END)
-            if self.file.read(1) != b"\n":  # a whole line without its end, as some editors leave it
-                self.file.write(b"\n")
 
     def append(self, *records, index=None):
         """Append records; `index` is the place of a single one in the order. Raises OSError."""
@@ -241,8 +222,7 @@ class JsonlWriter:
             for index, offset in enumerate(self.offsets):
                 if offset >= 0:
                     file.seek(offset)
-                    line = file.readline()
-                    yield index, line if line.endswith(b"\n") else line + b"\n"
+                    yield index, file.readline()
 
     def sort(self):
         """Write the file anew, in the order of the indices. Raises OSError."""

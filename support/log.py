@@ -101,8 +101,8 @@ class TrainingLog:
             "tokens": batch.prompt["attention_mask"][:count].sum() + targets.sum(),
         }
         # One tensor that stays on the device: to read a value would wait for the GPU.
-        values = {name: torch.as_tensor(x, device=loss.device) for name, x in values.items()}
-        self.names, sums = list(values), torch.stack([*values.values()]).double()
+        tensors = [torch.as_tensor(value, device=loss.device) for value in values.values()]
+        self.names, sums = list(values), torch.stack(tensors).double()
         self.sums = sums if self.sums is None else self.sums + sums
         if self.args.log_choices:
             self.choices.append((batch.ids, plain, use_cot))
@@ -130,7 +130,8 @@ class TrainingLog:
             if sums["truncated"]:
                 line["truncated"] = int(sums["truncated"])
             self.write("log.jsonl", line)
-            self.write_choices(step)
+            if self.args.log_choices:
+                self.write_choices(step)
             self.write_scalars(step, line)
             text = bar_text(line["loss"], line["cot_share"], line["tokens"] / seconds)
             self.bar.set_postfix_str(text, refresh=False)
@@ -141,18 +142,12 @@ class TrainingLog:
             self.add_skipped(step, self.ranks.all_gather(skipped))
 
     def write_choices(self, step):
-        """Write a line a sample to choices.jsonl; the values leave the device together."""
-        import torch
-
-        if not self.args.log_choices:
-            return
-        ids, plain_loss, use_cot = zip(*self.choices, strict=True)
-        values = torch.stack([torch.cat(plain_loss), torch.cat(use_cot).float()]).tolist()
+        """Write a line a sample to choices.jsonl."""
         lines = []
-        for identity, loss, chosen in zip(sum(ids, []), *values, strict=True):
-            loss = number_or_none(round(loss, 6))
-            line = {"step": step, "id": identity, "plain_loss": loss, "use_cot": bool(chosen)}
-            lines.append(line)
+        for ids, *values in self.choices:
+            for identity, loss, chosen in zip(ids, *(v.tolist() for v in values), strict=True):
+                loss = number_or_none(round(loss, 6))
+                lines.append({"step": step, "id": identity, "plain_loss": loss, "use_cot": chosen})
         self.write("choices.jsonl", *self.ranks.all_gather(lines))
         self.choices = []
 
@@ -283,8 +278,7 @@ def say_output(out, done, failed=0):
 
 def say_steps(args, folder, step, total):
     """How a run trains from `step` on, and where it writes."""
-    start = f", from step {step + 1:,} on" if step else ""
-    start = ", all of them done before" if step >= total else start
+    start = f", {step:,} of them done before" if step else ""
     gamma = f", gamma {args.gamma}" if args.mode == "dynamic" else ""
     posts, epochs = plural(args.batch_size, "post"), plural(args.epochs, "epoch")
     say(
