@@ -1,7 +1,5 @@
 """LoRA adapters, through the optional package peft."""
 
-import copy
-
 from evaluate import UserError, plural
 from support.console import read_json, reading
 
@@ -19,10 +17,8 @@ LORA_VISION = r"model\.visual\.blocks\.\d+\.(attn|mlp)\.(qkv|proj|\w+_proj|\w*fc
 
 def need_peft():
     """Raises UserError where the optional package for adapters is missing."""
-    try:
+    with reading("the optional package for adapters (LoRA)", "pip install peft"):
         import peft  # noqa: F401
-    except ImportError:
-        raise UserError("adapters (LoRA) need one more package: pip install peft") from None
 
 
 def adapter_config(model):
@@ -41,7 +37,6 @@ def add_adapter(model, rank, base, vision=False):
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        lora_dropout=0.0,
         base_model_name_or_path=base,
         target_modules=f"{LORA_TEXT}|{LORA_VISION}" if vision else LORA_TEXT,
     )
@@ -66,10 +61,8 @@ def base_name(folder):
     name = config.get("base_model_name_or_path")
     other = [key for key in MORE_THAN_LORA if config.get(key)]
     if config.get("peft_type") != "LORA" or not name or other:
-        raise UserError(
-            f"{file}: only LoRA adapters that name their base_model_name_or_path, without "
-            f"{', '.join(MORE_THAN_LORA)}, are supported"
-        )
+        needs = "must be a LoRA adapter with a base_model_name_or_path and without"
+        raise UserError(f"{file}: {needs} {', '.join(MORE_THAN_LORA)}")
     return name
 
 
@@ -101,9 +94,7 @@ def write_adapter(model, weights, folder):
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config = copy.copy(adapter_config(model))
-    config.inference_mode = True
-    config.save_pretrained(folder)
+    adapter_config(model).save_pretrained(folder)
     named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in named.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

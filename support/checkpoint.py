@@ -43,10 +43,8 @@ def find_model(name, files=MODEL_FILES):
     folder = Path(checkpoint_of(name))
     if is_local(str(folder)):
         if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
-            raise UserError(
-                f"{name}: no model here; a folder with a config.json or an {ADAPTER}, or a name "
-                "like Qwen/Qwen2.5-VL-3B-Instruct, is needed"
-            )
+            hint = "name a folder that holds one, or one like Qwen/Qwen2.5-VL-3B-Instruct"
+            raise UserError(f"{name}: no model here; {hint}")
         return folder
     with reading(name, "it must be a local folder, or a model on the hub"):
         from huggingface_hub import snapshot_download
@@ -64,10 +62,7 @@ def checkpoint_of(name):
         if pointer.name in ("best", "last") and pointer.is_file():
             return str(read_pointer(pointer))
     if (path / "settings.json").is_file():
-        raise UserError(
-            f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch "
-            "and of the run, and with --save-every in between"
-        )
+        raise UserError(f"{name}: this run has no checkpoint yet; each epoch's end saves one")
     return name
 
 
@@ -136,10 +131,9 @@ def list_checkpoints(run):
 def open_run(folder, settings, resume=False, force=False):
     """Make or reopen a run's folder; `settings` is a dict that JSON can hold.
 
-    Raises UserError where there is a run already and `resume` wasn't asked for, where there is
-    nothing to resume, or where the run was started with other settings. `force` resumes with other
-    settings all the same, but not with other posts or another batch size: a place in an epoch
-    means nothing without them.
+    Raises UserError where there is a run already, nothing to resume, or one that was started with
+    other settings. `force` allows these, but not another number of posts or batch size: a place in
+    an epoch means nothing without them.
     """
     folder = Path(folder)
     file = folder / "settings.json"
@@ -152,10 +146,7 @@ def open_run(folder, settings, resume=False, force=False):
         if changed:
             info(f"{folder}: resuming with other settings: {differences}")
     elif (folder / "last").exists() or list_checkpoints(folder):
-        raise UserError(
-            f"{folder}: there is a run already; continue it with --resume, or name another folder "
-            "with --out"
-        )
+        raise UserError(f"{folder}: there is a run already; --resume it, or name another --out")
     with writing(file):
         write_atomic(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     # A run killed right after a checkpoint was renamed did not get to name it.
@@ -166,7 +157,7 @@ def open_run(folder, settings, resume=False, force=False):
 def changed_settings(folder, settings):
     """{setting: "it was this, is that"} between a run and how it is resumed. Raises UserError.
 
-    What is left to the model is completed in `settings`: it is as the last checkpoint has it.
+    What `settings` leaves to the model is completed from the last checkpoint.
     """
     if not (folder / "settings.json").is_file():
         raise UserError(f"{folder}: no run to resume here; leave out --resume to start one")
@@ -181,10 +172,7 @@ def changed_settings(folder, settings):
 
 
 def differences(before, now):
-    """{name: "it was this, is that"} for all that differs between two dicts.
-
-    A list is the size and time of the file `name`: of it only that it has changed is said.
-    """
+    """{name: "it was this, is that"} for all that differs; a list is a file's size and time."""
     found = {}
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
@@ -212,10 +200,9 @@ class Checkpoints:
     def save(self, step):
         """Save run/step-N and let `last` name it; on all ranks.
 
-        Weights have their source's names and shapes, so that the folder loads wherever the source
-        does. Every rank writes its part of the optimizer's state, which any number of ranks can
-        read. A save that is cut short leaves only a hidden folder. Raises UserError, with the last
-        checkpoint untouched, if a weight is not finite or the disk is full.
+        The folder loads wherever the source does. Every rank writes its part of the optimizer's
+        state, which any number of ranks can read. Raises UserError, with the last checkpoint
+        untouched, if a weight is not finite or the disk is full.
         """
         folder, partial = self.run / f"step-{step}", self.run / f".step-{step}.partial"
         if self.ranks.from_rank0((folder / PROGRESS).is_file):
@@ -230,10 +217,8 @@ class Checkpoints:
         except Exception as error:  # safetensors raises an error of its own for a full disk
             if self.ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise self.ranks.error(
-                f"{folder}: the checkpoint could not be saved ({first_line(error)}); the one "
-                "before it is kept: put that right and continue with --resume"
-            ) from error
+            text = f"{folder}: the checkpoint could not be saved ({first_line(error)}); "
+            raise self.ranks.error(f"{text}put that right and continue with --resume") from error
 
     def finish(self, weights, step, partial, folder):
         """Write what rank 0 alone writes, and give the checkpoint its name."""
@@ -249,18 +234,14 @@ class Checkpoints:
         write_own(self.encoder, partial)
         (partial / PROGRESS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
         follow_umask(partial)
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+        for file in filter(Path.is_file, partial.rglob("*")):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
         os.rename(partial, folder)
         write_pointer(self.run, "last", folder.name)
 
     def restore(self):
-        """Read the last checkpoint's optimizer state; returns its step, 0 where there is none.
-
-        The weights are those of the model, which was loaded from that checkpoint. Raises UserError.
-        """
+        """Read the last checkpoint's optimizer state; returns its step, 0 where there is none."""
         from torch.distributed import checkpoint
 
         if not self.ranks.from_rank0((self.run / "last").is_file):
@@ -274,10 +255,8 @@ class Checkpoints:
                 )
             return self.ranks.from_rank0(lambda: read_json(folder / PROGRESS)["step"])
         except Exception as error:
-            raise self.ranks.error(
-                f"{folder}: can't resume from it ({first_line(error)}); remove this folder to "
-                "continue from the checkpoint before it, if one was kept"
-            ) from error
+            text = f"{folder}: can't resume from it ({first_line(error)}); "
+            raise self.ranks.error(f"{text}remove it to resume from the one before") from error
 
     def prune(self, keep):
         """Remove all checkpoints but the newest `keep` and those that `last` and `best` name."""
@@ -310,10 +289,9 @@ def full_tensor(tensor):
 
 
 def full_state_dict(model, keep):
-    """The model's state dict of full tensors where `keep` is true; {} on the other ranks.
+    """The state dict of full tensors, or of an adapter's, where `keep` is true; else {}.
 
-    Gathered one tensor at a time, in the CPU's memory where they were sharded. A tied tensor stays
-    one. Of a model with an adapter only the adapter's.
+    Sharded ones are gathered one by one into the CPU's memory. A tied tensor stays one.
     """
     adapter, gathered, result = adapter_config(model), {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -343,7 +321,7 @@ def optimizer_state(model, optimizer):
 
 
 def write_state(state, folder):
-    """Write a dict of tensors, sharded or not, as safetensors that any number of ranks can read."""
+    """Write a dict of tensors, sharded or not, for any number of ranks to read."""
     from torch.distributed import checkpoint
 
     writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -392,8 +370,6 @@ class Stop:
     @contextlib.contextmanager
     def at_once(self):
         """In this block nothing can be lost, so that a signal ends it at once."""
-        if self.asked:
-            raise KeyboardInterrupt
         self.can_wait = False
         try:
             yield

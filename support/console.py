@@ -137,13 +137,16 @@ def read_json(path):
 
 
 def hide_loading_report():
-    """Hide transformers' loading bars, its warnings of weights (`load` reports them), and on a CPU
-    that there are faster GPU kernels.
-    """
+    """Hide transformers' loading bars, warnings of weights (`load` does it), of kernels on a CPU."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    # A level of ERROR would make transformers check, and warn of, plans for tensor parallelism.
+    logging.getLogger("transformers.modeling_utils").addFilter(is_error)
     if not torch.cuda.is_available():
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+
+
+def is_error(record):
+    return record.levelno >= logging.ERROR

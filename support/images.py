@@ -105,8 +105,5 @@ def image_url(path, max_pixels):
         image = fit(image, max_pixels)
     image.info = {}  # `save` would write a comment again
     buffer = io.BytesIO()
-    try:
-        image.save(buffer, "JPEG", quality=90)
-    except OSError as error:  # a JPEG's sides have at most 65,500 pixels
-        raise Unreadable(f"can't be sent as JPEG: {error}") from None
+    image.save(buffer, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

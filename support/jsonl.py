@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import socket
-import tempfile
 from array import array
 from pathlib import Path
 
@@ -33,16 +32,16 @@ def write_atomic(path, content):
     content = [content] if isinstance(content, bytes) else content
     if path.exists() and not path.is_file():  # a rename would replace /dev/stdout by a file
         raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
-        follow_umask(temporary)
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
@@ -61,13 +60,12 @@ def read_settings(out, kind):
     return kind()
 
 
-def follow_umask(path):
-    """Give a file, or the files of a folder, the umask's permissions, not those of a library."""
-    umask, path = os.umask(0), Path(path)
+def follow_umask(folder):
+    """Give the files of a folder the umask's permissions, not those of a library."""
+    umask = os.umask(0)
     os.umask(umask)
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            os.chmod(file, 0o666 & ~umask)
+    for file in filter(Path.is_file, Path(folder).rglob("*")):
+        file.chmod(0o666 & ~umask)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ import shutil
 import textwrap
 import time
 
-from evaluate import UserError, plural, read_jsonl
+from evaluate import plural, read_jsonl
 from support.checkpoint import read_pointer, step_of, write_pointer
-from support.console import WITHOUT_RATE, info, progress, writing
+from support.console import WITHOUT_RATE, info, progress, reading, writing
 from support.jsonl import JsonlWriter
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
@@ -17,16 +17,15 @@ REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None
 NO_ROOM = "the last checkpoint is kept: make room and continue with --resume"
 
 
-class TrainingLog:
+class TrainingLog(contextlib.ExitStack):
     """Logs every step and evaluation of a run: log.jsonl, choices.jsonl, skipped.jsonl, a bar.
 
     A resumed run's log goes on after `step`. What a step did is summed on the device until its end.
-    Rank 0 alone writes and shows.
-
-    mode: the row of train.MODES; order: a data.TrainingOrder.
+    Rank 0 alone writes and shows. `mode` is a row of train.MODES, `order` a data.TrainingOrder.
     """
 
     def __init__(self, args, mode, folder, order, step, ranks):
+        super().__init__()
         self.args, self.mode, self.folder = args, mode, folder
         self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
@@ -40,17 +39,9 @@ class TrainingLog:
         ranks.on_rank0(say_steps, args, folder, step, len(order))
         options = {"initial": step, "bar_format": WITHOUT_RATE, "disable": ranks.rank > 0}
         self.bar = progress(None, len(order), **options)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-        for writer in self.writers.values():
-            with contextlib.suppress(OSError):  # a full disk was reported when it was met
-                writer.close()
-        if self.board:
-            self.board.close()
+        for opened in filter(None, (*self.writers.values(), self.board)):
+            self.callback(opened.close)
+        self.callback(self.bar.close)
 
     def open_files(self, step):
         """Open the files and drop what is after `step`; returns {name: lines to remember}."""
@@ -73,14 +64,11 @@ class TrainingLog:
 
     def timed(self, loader):
         """Yield what a loader yields; a step's time begins when its data are asked for."""
-        steps = iter(loader)
-        while True:
-            self.started = time.perf_counter()
-            item = next(steps, None)
-            if item is None:
-                return
+        self.started = time.perf_counter()
+        for item in loader:
             self.waited = time.perf_counter() - self.started
             yield item
+            self.started = time.perf_counter()
 
     def add(self, batch, loss, plain_loss, use_cot):
         """Add one micro-batch's per-sample losses and choices (B,)."""
@@ -167,8 +155,7 @@ class TrainingLog:
         if len(self.skipped) > self.order.count // 100:
             raise self.ranks.error(
                 f"{plural(len(self.skipped), 'image')} could not be read, more than 1% of the "
-                f"training posts; they are listed in {self.folder / 'skipped.jsonl'}, the last: "
-                f"{post.image} (id {post.id}): {post.reason}"
+                f"posts: see {self.folder / 'skipped.jsonl'}; {post.image}: {post.reason}"
             )
 
     def add_evaluation(self, step, scores):
@@ -200,10 +187,8 @@ def number_or_none(value):
 
 def tensorboard_writer():
     """TensorBoard's SummaryWriter. Raises UserError where the optional package is missing."""
-    try:
+    with reading("the optional package for --tensorboard", "pip install tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs one more package: pip install tensorboard") from None
     return SummaryWriter
 
 
@@ -296,14 +281,9 @@ def say_stopped(writer):
         yield
     except KeyboardInterrupt:
         done, total = sum(offset >= 0 for offset in writer.offsets), len(writer.offsets)
-        info(
-            f"stopped: {writer.path} has {done} of {plural(total, 'post')}; the same command goes "
-            "on from there"
-        )
+        count = f"{done} of {plural(total, 'post')}"
+        info(f"stopped: {writer.path} has {count}; the same command goes on from there")
         raise
-
-
-# ------------------------------------------------------------------------- evaluations and the end
 
 
 def bar_text(loss, cot_share, speed):
@@ -320,20 +300,16 @@ def f1(scores):
 
 def say_evaluation(epoch, step, scores, best):
     """The line on an evaluation, above the progress bar."""
-    found = scores["all"]
-    parts = [f"epoch {epoch:.3g}", f"step {step}", f1(scores)]
-    parts.append(f"{found['tokens']:.1f} tokens a post, {found['reasoned']:.0%} reasoned")
-    for name, text in (("cut", "cut off"), ("unreadable", "images unreadable")):
-        if scores[name]:
-            parts.append(f"{scores[name]} {text}")
-    info("  ".join([*parts, *["(best)"] * best]))
+    tokens, reasoned = scores["all"]["tokens"], scores["all"]["reasoned"]
+    text = f"epoch {epoch:.3g}  step {step}  {f1(scores)}"
+    text += f"  {tokens:.1f} tokens a post, {reasoned:.0%} reasoned"
+    for name, what in (("cut", "cut off"), ("unreadable", "images unreadable")):
+        text += f"  {scores[name]} {what}" if scores[name] else ""
+    info(text + "  (best)" * best)
 
 
 def say_end(args, folder, device, started):
-    """What a run took, its checkpoints, and three commands to go on with.
-
-    started: when it began, by time.monotonic().
-    """
+    """What a run that `started` (time.monotonic) took, its checkpoints, and three commands."""
     lines = read_jsonl(folder / "log.jsonl")
     scores = {line["step"]: line["valid"] for _, _, line in lines if "valid" in line}
     say("Done", f"in {time.monotonic() - started:,.0f} s, peak memory {peak_memory(device)}")

@@ -18,9 +18,6 @@ def problem(where, kind, hint="", what=None):
     return error
 
 
-# -------------------------------------------------------------------------------------- the names
-
-
 def parse_map(text):
     """argparse type: `text=caption,keyphrases=hashtags` as a dict from our names to theirs."""
     names = {}
@@ -89,27 +86,20 @@ def wrong_field(where, record, names, field, must):
     return problem(where, kind, hint, f"{kind}, not {shown(record[field])}")
 
 
-# --------------------------------------------------------------------------------------- the file
-
-
 def check_file(path, cmkp=False):
     """Raise UserError unless a file may hold JSONL, or, with `cmkp`, CMKP's text.
 
     A pipe or a device, which can't be read twice, is refused, too.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(
-            f"{path}: not a regular file; it is read more than once, so save it to a file first"
-        )
+        raise UserError(f"{path}: not a regular file; it is read twice: save it to a file first")
     lines = read_lines(path)
     filled = (raw.removeprefix(BYTE_ORDER_MARK).strip() for _, _, raw in lines)
     head = next(filter(None, filled), b"{")
     lines.close()
     if not head.startswith(b"{") and not (cmkp and b"<sep>" in head):
-        raise UserError(
-            f"{path}: not JSONL, which is one JSON object a line; docs/data.md shows how to write "
-            "it, and python -m tools.dataset cmkp makes it of CMKP's text"
-        )
+        hint = "docs/data.md shows how to write it, tools.dataset cmkp makes it of CMKP's text"
+        raise UserError(f"{path}: not JSONL, which is one JSON object a line; {hint}")
 
 
 def warn(text):
@@ -124,10 +114,8 @@ def look_over(posts, for_training):
     which fails post by post, that is a warning.
     """
     if not posts.with_image:
-        has = ", ".join(posts.original(0))
-        warn(
-            f"{posts.path}: no post has an 'image'; the first has {has}; --map image=NAME names it"
-        )
+        has = f"the first has {', '.join(posts.original(0))}"
+        warn(f"{posts.path}: no post has an 'image'; {has}; --map image=NAME names it")
     records = (posts[index] for index in range(0, len(posts), -(-len(posts) // TRIED)))
     images = [record["image"] for record in records if record.get("image")]
     if images and not any(os.path.isfile(posts.folder / image) for image in images):

@@ -383,8 +383,8 @@ def test_without_tensorboard_one_line_says_what_to_install(world, tmp_path):
     files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
     command = [sys.executable, "-c", code, *words(*files, "--tensorboard")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    message = "error: --tensorboard needs one more package: pip install tensorboard"
-    assert done.returncode == 1 and done.stderr.splitlines() == [message]
+    (message,) = done.stderr.splitlines()
+    assert done.returncode == 1 and message.endswith("pip install tensorboard")
     assert not (tmp_path / "run").exists()
 
 
