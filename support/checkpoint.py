@@ -31,9 +31,6 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.safetensors")
 
 
-# --------------------------------------------------------------------------------- finding a model
-
-
 def find_model(name, files=MODEL_FILES):
     """The folder of what `--model` names: a run, a checkpoint, a model or adapter, or a hub name.
 
@@ -218,7 +215,7 @@ class Checkpoints:
             if self.ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             text = f"{folder}: the checkpoint could not be saved ({first_line(error)}); "
-            raise self.ranks.error(f"{text}put that right and continue with --resume") from error
+            raise self.ranks.error(f"{text}the last one is kept, for --resume") from error
 
     def finish(self, weights, step, partial, folder):
         """Write what rank 0 alone writes, and give the checkpoint its name."""
@@ -274,8 +271,7 @@ def prune(run, keep):
 def copy_side_files(source, folder):
     """Copy what a model's folder holds beside its weights (config, tokenizer, template, …)."""
     for file in Path(source).iterdir():
-        weights = file.name.endswith(WEIGHTS)
-        if file.is_file() and not weights and file.name not in (PROGRESS, PROMPT_FILE):
+        if file.is_file() and not file.name.endswith((*WEIGHTS, PROGRESS, PROMPT_FILE)):
             shutil.copyfile(file, folder / file.name)
 
 
@@ -339,9 +335,6 @@ def plain_errors():
         yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
-
-
-# ----------------------------------------------------------------------------------------- stopping
 
 
 class Stop:

@@ -137,16 +137,13 @@ def read_json(path):
 
 
 def hide_loading_report():
-    """Hide transformers' loading bars, warnings of weights (`load` does it), of kernels on a CPU."""
+    """Hide transformers' loading bars, warnings of weights (`load` has its own), of CPU kernels."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     # A level of ERROR would make transformers check, and warn of, plans for tensor parallelism.
-    logging.getLogger("transformers.modeling_utils").addFilter(is_error)
+    weights_logger = logging.getLogger("transformers.modeling_utils")
+    weights_logger.addFilter(lambda record: record.levelno >= logging.ERROR)
     if not torch.cuda.is_available():
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
-
-
-def is_error(record):
-    return record.levelno >= logging.ERROR

@@ -22,10 +22,7 @@ def to_line(record):
 
 
 def write_atomic(path, content):
-    """Write text, bytes, or an iterable of bytes: to a temporary file first, then renamed.
-
-    Raises OSError naming the file.
-    """
+    """Write text, bytes, or an iterable of bytes whole or not at all. Raises OSError naming it."""
     path = Path(path)
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
@@ -72,9 +69,8 @@ def follow_umask(folder):
 def locked(path):
     """Refuse a second run that writes to `path`: a lock on the hidden file `.NAME.lock` beside it.
 
-    The system releases the lock when the process ends, however it ends. Where the file system has
-    no locks, nothing is refused. Raises UserError naming the process that holds the lock, or why
-    the folder of `path` can't be written.
+    It ends with the process. Where the file system has no locks, nothing is refused. Raises
+    UserError naming the process that holds the lock, or why the folder can't be written.
     """
     path = Path(path)
     lock_path = path.with_name(f".{path.name}.lock")
@@ -159,9 +155,8 @@ class IndexedLines:
 class JsonlWriter:
     """A JSONL file that a run appends to, that a stopped run goes on with, and that can be sorted.
 
-    Records that have an index are kept by their offset alone, 8 bytes each, so that files larger
-    than the memory can be put in order. The file is made, and a torn last line cut off, when the
-    first record is appended. The caller holds the lock (`locked`).
+    Records that have an index are kept by their offset alone, 8 bytes each. The file is made, and
+    a torn last line cut off, when the first record is appended. The caller holds the lock.
     """
 
     def __init__(self, path, count=0):

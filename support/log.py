@@ -164,8 +164,7 @@ class TrainingLog(contextlib.ExitStack):
             line = {"step": step, "valid": scores}
             self.write("log.jsonl", line)
             self.remember(line)
-            epoch, best = step / self.order.epoch_steps, self.best[1] == step
-            say_evaluation(epoch, step, scores, best)
+            say_evaluation(step / self.order.epoch_steps, step, scores, self.best[1] == step)
             for name, values in scores.items():
                 if isinstance(values, dict):
                     self.write_scalars(step, values, f"valid/{name}")
@@ -263,14 +262,11 @@ def say_output(out, done, failed=0):
 
 def say_steps(args, folder, step, total):
     """How a run trains from `step` on, and where it writes."""
-    start = f", {step:,} of them done before" if step else ""
+    start = f", from step {step + 1:,} on" if step else ""
     gamma = f", gamma {args.gamma}" if args.mode == "dynamic" else ""
     posts, epochs = plural(args.batch_size, "post"), plural(args.epochs, "epoch")
-    say(
-        "Steps",
-        f"{total:,} with {posts} each, {epochs}{start}; mode {args.mode}{gamma}, "
-        f"learning rate {args.lr:g}",
-    )
+    method = f"mode {args.mode}{gamma}, learning rate {args.lr:g}"
+    say("Steps", f"{total:,} with {posts} each, {epochs}{start}; {method}")
     say("Writes", folder)
 
 

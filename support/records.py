@@ -48,19 +48,14 @@ def renamed(record, names):
 
 
 def converted(field, value):
-    """A value of a mapped field as the field's type, itself where it can't be.
-
-    Keyphrases are split and cleaned as an answer is; a list of one image is that image, an object
-    its "path"; a whole number becomes an id; no text is an empty one.
-    """
+    """A value of a mapped field as docs/data.md says, itself where it can't be converted."""
     if field == "id" and type(value) is int:
         return str(value)
     if field == "text" and value is None:
         return ""
-    if field == "image" and isinstance(value, list) and len(value) < 2:
-        value = value[0] if value else None
-    if field == "image" and isinstance(value, dict) and isinstance(value.get("path"), str):
-        return value["path"]
+    if field == "image":
+        value = next(iter(value), None) if isinstance(value, list) and len(value) < 2 else value
+        return value.get("path", value) if isinstance(value, dict) else value
     if field == "keyphrases" and isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = "; ".join(value) + ";"
     if field == "keyphrases" and isinstance(value, str | None):
@@ -87,10 +82,7 @@ def wrong_field(where, record, names, field, must):
 
 
 def check_file(path, cmkp=False):
-    """Raise UserError unless a file may hold JSONL, or, with `cmkp`, CMKP's text.
-
-    A pipe or a device, which can't be read twice, is refused, too.
-    """
+    """Raise UserError unless a regular file may hold JSONL, or, with `cmkp`, CMKP's text."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"{path}: not a regular file; it is read twice: save it to a file first")
     lines = read_lines(path)
@@ -110,8 +102,7 @@ def warn(text):
 def look_over(posts, for_training):
     """Warn where no post of a data.Posts has an image.
 
-    Raises UserError where images are named and, of those tried, none is there; before inference,
-    which fails post by post, that is a warning.
+    Raises UserError where none of the images tried is there; before inference that is a warning.
     """
     if not posts.with_image:
         has = f"the first has {', '.join(posts.original(0))}"

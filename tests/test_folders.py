@@ -91,7 +91,7 @@ def test_inference_uses_the_folders_limits_or_the_flags(world, limited, tmp_path
             file.unlink()
 
 
-@pytest.mark.parametrize("wrong", [{}, {"max_pixels": 9}, LIMITS | {"max_length": "9"}, [1]])
+@pytest.mark.parametrize("wrong", [{}, {"max_pixels": 9}, LIMITS | {"max_length": 0}, [1]])
 def test_broken_limits_are_named(limited, wrong):
     (limited / "encoder.json").write_text(json.dumps(wrong))
     with pytest.raises(UserError, match="encoder.json"):
