@@ -1,5 +1,6 @@
 """Prediction: greedy generation against transformers' own, one post, files, stopping, going on."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -30,24 +31,8 @@ def toy(world):
 def thinker(world, tmp_path_factory):
     """A toy trained just long enough to write tags."""
     out = tmp_path_factory.mktemp("thinker") / "run"
-    train_alone(
-        "--train",
-        world / "train.jsonl",
-        "--model",
-        world / "toy",
-        "--out",
-        out,
-        "--mode",
-        "cot",
-        "--epochs",
-        8,
-        "--batch-size",
-        8,
-        "--lr",
-        3e-3,
-        "--workers",
-        0,
-    )
+    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", out]
+    train_alone(*files, "--mode cot --epochs 8 --batch-size 8 --lr 3e-3 --workers 0")
     return out
 
 
@@ -111,9 +96,8 @@ def test_think_always_and_never(thinker, world):
     assert not any(
         text.startswith("<think>") for text, _, _ in generate(vlm, encoder, batch, think="never")
     )
-    assert generate(vlm, encoder, batch, max_new_tokens=3) == [
-        (text, 3, False) for text, _, _ in generate(vlm, encoder, batch, max_new_tokens=3)
-    ]
+    short = generate(vlm, encoder, batch, max_new_tokens=3)
+    assert all((tokens, ended) == (3, False) for _, tokens, ended in short)
 
 
 def torchvision_works():
@@ -209,23 +193,35 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch):
+def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch, capsys):
     arguments = ["--data", world / "test.jsonl", "--model", world / "toy", "--batch-size", 4]
     assert infer_file(*arguments, "--out", tmp_path / "whole.jsonl") == 0
     whole = lines(tmp_path / "whole.jsonl")
     assert [p["id"] for p in whole] == [r["id"] for r in lines(world / "test.jsonl")]
     assert set(whole[0]) - {"cut"} == {"id", "keyphrases", "think", "output", "tokens"}
 
-    out = tmp_path / "stopped.jsonl"
-    assert infer_file(*arguments, "--out", out) == 0
-    kept = out.read_text(encoding="utf-8").splitlines(keepends=True)[:5]
-    out.write_text("".join(kept) + '{"id": "torn', encoding="utf-8")
+    out, all_here = tmp_path / "stopped.jsonl", infer.all_here
+
+    def stopped(*arguments):
+        yield from itertools.islice(all_here(*arguments), 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "all_here", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        infer_file(*arguments, "--out", out)
+    monkeypatch.undo()
+    told = f"stopped: {out} has 5 of 12 posts; the same command goes on from there"
+    assert told in capsys.readouterr().err
+    kept = {prediction["id"] for prediction in lines(out)}
+    with open(out, "a", encoding="utf-8") as file:
+        file.write('{"id": "torn')
     asked, encode = [], data.Encoder.encode
     monkeypatch.setattr(
         data.Encoder, "encode", lambda *a, **k: asked.append(a[1]["id"]) or encode(*a, **k)
     )
     assert infer_file(*arguments, "--out", out) == 0
-    assert lines(out) == whole and len(asked) == 7 and not {p["id"] for p in whole[:5]} & set(asked)
+    assert "5 done before" in " ".join(capsys.readouterr().err.split())
+    assert lines(out) == whole and len(asked) == 7 and not kept & set(asked)
     changed = r"something else \(think\): think was 'auto', is 'never'; choose"
     with pytest.raises(UserError, match=changed):
         infer_file(*arguments, "--out", out, "--think", "never")
@@ -235,26 +231,6 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch):
     (tmp_path / "stopped.jsonl.settings.json").unlink()
     with pytest.raises(UserError, match="was made with unknown settings; choose another --out"):
         infer_file(*arguments, "--out", out)
-
-
-def test_ctrl_c_says_how_to_go_on(world, tmp_path, monkeypatch, capsys):
-    all_here = infer.all_here
-
-    def stopped(*arguments):
-        predictions = all_here(*arguments)
-        yield from (next(predictions) for _ in range(3))
-        raise KeyboardInterrupt
-
-    arguments = ["--data", world / "test.jsonl", "--model", world / "toy"]
-    arguments += ["--out", tmp_path / "preds.jsonl"]
-    monkeypatch.setattr(infer, "all_here", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        infer_file(*arguments)
-    told = f"stopped: {tmp_path / 'preds.jsonl'} has 3 of 12 posts; the same command goes on from"
-    assert told in capsys.readouterr().err
-    monkeypatch.undo()
-    assert infer_file(*arguments) == 0
-    assert "3 done before" in " ".join(capsys.readouterr().err.split())
 
 
 def test_predictions_come_as_they_end_and_before_all_posts_are_read(
@@ -311,15 +287,11 @@ def test_a_failed_start_and_a_changed_model_or_file(world, tmp_path):
     out, toy = tmp_path / "preds.jsonl", tmp_path / "toy"
     shutil.copytree(world / "toy", toy)
     arguments = ["--data", world / "test.jsonl", "--out", out]
-    with pytest.raises(UserError, match="no model here"):
-        infer_file(*arguments, "--model", tmp_path / "typo")
+    (tmp_path / "settings.json").write_text("{}")
+    for model, told in ((tmp_path / "typo", "no model here"), (tmp_path, "no checkpoint yet")):
+        with pytest.raises(UserError, match=told):
+            infer_file(*arguments, "--model", model)
     assert not out.exists() and infer_file(*arguments, "--model", toy) == 0
     shutil.copy(world / "toy" / "model.safetensors", toy / "model.safetensors")
     with pytest.raises(UserError, match=r"something else.*model.safetensors has changed; "):
         infer_file(*arguments, "--model", toy)
-
-
-def test_a_run_without_a_checkpoint_says_so(tmp_path):
-    (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(UserError, match="no checkpoint yet"):
-        checkpoint_of(str(tmp_path))
