@@ -18,13 +18,10 @@ from model import load
 from support import checkpoint
 from support.distributed import Ranks
 from support.jsonl import locked
+from test_resume import lines
 from tiny import words
 
 LIMITS = {"max_pixels": 1568, "max_length": 40}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def limits_of(encoder):

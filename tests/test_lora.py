@@ -18,6 +18,7 @@ from model import FAMILIES, load
 from support import checkpoint
 from support.adapters import adapter_config, add_adapter, merge_adapter
 from test_processes import finished, launch
+from test_resume import lines, timeless
 from tiny import batch_of, literal, random_posts, tiny_model, train_alone, words
 from train import TrainingStep
 
@@ -28,16 +29,6 @@ GRIDS = [(4, 4), (2, 6), None, (6, 4)]
 @pytest.fixture
 def peft():
     return pytest.importorskip("peft", reason="adapters need the optional package peft")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def timeless(run):
-    times = ("seconds", "waited")
-    log = lines(run / "log.jsonl")
-    return [{k: v for k, v in line.items() if k not in times} for line in log]
 
 
 def adapter_weights(run):
@@ -222,36 +213,29 @@ def test_two_processes_train_an_adapter_as_one_does(peft, train_on, world, tmp_p
     assert all((saved[name] - right[name]).norm() <= 0.05 * right[name].norm() for name in right)
 
 
-def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path, world):
-    good = checkpoint.read_pointer(adapter_run / "last")
-
-    def broken(name, change):
-        folder = tmp_path / name
-        shutil.copytree(good, folder)
-        change(folder)
-        with pytest.raises(UserError) as caught:
-            load(str(folder))
-        return str(caught.value)
-
-    def set_base(base):
-        def change(folder):
-            file = folder / "adapter_config.json"
-            settings = json.loads(file.read_text()) | {"base_model_name_or_path": base}
-            file.write_text(json.dumps(settings))
-
-        return change
-
-    def remove(folder):
-        (folder / "adapter_model.safetensors").unlink()
-
-    def cut(folder):
-        whole = (good / "adapter_model.safetensors").read_bytes()
-        (folder / "adapter_model.safetensors").write_bytes(whole[:5000])
-
-    assert "/nowhere/at/all: no model here" in broken("lost", set_base("/nowhere/at/all"))
-    assert "an adapter itself" in broken("twice", lambda folder: set_base(str(folder))(folder))
-    assert "its adapter: can't be read" in broken("empty", remove)
-    assert "its adapter: can't be read" in broken("torn", cut)
+@pytest.mark.parametrize(
+    "mistake, told",
+    [
+        ("lost", "/nowhere/at/all: no model here"),
+        ("its own", "an adapter itself"),
+        ("torn", "its adapter: can't be read"),
+        ("gone", "its adapter: can't be read"),
+    ],
+)
+def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path, mistake, told):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint.read_pointer(adapter_run / "last"), folder)
+    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if mistake in ("lost", "its own"):
+        base = folder if mistake == "its own" else "/nowhere/at/all"
+        changed = json.loads(settings.read_text()) | {"base_model_name_or_path": str(base)}
+        settings.write_text(json.dumps(changed))
+    elif mistake == "torn":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        weights.unlink()
+    with pytest.raises(UserError, match=told):
+        load(str(folder))
 
 
 def test_without_peft_one_line_says_what_to_install(world, tmp_path, monkeypatch):

@@ -19,11 +19,8 @@ from data import Posts, TrainingOrder
 from support.checkpoint import read_pointer
 from support.console import WITHOUT_RATE
 from support.log import TrainingLog, bar_text
+from test_resume import lines
 from tiny import words
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def call(monkeypatch, module, *arguments):
