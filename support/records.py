@@ -55,7 +55,7 @@ def converted(field, value):
         return ""
     if field == "image":
         value = next(iter(value), None) if isinstance(value, list) and len(value) < 2 else value
-        return value.get("path", value) if isinstance(value, dict) else value
+        return value.get("path") or value if isinstance(value, dict) else value
     if field == "keyphrases" and isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = "; ".join(value) + ";"
     if field == "keyphrases" and isinstance(value, str | None):
