@@ -41,7 +41,7 @@ def find_model(name, files=MODEL_FILES):
     if is_local(str(folder)):
         if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
             hint = "name a folder that holds one, or one like Qwen/Qwen2.5-VL-3B-Instruct"
-            raise UserError(f"{name}: no model here; {hint}")
+            raise UserError(f"{folder}: no model here; {hint}")
         return folder
     with reading(name, "it must be a local folder, or a model on the hub"):
         from huggingface_hub import snapshot_download
