@@ -1,9 +1,7 @@
 """LoRA adapters, through the optional package peft."""
 
-import copy
-
 from evaluate import UserError, plural
-from support.console import first_line, read_json
+from support.console import read_json, reading
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MORE_THAN_LORA = ("modules_to_save", "target_parameters", "trainable_token_indices")
@@ -19,10 +17,8 @@ LORA_VISION = r"model\.visual\.blocks\.\d+\.(attn|mlp)\.(qkv|proj|\w+_proj|\w*fc
 
 def need_peft():
     """Raises UserError where the optional package for adapters is missing."""
-    try:
+    with reading("the optional package for adapters (LoRA)", "pip install peft"):
         import peft  # noqa: F401
-    except ImportError:
-        raise UserError("adapters (LoRA) need one more package: pip install peft") from None
 
 
 def adapter_config(model):
@@ -41,7 +37,6 @@ def add_adapter(model, rank, base, vision=False):
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        lora_dropout=0.0,
         base_model_name_or_path=base,
         target_modules=f"{LORA_TEXT}|{LORA_VISION}" if vision else LORA_TEXT,
     )
@@ -66,12 +61,8 @@ def base_name(folder):
     name = config.get("base_model_name_or_path")
     other = [key for key in MORE_THAN_LORA if config.get(key)]
     if config.get("peft_type") != "LORA" or not name or other:
-        raise UserError(
-            f"{file}: only LoRA adapters that name their base_model_name_or_path, without "
-            f"{', '.join(MORE_THAN_LORA)}, are supported"
-        )
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS} in it; pickled weights are not read")
+        needs = "must be a LoRA adapter with a base_model_name_or_path and without"
+        raise UserError(f"{file}: {needs} {', '.join(MORE_THAN_LORA)}")
     return name
 
 
@@ -80,8 +71,7 @@ def read_adapter(folder, model, weights=True):
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    wrong = set()
-    try:
+    with reading(f"{folder}: its adapter", "is the copy whole, and its base the right one?"):
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = False
         model = inject_adapter(model, config)
@@ -93,17 +83,9 @@ def read_adapter(folder, model, weights=True):
                 raise ValueError("it adapts lm_head or embed_tokens, which are tied: one tensor")
             report = set_peft_model_state_dict(model, saved)
             wrong = {name for name in report.missing_keys if "lora_" in name}
-            wrong |= set(report.unexpected_keys)
-    except Exception as error:
-        raise UserError(
-            f"{folder}: its adapter can't be loaded ({first_line(error)}); is the copy whole, and "
-            "the base that it names the right one?"
-        ) from None
-    if wrong:
-        raise UserError(
-            f"{folder}: {plural(len(wrong), 'weight')} of the adapter missing or without a place "
-            f"in the base, the first {min(wrong)}; is the base that it names the right one?"
-        )
+            if wrong := wrong.union(report.unexpected_keys):
+                number = plural(len(wrong), "weight")
+                raise ValueError(f"{number} missing or without a place in the base: {min(wrong)}")
     return model.eval()
 
 
@@ -112,9 +94,7 @@ def write_adapter(model, weights, folder):
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config = copy.copy(adapter_config(model))
-    config.inference_mode = True
-    config.save_pretrained(folder)
+    adapter_config(model).save_pretrained(folder)
     named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in named.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

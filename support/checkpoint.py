@@ -20,7 +20,7 @@ from pathlib import Path
 
 from evaluate import UserError, shown
 from support.adapters import ADAPTER, adapter_config, base_name, need_peft, write_adapter
-from support.console import first_line, info, read_json, reading, writing
+from support.console import first_line, info, positive_int, read_json, reading, writing
 from support.jsonl import follow_umask, write_atomic
 
 OPTIMIZER, PROGRESS = "optimizer", "progress.json"
@@ -29,9 +29,6 @@ LIMITS = ("max_pixels", "max_length")
 BY_CONTENT = {"train", "prompt_file"}  # settings that name a file whose content is compared
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.safetensors")
-
-
-# --------------------------------------------------------------------------------- finding a model
 
 
 def find_model(name, files=MODEL_FILES):
@@ -43,20 +40,13 @@ def find_model(name, files=MODEL_FILES):
     folder = Path(checkpoint_of(name))
     if is_local(str(folder)):
         if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
-            raise UserError(
-                f"{name}: no model here; a folder with a config.json or an {ADAPTER}, or a name "
-                "like Qwen/Qwen2.5-VL-3B-Instruct, is needed"
-            )
+            hint = "name a folder that holds one, or one like Qwen/Qwen2.5-VL-3B-Instruct"
+            raise UserError(f"{folder}: no model here; {hint}")
         return folder
-    from huggingface_hub import snapshot_download
+    with reading(name, "it must be a local folder, or a model on the hub"):
+        from huggingface_hub import snapshot_download
 
-    try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # the hub's client raises a dozen kinds of errors
-        reason = first_line(error)
-        raise UserError(
-            f"{name}: neither a local folder nor available from the hub ({reason})"
-        ) from None
 
 
 def checkpoint_of(name):
@@ -69,10 +59,7 @@ def checkpoint_of(name):
         if pointer.name in ("best", "last") and pointer.is_file():
             return str(read_pointer(pointer))
     if (path / "settings.json").is_file():
-        raise UserError(
-            f"{name}: this run has no checkpoint yet; train.py saves one at the end of each epoch "
-            "and of the run, and with --save-every in between"
-        )
+        raise UserError(f"{name}: this run has no checkpoint yet; each epoch's end saves one")
     return name
 
 
@@ -84,12 +71,9 @@ def is_local(name):
 def base_of(folder):
     """The folder of the model that an adapter was made for. Raises UserError."""
     need_peft()
-    try:
-        base = find_model(base_name(folder))
-        if (base / ADAPTER).is_file():
-            raise UserError(f"{base} is an adapter itself; merge that first")
-    except UserError as error:
-        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path: {error}") from None
+    base = find_model(base_name(folder))
+    if (base / ADAPTER).is_file():
+        raise UserError(f"{folder}: its base {base} is an adapter itself; merge that first")
     return base
 
 
@@ -104,10 +88,9 @@ def read_own(folder):
         with reading(prompt, "a prompt is a UTF-8 text file"):
             own["prompt"] = prompt.read_text(encoding="utf-8")
     if limits.is_file():
-        values = read_json(limits)
-        own |= {name: values.get(name) for name in LIMITS}
-        if not all(isinstance(own[name], int) and own[name] > 0 for name in LIMITS):
-            raise UserError(f"{limits}: needs whole numbers above 0 for {' and '.join(LIMITS)}")
+        with reading(limits, f"it needs {' and '.join(LIMITS)}, whole numbers above 0"):
+            values = read_json(limits)
+            own |= {name: positive_int(str(values[name])) for name in LIMITS}
     return own
 
 
@@ -127,13 +110,8 @@ def write_pointer(run, pointer, name):
 
 
 def read_pointer(pointer):
-    """The checkpoint folder that a pointer file names. Raises UserError where it isn't there."""
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not folder.is_dir():
-        raise UserError(
-            f"{pointer}: names {folder.name}, which does not exist; name a checkpoint instead"
-        )
-    return folder
+    """The checkpoint folder that a pointer file names."""
+    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
 
 
 def step_of(folder):
@@ -150,10 +128,9 @@ def list_checkpoints(run):
 def open_run(folder, settings, resume=False, force=False):
     """Make or reopen a run's folder; `settings` is a dict that JSON can hold.
 
-    Raises UserError where there is a run already and `resume` wasn't asked for, where there is
-    nothing to resume, or where the run was started with other settings. `force` resumes with other
-    settings all the same, but not with other posts or another batch size: a place in an epoch
-    means nothing without them.
+    Raises UserError where there is a run already, nothing to resume, or one that was started with
+    other settings. `force` allows these, but not another number of posts or batch size: a place in
+    an epoch means nothing without them.
     """
     folder = Path(folder)
     file = folder / "settings.json"
@@ -161,15 +138,12 @@ def open_run(folder, settings, resume=False, force=False):
         changed = changed_settings(folder, settings)
         differences = ", ".join(changed.values())
         if changed and (not force or not changed.keys().isdisjoint(("posts", "batch_size"))):
-            mend = "" if force else "; --force resumes all the same"
-            raise UserError(f"{folder}: can't resume with other settings: {differences}{mend}")
+            hint = "" if force else "; --force resumes all the same"
+            raise UserError(f"{folder}: can't resume with other settings: {differences}{hint}")
         if changed:
             info(f"{folder}: resuming with other settings: {differences}")
     elif (folder / "last").exists() or list_checkpoints(folder):
-        raise UserError(
-            f"{folder}: there is a run already; continue it with --resume, or name another folder "
-            "with --out"
-        )
+        raise UserError(f"{folder}: there is a run already; --resume it, or name another --out")
     with writing(file):
         write_atomic(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     # A run killed right after a checkpoint was renamed did not get to name it.
@@ -180,7 +154,7 @@ def open_run(folder, settings, resume=False, force=False):
 def changed_settings(folder, settings):
     """{setting: "it was this, is that"} between a run and how it is resumed. Raises UserError.
 
-    What is left to the model is completed in `settings`: it is as the last checkpoint has it.
+    What `settings` leaves to the model is completed from the last checkpoint.
     """
     if not (folder / "settings.json").is_file():
         raise UserError(f"{folder}: no run to resume here; leave out --resume to start one")
@@ -195,19 +169,12 @@ def changed_settings(folder, settings):
 
 
 def differences(before, now):
-    """{name: "it was this, is that"} for all that differs between two dicts.
-
-    A list is the size and time of the file `name`: of it only that it has changed is said.
-    """
+    """{name: "it was this, is that"} for all that differs; a list is a file's size and time."""
     found = {}
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if isinstance(new, list):
-            text = "has changed" if old else "was not read before"
-        elif isinstance(old, list):
-            text = "is not read any more"
-        else:
-            text = f"was {shown(old)}, is {shown(new)}"
+        is_file = isinstance(old or new, list)
+        text = "has changed" if is_file else f"was {shown(old)}, is {shown(new)}"
         if old != new:
             found[name] = f"{name} {text}"
     return found
@@ -230,23 +197,16 @@ class Checkpoints:
     def save(self, step):
         """Save run/step-N and let `last` name it; on all ranks.
 
-        Weights have their source's names and shapes, so that the folder loads wherever the source
-        does. Every rank writes its part of the optimizer's state, which any number of ranks can
-        read. A save that is cut short leaves only a hidden folder. Raises UserError, with the last
-        checkpoint untouched, if a weight is not finite or the disk is full.
+        The folder loads wherever the source does. Every rank writes its part of the optimizer's
+        state, which any number of ranks can read. Raises UserError, with the last checkpoint
+        untouched, if a weight is not finite or the disk is full.
         """
-        finite = all(local_tensor(p).isfinite().all() for p in self.model.parameters())
-        if self.ranks.any(not finite):
-            raise self.ranks.error(
-                f"step {step}: some weights are not finite and are not saved; the last checkpoint "
-                "is kept; try a lower --lr"
-            )
         folder, partial = self.run / f"step-{step}", self.run / f".step-{step}.partial"
         if self.ranks.from_rank0((folder / PROGRESS).is_file):
             return  # --save-every and the end of an epoch may fall together
         self.ranks.info(f"saving {folder} …")
         try:
-            self.ranks.on_rank0(make_anew, partial / OPTIMIZER)
+            self.ranks.on_rank0(shutil.rmtree, partial, ignore_errors=True)
             state = optimizer_state(self.model, self.optimizer)
             self.ranks.on_all_ranks(write_state, state, partial / OPTIMIZER)
             weights = full_state_dict(self.model, keep=self.ranks.rank == 0)
@@ -254,13 +214,13 @@ class Checkpoints:
         except Exception as error:  # safetensors raises an error of its own for a full disk
             if self.ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise self.ranks.error(
-                f"{folder}: the checkpoint could not be saved ({first_line(error)}); the one "
-                "before it is kept: make room and continue with --resume"
-            ) from error
+            text = f"{folder}: the checkpoint could not be saved ({first_line(error)}); "
+            raise self.ranks.error(f"{text}the last one is kept, for --resume") from error
 
     def finish(self, weights, step, partial, folder):
         """Write what rank 0 alone writes, and give the checkpoint its name."""
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("some weights are not finite: try a lower --lr")
         if adapter_config(self.model):
             write_adapter(self.model, weights, partial)
         else:
@@ -271,19 +231,15 @@ class Checkpoints:
         write_own(self.encoder, partial)
         (partial / PROGRESS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
         follow_umask(partial)
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+        for file in filter(Path.is_file, partial.rglob("*")):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
         os.rename(partial, folder)
         write_pointer(self.run, "last", folder.name)
 
     def restore(self):
-        """Read the last checkpoint's optimizer state; returns its step, 0 where there is none.
-
-        The weights are those of the model, which was loaded from that checkpoint. Raises UserError.
-        """
-        from torch.distributed import checkpoint, is_initialized
+        """Read the last checkpoint's optimizer state; returns its step, 0 where there is none."""
+        from torch.distributed import checkpoint
 
         if not self.ranks.from_rank0((self.run / "last").is_file):
             return 0
@@ -292,15 +248,12 @@ class Checkpoints:
             with plain_errors():
                 checkpoint.load(
                     optimizer_state(self.model, self.optimizer),
-                    no_dist=not is_initialized(),
                     storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)),
                 )
             return self.ranks.from_rank0(lambda: read_json(folder / PROGRESS)["step"])
         except Exception as error:
-            raise self.ranks.error(
-                f"{folder}: can't resume from it ({first_line(error)}); remove this folder to "
-                "continue from the checkpoint before it, if one was kept"
-            ) from error
+            text = f"{folder}: can't resume from it ({first_line(error)}); "
+            raise self.ranks.error(f"{text}remove it to resume from the one before") from error
 
     def prune(self, keep):
         """Remove all checkpoints but the newest `keep` and those that `last` and `best` name."""
@@ -309,35 +262,22 @@ class Checkpoints:
 
 def prune(run, keep):
     kept = {folder.name for folder in list_checkpoints(run)[-keep:]}
-    pointers = [run / name for name in ("last", "best") if (run / name).is_file()]
-    kept |= {read_pointer(pointer).name for pointer in pointers}
+    kept |= {read_pointer(run / name).name for name in ("last", "best") if (run / name).is_file()}
     for folder in run.iterdir():
         ours = re.fullmatch(r"step-[0-9]+|\.step-[0-9]+\.partial", folder.name)
         if ours and folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_anew(folder):
-    """Make an empty folder; what its parent held goes."""
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
 def copy_side_files(source, folder):
     """Copy what a model's folder holds beside its weights (config, tokenizer, template, …)."""
     for file in Path(source).iterdir():
-        weights = file.name.endswith(WEIGHTS)
-        if file.is_file() and not weights and file.name not in (PROGRESS, PROMPT_FILE):
+        if file.is_file() and not file.name.endswith((*WEIGHTS, PROGRESS, PROMPT_FILE)):
             shutil.copyfile(file, folder / file.name)
 
 
 def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
-
-
-def local_tensor(tensor):
-    """The part of a tensor that this rank holds: all of it unless it is sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor):
@@ -346,10 +286,9 @@ def full_tensor(tensor):
 
 
 def full_state_dict(model, keep):
-    """The model's state dict of full tensors where `keep` is true; {} on the other ranks.
+    """The state dict of full tensors, or of an adapter's, where `keep` is true; else {}.
 
-    Gathered one tensor at a time, in the CPU's memory where they were sharded. A tied tensor stays
-    one. Of a model with an adapter only the adapter's.
+    Sharded ones are gathered one by one into the CPU's memory. A tied tensor stays one.
     """
     adapter, gathered, result = adapter_config(model), {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -379,31 +318,24 @@ def optimizer_state(model, optimizer):
 
 
 def write_state(state, folder):
-    """Write a dict of tensors, sharded or not, as safetensors that any number of ranks can read."""
-    from torch.distributed import checkpoint, is_initialized
+    """Write a dict of tensors, sharded or not, for any number of ranks to read."""
+    from torch.distributed import checkpoint
 
     writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with plain_errors():
-        checkpoint.save(state, storage_writer=writer, no_dist=not is_initialized())
+        checkpoint.save(state, storage_writer=writer)
 
 
 @contextlib.contextmanager
 def plain_errors():
-    """Unwrap what torch.distributed.checkpoint raises: its own error is no Exception.
-
-    Its warning that there is one process only is silenced.
-    """
+    """Unwrap what torch.distributed.checkpoint raises: its own error is no Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None
-
-
-# ----------------------------------------------------------------------------------------- stopping
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 class Stop:
@@ -432,8 +364,6 @@ class Stop:
     @contextlib.contextmanager
     def at_once(self):
         """In this block nothing can be lost, so that a signal ends it at once."""
-        if self.asked:
-            raise KeyboardInterrupt
         self.can_wait = False
         try:
             yield
@@ -442,6 +372,5 @@ class Stop:
 
     def leave(self, text, ranks):
         """Print `text` and exit with the code of the signal."""
-        if ranks.rank == 0:
-            info(text)
+        ranks.info(text)
         sys.exit(128 + (self.asked or signal.SIGTERM))

@@ -55,15 +55,8 @@ def number(name, is_right):
 
 def whole_number(low, high):
     """argparse type: a whole number from `low` to `high`."""
-
-    def convert(text):
-        if not text.isdecimal() or len(text) > 18 or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"{shown(text)} is not a whole number from {low} to {high:,}"
-            )
-        return int(text)
-
-    return convert
+    name = f"a whole number from {low} to {high:,}"
+    return number(name, lambda x: low <= x <= high and x.is_integer())
 
 
 positive_int = whole_number(1, 10**9)
@@ -101,38 +94,38 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def reading(path, mend="is the copy whole?"):
-    """Any error in the block becomes a UserError: `path` can't be read, and how to mend it."""
+def reading(path, hint="is the copy whole?"):
+    """Any error in the block becomes a UserError: `path` can't be read, and what to do."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # each library raises errors of its own for a broken file
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: can't be read ({reason}); {mend}") from None
+        raise UserError(f"{path}: can't be read ({reason}); {hint}") from None
 
 
 @contextlib.contextmanager
-def writing(path, mend="choose another --out"):
-    """Make the folder of `path`; an OSError in the block becomes a UserError with the mend."""
+def writing(path, hint="choose another --out"):
+    """Make the folder of `path`; an OSError in the block becomes a UserError with the hint."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: can't be written ({reason}); {mend}") from None
+        raise UserError(f"{path}: can't be written ({reason}); {hint}") from None
 
 
 @contextlib.contextmanager
-def out_of_memory(mend):
-    """Turn a GPU's out-of-memory error in the block into a UserError that ends with `mend`."""
+def out_of_memory(hint):
+    """Turn a GPU's out-of-memory error in the block into a UserError that ends with `hint`."""
     try:
         yield
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's own, without importing torch
             raise
         traceback.clear_frames(error.__traceback__)  # the frames hold the tensors that fill the GPU
-        raise UserError(f"{str(error).partition('. GPU')[0]}; {mend}") from None
+        raise UserError(f"{str(error).partition('. GPU')[0]}; {hint}") from None
 
 
 def read_json(path):
@@ -145,19 +138,13 @@ def read_json(path):
 
 
 def hide_loading_report():
-    """Hide transformers' loading bars, and what it logs of the weights: `load` reports it.
-
-    On a CPU also hide that there are faster GPU kernels.
-    """
+    """Hide transformers' loading bars, warnings of weights (`load` has its own), of CPU kernels."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers.modeling_utils").addFilter(is_not_loading_report)
+    # A level of ERROR would make transformers check, and warn of, plans for tensor parallelism.
+    weights_logger = logging.getLogger("transformers.modeling_utils")
+    weights_logger.addFilter(lambda record: record.levelno >= logging.ERROR)
     if not torch.cuda.is_available():
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
-
-
-def is_not_loading_report(record):
-    message = record.getMessage()
-    return "LOAD REPORT" not in message and "NOT tie" not in message

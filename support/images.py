@@ -25,12 +25,10 @@ def load_image(path, max_pixels):
     The image processor does the rest of the scaling, with the model's own resampling. Raises
     Unreadable.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not os.path.exists(path):
-        raise Unreadable(NO_FILE)
     if not os.path.isfile(path):  # reading a FIFO would block for ever
-        raise Unreadable(f"not a regular file{', but a folder' * os.path.isdir(path)}")
+        raise Unreadable("not a regular file" if os.path.exists(path) else NO_FILE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; errors still raise
@@ -44,30 +42,17 @@ def load_image(path, max_pixels):
                     raise Unreadable(f"{size} pixels are more than {MOST_PIXELS:,}")
                 check_depth(image)
                 image.load()
-                image = to_rgb(upright(image))
+                image = to_rgb(ImageOps.exif_transpose(image))
     except Unreadable:
         raise
     except UnidentifiedImageError:
         raise Unreadable(f"not a readable image ({', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise Unreadable(f"too large: {error}") from None
     except Exception as error:  # Pillow's plugins raise all kinds of errors for a broken file
         raise Unreadable(f"not a readable image: {type(error).__name__}: {error}") from None
     longest = LONGEST_SIDE * min(image.size)
     if max(image.size) > longest:
         image = image.resize((min(image.width, longest), min(image.height, longest)))
     return image
-
-
-def upright(image):
-    """The image turned as its EXIF orientation says."""
-    from PIL.Image import Transpose
-
-    # ImageOps.exif_transpose rewrites all metadata, and fails where they are damaged.
-    turns = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
-    orientations = dict(enumerate(turns.split(), start=2))
-    turn = orientations.get(image.getexif().get(0x0112))
-    return image.transpose(Transpose[turn]) if turn else image
 
 
 def to_rgb(image):
@@ -120,8 +105,5 @@ def image_url(path, max_pixels):
         image = fit(image, max_pixels)
     image.info = {}  # `save` would write a comment again
     buffer = io.BytesIO()
-    try:
-        image.save(buffer, "JPEG", quality=90)
-    except OSError as error:  # a JPEG's sides have at most 65,500 pixels
-        raise Unreadable(f"can't be sent as JPEG: {error}") from None
+    image.save(buffer, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import socket
-import tempfile
 from array import array
 from pathlib import Path
 
 from evaluate import UserError, parse_line, read_lines
 from support.console import reading, writing
 
-BLOCKED = (BlockingIOError, PermissionError)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of some network folders
 
 
 def to_line(record):
@@ -23,26 +22,23 @@ def to_line(record):
 
 
 def write_atomic(path, content):
-    """Write text, bytes, or an iterable of bytes: to a temporary file first, then renamed.
-
-    Raises OSError naming the file.
-    """
+    """Write text, bytes, or an iterable of bytes whole or not at all. Raises OSError naming it."""
     path = Path(path)
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     content = [content] if isinstance(content, bytes) else content
     if path.exists() and not path.is_file():  # a rename would replace /dev/stdout by a file
         raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
-        follow_umask(temporary)
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
@@ -56,42 +52,35 @@ def write_settings(out, settings):
 
 def read_settings(out, kind):
     """What `write_settings` wrote, of the type `kind`; an empty one where that can't be read."""
-    with contextlib.suppress(OSError, ValueError):
-        settings = json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8"))
-        return settings if isinstance(settings, kind) else kind()
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return kind(json.loads(Path(f"{out}.settings.json").read_text(encoding="utf-8")))
     return kind()
 
 
-def follow_umask(path):
-    """Give a file, or the files of a folder, the umask's permissions, not those of a library."""
-    umask, path = os.umask(0), Path(path)
+def follow_umask(folder):
+    """Give the files of a folder the umask's permissions, not those of a library."""
+    umask = os.umask(0)
     os.umask(umask)
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            os.chmod(file, 0o666 & ~umask)
+    for file in filter(Path.is_file, Path(folder).rglob("*")):
+        file.chmod(0o666 & ~umask)
 
 
 @contextlib.contextmanager
 def locked(path):
     """Refuse a second run that writes to `path`: a lock on the hidden file `.NAME.lock` beside it.
 
-    The system releases the lock when the process ends, however it ends. Where the file system has
-    no locks, nothing is refused. Raises UserError naming the process that holds the lock, or why
-    the folder of `path` can't be written.
+    It ends with the process. Where the file system has no locks, nothing is refused. Raises
+    UserError naming the process that holds the lock, or why the folder can't be written.
     """
     path = Path(path)
     lock_path = path.with_name(f".{path.name}.lock")
-    new_folder = not path.parent.exists()
     with writing(path):
         file = open_lock(lock_path, path)
     try:
         yield
     finally:
         if file is not None:
-            with contextlib.suppress(OSError):
-                lock_path.unlink()
-                if new_folder:
-                    path.parent.rmdir()  # fails unless the run ended before it wrote anything
+            lock_path.unlink(missing_ok=True)
             file.close()
 
 
@@ -105,24 +94,18 @@ def open_lock(lock_path, path):
         file = open(lock_path, "a+", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_ino == lock_path.stat().st_ino:
-                break
-        except BLOCKED:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise UserError(
-                f"{path}: another run is writing to it ({holder}); wait for it, "
-                "or name another --out"
-            ) from None
-        except FileNotFoundError:  # its holder removed it after we had opened it
-            pass
+            text = f"{path}: another run is writing to it ({file.read()}); wait for it, or name "
+            raise UserError(f"{text}another --out") from None
         except OSError as error:
-            file.close()
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network folders
+            if error.errno in NO_LOCKS:
                 return None
             raise
-        file.close()
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
+                break
+        file.close()  # its holder removed it after we had opened it
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -174,9 +157,8 @@ class IndexedLines:
 class JsonlWriter:
     """A JSONL file that a run appends to, that a stopped run goes on with, and that can be sorted.
 
-    Records that have an index are kept by their offset alone, 8 bytes each, so that files larger
-    than the memory can be put in order. The file is made, and a torn last line cut off, when the
-    first record is appended. The caller holds the lock (`locked`).
+    Records that have an index are kept by their offset alone, 8 bytes each. The file is made, and
+    a torn last line cut off, when the first record is appended. The caller holds the lock.
     """
 
     def __init__(self, path, count=0):
@@ -191,22 +173,18 @@ class JsonlWriter:
     def read(self, wanted=lambda record: True):
         """Iterate over (line number, offset, record) up to the first record that is not wanted.
 
-        That record and all after it, or a last line that was cut short when a run was killed,
-        are dropped when the file is opened for writing. Raises UserError for a line in the middle
-        that is no JSON.
+        That record and all after it, or a last line without its end, which a run that was killed
+        leaves, are dropped when the file is opened for writing. Raises UserError for a line that is
+        no JSON.
         """
         if not self.path.exists():
             return
         for line, offset, raw in read_lines(self.path):
             if not raw.strip():
                 continue
-            try:
-                record = parse_line(self.path, line, raw)
-            except UserError:
-                if raw.endswith(b"\n"):
-                    raise
-                record = None
-            if record is None or not wanted(record):
+            whole = raw.endswith(b"\n")
+            record = whole and parse_line(self.path, line, raw)
+            if not whole or not wanted(record):
                 self.end = offset
                 return
             yield line, offset, record
@@ -216,10 +194,6 @@ class JsonlWriter:
         self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
         if self.end is not None:
             self.file.truncate(self.end)
-        if self.file.seek(0, os.SEEK_END):
-            self.file.seek(-1, os.SEEK_END)
-            if self.file.read(1) != b"\n":  # a whole line without its end, as some editors leave it
-                self.file.write(b"\n")
 
     def append(self, *records, index=None):
         """Append records; `index` is the place of a single one in the order. Raises OSError."""
@@ -243,8 +217,7 @@ class JsonlWriter:
             for index, offset in enumerate(self.offsets):
                 if offset >= 0:
                     file.seek(offset)
-                    line = file.readline()
-                    yield index, line if line.endswith(b"\n") else line + b"\n"
+                    yield index, file.readline()
 
     def sort(self):
         """Write the file anew, in the order of the indices. Raises OSError."""

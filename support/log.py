@@ -7,9 +7,9 @@ import shutil
 import textwrap
 import time
 
-from evaluate import UserError, plural, read_jsonl
+from evaluate import plural, read_jsonl
 from support.checkpoint import read_pointer, step_of, write_pointer
-from support.console import WITHOUT_RATE, info, progress, writing
+from support.console import WITHOUT_RATE, info, progress, reading, writing
 from support.jsonl import JsonlWriter
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
@@ -17,16 +17,15 @@ REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None
 NO_ROOM = "the last checkpoint is kept: make room and continue with --resume"
 
 
-class TrainingLog:
+class TrainingLog(contextlib.ExitStack):
     """Logs every step and evaluation of a run: log.jsonl, choices.jsonl, skipped.jsonl, a bar.
 
     A resumed run's log goes on after `step`. What a step did is summed on the device until its end.
-    Rank 0 alone writes and shows.
-
-    mode: the row of train.MODES; order: a data.TrainingOrder.
+    Rank 0 alone writes and shows. `mode` is a row of train.MODES, `order` a data.TrainingOrder.
     """
 
     def __init__(self, args, mode, folder, order, step, ranks):
+        super().__init__()
         self.args, self.mode, self.folder = args, mode, folder
         self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
@@ -40,17 +39,9 @@ class TrainingLog:
         ranks.on_rank0(say_steps, args, folder, step, len(order))
         options = {"initial": step, "bar_format": WITHOUT_RATE, "disable": ranks.rank > 0}
         self.bar = progress(None, len(order), **options)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-        for writer in self.writers.values():
-            with contextlib.suppress(OSError):  # a full disk was reported when it was met
-                writer.close()
-        if self.board:
-            self.board.close()
+        for opened in filter(None, (*self.writers.values(), self.board)):
+            self.callback(opened.close)
+        self.callback(self.bar.close)
 
     def open_files(self, step):
         """Open the files and drop what is after `step`; returns {name: lines to remember}."""
@@ -73,14 +64,11 @@ class TrainingLog:
 
     def timed(self, loader):
         """Yield what a loader yields; a step's time begins when its data are asked for."""
-        steps = iter(loader)
-        while True:
-            self.started = time.perf_counter()
-            item = next(steps, None)
-            if item is None:
-                return
+        self.started = time.perf_counter()
+        for item in loader:
             self.waited = time.perf_counter() - self.started
             yield item
+            self.started = time.perf_counter()
 
     def add(self, batch, loss, plain_loss, use_cot):
         """Add one micro-batch's per-sample losses and choices (B,)."""
@@ -101,8 +89,8 @@ class TrainingLog:
             "tokens": batch.prompt["attention_mask"][:count].sum() + targets.sum(),
         }
         # One tensor that stays on the device: to read a value would wait for the GPU.
-        values = {name: torch.as_tensor(x, device=loss.device) for name, x in values.items()}
-        self.names, sums = list(values), torch.stack([*values.values()]).double()
+        tensors = [torch.as_tensor(value, device=loss.device) for value in values.values()]
+        self.names, sums = list(values), torch.stack(tensors).double()
         self.sums = sums if self.sums is None else self.sums + sums
         if self.args.log_choices:
             self.choices.append((batch.ids, plain, use_cot))
@@ -130,7 +118,8 @@ class TrainingLog:
             if sums["truncated"]:
                 line["truncated"] = int(sums["truncated"])
             self.write("log.jsonl", line)
-            self.write_choices(step)
+            if self.args.log_choices:
+                self.write_choices(step)
             self.write_scalars(step, line)
             text = bar_text(line["loss"], line["cot_share"], line["tokens"] / seconds)
             self.bar.set_postfix_str(text, refresh=False)
@@ -141,18 +130,12 @@ class TrainingLog:
             self.add_skipped(step, self.ranks.all_gather(skipped))
 
     def write_choices(self, step):
-        """Write a line a sample to choices.jsonl; the values leave the device together."""
-        import torch
-
-        if not self.args.log_choices:
-            return
-        ids, plain_loss, use_cot = zip(*self.choices, strict=True)
-        values = torch.stack([torch.cat(plain_loss), torch.cat(use_cot).float()]).tolist()
+        """Write a line a sample to choices.jsonl."""
         lines = []
-        for identity, loss, chosen in zip(sum(ids, []), *values, strict=True):
-            loss = number_or_none(round(loss, 6))
-            line = {"step": step, "id": identity, "plain_loss": loss, "use_cot": bool(chosen)}
-            lines.append(line)
+        for ids, *values in self.choices:
+            for identity, loss, chosen in zip(ids, *(v.tolist() for v in values), strict=True):
+                loss = number_or_none(round(loss, 6))
+                lines.append({"step": step, "id": identity, "plain_loss": loss, "use_cot": chosen})
         self.write("choices.jsonl", *self.ranks.all_gather(lines))
         self.choices = []
 
@@ -172,8 +155,7 @@ class TrainingLog:
         if len(self.skipped) > self.order.count // 100:
             raise self.ranks.error(
                 f"{plural(len(self.skipped), 'image')} could not be read, more than 1% of the "
-                f"training posts; they are listed in {self.folder / 'skipped.jsonl'}, the last: "
-                f"{post.image} (id {post.id}): {post.reason}"
+                f"posts: see {self.folder / 'skipped.jsonl'}; {post.image}: {post.reason}"
             )
 
     def add_evaluation(self, step, scores):
@@ -182,8 +164,7 @@ class TrainingLog:
             line = {"step": step, "valid": scores}
             self.write("log.jsonl", line)
             self.remember(line)
-            epoch, best = step / self.order.epoch_steps, self.best[1] == step
-            say_evaluation(epoch, step, scores, best)
+            say_evaluation(step / self.order.epoch_steps, step, scores, self.best[1] == step)
             for name, values in scores.items():
                 if isinstance(values, dict):
                     self.write_scalars(step, values, f"valid/{name}")
@@ -205,10 +186,8 @@ def number_or_none(value):
 
 def tensorboard_writer():
     """TensorBoard's SummaryWriter. Raises UserError where the optional package is missing."""
-    try:
+    with reading("the optional package for --tensorboard", "pip install tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs one more package: pip install tensorboard") from None
     return SummaryWriter
 
 
@@ -284,14 +263,10 @@ def say_output(out, done, failed=0):
 def say_steps(args, folder, step, total):
     """How a run trains from `step` on, and where it writes."""
     start = f", from step {step + 1:,} on" if step else ""
-    start = ", all of them done before" if step >= total else start
     gamma = f", gamma {args.gamma}" if args.mode == "dynamic" else ""
     posts, epochs = plural(args.batch_size, "post"), plural(args.epochs, "epoch")
-    say(
-        "Steps",
-        f"{total:,} with {posts} each, {epochs}{start}; mode {args.mode}{gamma}, "
-        f"learning rate {args.lr:g}",
-    )
+    method = f"mode {args.mode}{gamma}, learning rate {args.lr:g}"
+    say("Steps", f"{total:,} with {posts} each, {epochs}{start}; {method}")
     say("Writes", folder)
 
 
@@ -302,14 +277,9 @@ def say_stopped(writer):
         yield
     except KeyboardInterrupt:
         done, total = sum(offset >= 0 for offset in writer.offsets), len(writer.offsets)
-        info(
-            f"stopped: {writer.path} has {done} of {plural(total, 'post')}; the same command goes "
-            "on from there"
-        )
+        count = f"{done} of {plural(total, 'post')}"
+        info(f"stopped: {writer.path} has {count}; the same command goes on from there")
         raise
-
-
-# ------------------------------------------------------------------------- evaluations and the end
 
 
 def bar_text(loss, cot_share, speed):
@@ -326,20 +296,16 @@ def f1(scores):
 
 def say_evaluation(epoch, step, scores, best):
     """The line on an evaluation, above the progress bar."""
-    found = scores["all"]
-    parts = [f"epoch {epoch:.3g}", f"step {step}", f1(scores)]
-    parts.append(f"{found['tokens']:.1f} tokens a post, {found['reasoned']:.0%} reasoned")
-    for name, text in (("cut", "cut off"), ("unreadable", "images unreadable")):
-        if scores[name]:
-            parts.append(f"{scores[name]} {text}")
-    info("  ".join([*parts, *["(best)"] * best]))
+    tokens, reasoned = scores["all"]["tokens"], scores["all"]["reasoned"]
+    text = f"epoch {epoch:.3g}  step {step}  {f1(scores)}"
+    text += f"  {tokens:.1f} tokens a post, {reasoned:.0%} reasoned"
+    for name, what in (("cut", "cut off"), ("unreadable", "images unreadable")):
+        text += f"  {scores[name]} {what}" if scores[name] else ""
+    info(text + "  (best)" * best)
 
 
 def say_end(args, folder, device, started):
-    """What a run took, its checkpoints, and three commands to go on with.
-
-    started: when it began, by time.monotonic().
-    """
+    """What a run that `started` (time.monotonic) took, its checkpoints, and three commands."""
     lines = read_jsonl(folder / "log.jsonl")
     scores = {line["step"]: line["valid"] for _, _, line in lines if "valid" in line}
     say("Done", f"in {time.monotonic() - started:,.0f} s, peak memory {peak_memory(device)}")

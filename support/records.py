@@ -18,9 +18,6 @@ def problem(where, kind, hint="", what=None):
     return error
 
 
-# -------------------------------------------------------------------------------------- the names
-
-
 def parse_map(text):
     """argparse type: `text=caption,keyphrases=hashtags` as a dict from our names to theirs."""
     names = {}
@@ -51,19 +48,14 @@ def renamed(record, names):
 
 
 def converted(field, value):
-    """A value of a mapped field as the field's type, itself where it can't be.
-
-    Keyphrases are split and cleaned as an answer is; a list of one image is that image, an object
-    its "path"; a whole number becomes an id; no text is an empty one.
-    """
+    """A value of a mapped field as docs/data.md says, itself where it can't be converted."""
     if field == "id" and type(value) is int:
         return str(value)
     if field == "text" and value is None:
         return ""
-    if field == "image" and isinstance(value, list) and len(value) < 2:
-        value = value[0] if value else None
-    if field == "image" and isinstance(value, dict) and isinstance(value.get("path"), str):
-        return value["path"]
+    if field == "image":
+        value = next(iter(value), None) if isinstance(value, list) and len(value) < 2 else value
+        return value.get("path") or value if isinstance(value, dict) else value
     if field == "keyphrases" and isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = "; ".join(value) + ";"
     if field == "keyphrases" and isinstance(value, str | None):
@@ -89,27 +81,17 @@ def wrong_field(where, record, names, field, must):
     return problem(where, kind, hint, f"{kind}, not {shown(record[field])}")
 
 
-# --------------------------------------------------------------------------------------- the file
-
-
 def check_file(path, cmkp=False):
-    """Raise UserError unless a file may hold JSONL, or, with `cmkp`, CMKP's text.
-
-    A pipe or a device, which can't be read twice, is refused, too.
-    """
+    """Raise UserError unless a regular file may hold JSONL, or, with `cmkp`, CMKP's text."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(
-            f"{path}: not a regular file; it is read more than once, so save it to a file first"
-        )
+        raise UserError(f"{path}: not a regular file; it is read twice: save it to a file first")
     lines = read_lines(path)
     filled = (raw.removeprefix(BYTE_ORDER_MARK).strip() for _, _, raw in lines)
     head = next(filter(None, filled), b"{")
     lines.close()
     if not head.startswith(b"{") and not (cmkp and b"<sep>" in head):
-        raise UserError(
-            f"{path}: not JSONL, which is one JSON object a line; docs/data.md shows how to write "
-            "it, and python -m tools.dataset cmkp makes it of CMKP's text"
-        )
+        hint = "docs/data.md shows how to write it, tools.dataset cmkp makes it of CMKP's text"
+        raise UserError(f"{path}: not JSONL, which is one JSON object a line; {hint}")
 
 
 def warn(text):
@@ -120,14 +102,11 @@ def warn(text):
 def look_over(posts, for_training):
     """Warn where no post of a data.Posts has an image.
 
-    Raises UserError where images are named and, of those tried, none is there; before inference,
-    which fails post by post, that is a warning.
+    Raises UserError where none of the images tried is there; before inference that is a warning.
     """
     if not posts.with_image:
-        has = ", ".join(posts.original(0))
-        warn(
-            f"{posts.path}: no post has an 'image'; the first has {has}; --map image=NAME names it"
-        )
+        has = f"the first has {', '.join(posts.original(0))}"
+        warn(f"{posts.path}: no post has an 'image'; {has}; --map image=NAME names it")
     records = (posts[index] for index in range(0, len(posts), -(-len(posts) // TRIED)))
     images = [record["image"] for record in records if record.get("image")]
     if images and not any(os.path.isfile(posts.folder / image) for image in images):

@@ -1,6 +1,5 @@
 """What folders keep and who may write to them: limits of size, locks, permissions, paths."""
 
-import fcntl
 import importlib
 import json
 import os
@@ -19,13 +18,10 @@ from model import load
 from support import checkpoint
 from support.distributed import Ranks
 from support.jsonl import locked
+from test_resume import lines
 from tiny import words
 
 LIMITS = {"max_pixels": 1568, "max_length": 40}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def limits_of(encoder):
@@ -67,31 +63,22 @@ def test_limits_travel_from_model_to_checkpoints_and_inference(
     assert limits_of(load(str(world / "toy"))[1]) == {"max_pixels": 401408, "max_length": 4096}
 
 
-def test_inference_uses_the_folders_limits_or_the_flags(world, limited, tmp_path, monkeypatch):
-    asked = []
-
-    def all_here(args, *_):
-        asked.append(args)
-        yield from ()
-
-    monkeypatch.setattr(infer, "all_here", all_here)
-    monkeypatch.setattr(infer, "all_served", all_here)
-    for options, expected in (
+@pytest.mark.parametrize(
+    "options, expected",
+    [
         ("", LIMITS),
         ("--max-length 99", LIMITS | {"max_length": 99}),
         ("--base-url http://localhost:1", LIMITS),
-    ):
-        files = ["--data", world / "test.jsonl", "--model", limited, "--out", tmp_path / "p.jsonl"]
-        args = infer.parse_args(words(*files, options))
-        with pytest.raises(ZeroDivisionError):  # no post is predicted here, and none counted
-            infer.infer_file(args)
-        assert {name: getattr(asked[-1], name) for name in LIMITS} == expected
-        assert infer.identity(args, limited)["max_pixels"] == 1568
-        for file in tmp_path.glob("p.jsonl*"):
-            file.unlink()
+    ],
+)
+def test_inference_uses_the_folders_limits_or_the_flags(limited, options, expected):
+    args = infer.parse_args(words("--data x --out y --model", limited, options))
+    _, found = infer.find_folder(args)
+    assert limits_of(args) == limits_of(found) == expected
+    assert infer.identity(args, limited)["max_pixels"] == 1568
 
 
-@pytest.mark.parametrize("wrong", [{}, {"max_pixels": 9}, LIMITS | {"max_length": "9"}, [1]])
+@pytest.mark.parametrize("wrong", [{}, {"max_pixels": 9}, LIMITS | {"max_length": 0}, [1]])
 def test_broken_limits_are_named(limited, wrong):
     (limited / "encoder.json").write_text(json.dumps(wrong))
     with pytest.raises(UserError, match="encoder.json"):
@@ -273,15 +260,3 @@ def test_a_second_run_into_the_same_place_is_refused(world, tmp_path, monkeypatc
     assert f"{path}: another run is writing to it" in str(error.value)
     assert f"(process {os.getpid()} on {socket.gethostname()})" in str(error.value)
     assert not list(tmp_path.rglob("[!.]*.*"))
-
-
-def test_another_machines_lock_is_named_and_a_dead_ones_does_not_hold(tmp_path):
-    path, lock = tmp_path / "p.jsonl", tmp_path / ".p.jsonl.lock"
-    lock.write_text("process 77 on another-machine")
-    with open(lock) as holder:
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"\(process 77 on another-machine\)"), locked(path):
-            pass
-    with locked(path):  # what a run left that was killed
-        assert lock.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-    assert not lock.exists()

@@ -251,15 +251,10 @@ def test_odd_pictures_that_are_read(tmp_path):
     red(9, 9).save(tmp_path / "moving.webp", lossless=True, **frames)
     red(9, 9).save(tmp_path / "pages.tiff", **frames)
     jpeg = saved(tmp_path, "noise.jpg")
-    # Metadata without tags; then a width that is text, and an orientation.
-    tags = struct.pack("<HHI4sHHI4sI", 0x100, 2, 3, b"ab", 0x112, 3, 1, b"\6", 0)
-    for torn, size in (
-        (b"Exif\0\0II*\0\xff\xff\xff\xffgarbage", (80, 60)),
-        (b"Exif\0\0II*\0\x08\0\0\0\2\0" + tags, (60, 80)),
-    ):
-        exif = b"\xff\xe1" + struct.pack(">H", 2 + len(torn)) + torn
-        (tmp_path / "exif.jpg").write_bytes(jpeg[:2] + exif + jpeg[2:])
-        assert load_image(tmp_path / "exif.jpg", 10**6).size == size
+    torn = b"Exif\0\0II*\0\xff\xff\xff\xffgarbage"  # metadata without tags
+    exif = b"\xff\xe1" + struct.pack(">H", 2 + len(torn)) + torn
+    (tmp_path / "exif.jpg").write_bytes(jpeg[:2] + exif + jpeg[2:])
+    assert load_image(tmp_path / "exif.jpg", 10**6).size == (80, 60)
     for path in set(tmp_path.iterdir()) - {tmp_path / "exif.jpg", tmp_path / "noise.jpg"}:
         picture = load_image(path, 10**6)
         assert picture.mode == "RGB" and max(picture.size) <= 200 * min(picture.size), path

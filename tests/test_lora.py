@@ -1,10 +1,9 @@
 """Adapters: what they train, what their folders hold, and that merging changes nothing."""
 
+import contextlib
 import json
 import shutil
-import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,13 @@ from safetensors.torch import load_file
 
 import infer
 import tools.merge
+import train
 from evaluate import UserError
 from model import FAMILIES, load
 from support import checkpoint
 from support.adapters import adapter_config, add_adapter, base_name, merge_adapter, read_adapter
 from test_processes import finished, launch
+from test_resume import lines, timeless
 from tiny import batch_of, literal, random_posts, tiny_model, train_alone, words
 from train import TrainingStep
 
@@ -28,16 +29,6 @@ GRIDS = [(4, 4), (2, 6), None, (6, 4)]
 @pytest.fixture
 def peft():
     return pytest.importorskip("peft", reason="adapters need the optional package peft")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def timeless(run):
-    times = ("seconds", "waited")
-    log = lines(run / "log.jsonl")
-    return [{k: v for k, v in line.items() if k not in times} for line in log]
 
 
 def adapter_weights(run):
@@ -94,13 +85,13 @@ def test_shared_and_literal_steps_agree_and_checkpointing_changes_nothing(peft, 
                 parameter.normal_(std=0.1)
     model.train()
     step = TrainingStep(model, "dynamic", 4.0)
-    for context, checkpointing in ((nullcontext, False), (literal, False), (nullcontext, True)):
-        if checkpointing:
+    for kind in ("shared", "literal", "checkpointing"):
+        if kind == "checkpointing":
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
                 {"use_reentrant": False}
             )
         step.zero_grad()
-        with context():
+        with literal() if kind == "literal" else contextlib.nullcontext():
             loss = step(batch_of(posts))[0]
         loss.mean().backward()
         of_trained = [(name, p) for name, p in step.named_parameters() if p.requires_grad]
@@ -222,55 +213,45 @@ def test_two_processes_train_an_adapter_as_one_does(peft, train_on, world, tmp_p
     assert all((saved[name] - right[name]).norm() <= 0.05 * right[name].norm() for name in right)
 
 
-def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path, world):
-    good = checkpoint.read_pointer(adapter_run / "last")
-
-    def broken(name, change):
-        folder = tmp_path / name
-        shutil.copytree(good, folder)
-        change(folder)
-        with pytest.raises(UserError) as caught:
-            load(str(folder))
-        return str(caught.value)
-
-    def set_base(base):
-        def change(folder):
-            file = folder / "adapter_config.json"
-            settings = json.loads(file.read_text()) | {"base_model_name_or_path": base}
-            file.write_text(json.dumps(settings))
-
-        return change
-
-    def remove(folder):
-        (folder / "adapter_model.safetensors").unlink()
-
-    def cut(folder):
-        whole = (good / "adapter_model.safetensors").read_bytes()
-        (folder / "adapter_model.safetensors").write_bytes(whole[:5000])
-
-    assert "base_model_name_or_path: " in broken("lost", set_base("/nowhere/at/all"))
-    assert "an adapter itself" in broken("twice", lambda folder: set_base(str(folder))(folder))
-    assert "no adapter_model.safetensors" in broken("empty", remove)
-    assert "can't be loaded" in broken("torn", cut)
+@pytest.mark.parametrize(
+    "mistake, told",
+    [
+        ("lost", "/nowhere/at/all: no model here"),
+        ("its own", "an adapter itself"),
+        ("torn", "its adapter: can't be read"),
+        ("gone", "its adapter: can't be read"),
+    ],
+)
+def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path, mistake, told):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint.read_pointer(adapter_run / "last"), folder)
+    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if mistake in ("lost", "its own"):
+        base = folder if mistake == "its own" else "/nowhere/at/all"
+        changed = json.loads(settings.read_text()) | {"base_model_name_or_path": str(base)}
+        settings.write_text(json.dumps(changed))
+    elif mistake == "torn":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        weights.unlink()
+    with pytest.raises(UserError, match=told):
+        load(str(folder))
 
 
-def test_without_peft_one_line_says_what_to_install(world, tmp_path):
+def test_without_peft_one_line_says_what_to_install(world, tmp_path, monkeypatch):
     """Always run: the import is blocked, whether the package is there or not."""
     (tmp_path / "adapter").mkdir()
     settings = '{"peft_type": "LORA", "base_model_name_or_path": "x"}'
     (tmp_path / "adapter" / "adapter_config.json").write_text(settings)
+    monkeypatch.setitem(sys.modules, "peft", None)
     files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
-    commands = {
-        "train": words(*files, "--lora 8"),
-        "infer": words("none text --model", tmp_path / "adapter"),
-    }
-    for script, arguments in commands.items():
-        code = f"import sys; sys.modules['peft'] = None; import {script}; from evaluate import run"
-        command = [sys.executable, "-c", f"{code}; run({script}.main)", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1, done.stderr
-        assert done.stderr.strip().splitlines()[-1].endswith("pip install peft"), done.stderr
-        assert "Traceback" not in done.stderr
+    for script, options in (
+        (train, [*files, "--lora 8"]),
+        (infer, ["none text --model", tmp_path / "adapter"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *words(*options)])
+        with pytest.raises(UserError, match="pip install peft$"):
+            script.main()
     assert not (tmp_path / "run").exists()
 
 

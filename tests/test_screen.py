@@ -16,15 +16,11 @@ import infer
 import make_transcripts
 import train
 from data import Posts, TrainingOrder
-from evaluate import read_lines
 from support.checkpoint import read_pointer
-from support.console import WITHOUT_RATE, reading_progress
+from support.console import WITHOUT_RATE
 from support.log import TrainingLog, bar_text
+from test_resume import lines
 from tiny import words
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def call(monkeypatch, module, *arguments):
@@ -153,12 +149,6 @@ def test_the_training_bar_fits_80_columns(loss, share, speed):
         assert shown.endswith(whole) == (columns != 59), shown
         assert columns is None or len(shown) <= columns
         bar.close()
-
-
-def test_reading_a_file_passes_its_lines_on(tmp_path):
-    path = tmp_path / "long.jsonl"
-    path.write_text("".join(f"line {number}\n" for number in range(2500)))
-    assert list(reading_progress(read_lines(path), path)) == list(read_lines(path))
 
 
 # -------------------------------------------------------------------------------- the other headers

@@ -137,7 +137,7 @@ def test_a_wrong_validation_or_test_file_is_told_before_training(
     monkeypatch.setattr(sys, "argv", ["train.py", *wrong])
     with pytest.raises(UserError, match="none.jsonl: no such file"):
         train.main()
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_a_finished_run_is_a_model_to_go_on_from(train_on, world, tmp_path):
@@ -259,7 +259,8 @@ def test_weights_that_are_not_finite_are_not_saved(train_on, monkeypatch):
 
     model, encoder, source = load(str(run / "step-8"))
     model.lm_head.weight.data[0, 0] = math.nan
-    checkpoints = checkpoint.Checkpoints(run, model, None, encoder, source, Ranks("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = checkpoint.Checkpoints(run, model, optimizer, encoder, source, Ranks("cpu"))
     with pytest.raises(UserError, match="not finite"):
         checkpoints.save(9)
     assert (run / "last").read_text().strip() == "step-8"
@@ -386,8 +387,8 @@ def test_without_tensorboard_one_line_says_what_to_install(world, tmp_path):
     files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
     command = [sys.executable, "-c", code, *words(*files, "--tensorboard")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    message = "error: --tensorboard needs one more package: pip install tensorboard"
-    assert done.returncode == 1 and done.stderr.splitlines() == [message]
+    (message,) = done.stderr.splitlines()
+    assert done.returncode == 1 and message.endswith("pip install tensorboard")
     assert not (tmp_path / "run").exists()
 
 
