@@ -272,7 +272,8 @@ def prune(run, keep):
 def copy_side_files(source, folder):
     """Copy what a model's folder holds beside its weights (config, tokenizer, template, …)."""
     for file in Path(source).iterdir():
-        if file.is_file() and not file.name.endswith((*WEIGHTS, PROGRESS, PROMPT_FILE)):
+        other = not file.name.endswith(WEIGHTS) and file.name not in (PROGRESS, PROMPT_FILE)
+        if file.is_file() and other:
             shutil.copyfile(file, folder / file.name)
 
 

@@ -173,18 +173,22 @@ class JsonlWriter:
     def read(self, wanted=lambda record: True):
         """Iterate over (line number, offset, record) up to the first record that is not wanted.
 
-        That record and all after it, or a last line without its end, which a run that was killed
-        leaves, are dropped when the file is opened for writing. Raises UserError for a line that is
-        no JSON.
+        That record and all after it, or a last line that was cut short when a run was killed,
+        are dropped when the file is opened for writing. Raises UserError for a line in the middle
+        that is no JSON.
         """
         if not self.path.exists():
             return
         for line, offset, raw in read_lines(self.path):
             if not raw.strip():
                 continue
-            whole = raw.endswith(b"\n")
-            record = whole and parse_line(self.path, line, raw)
-            if not whole or not wanted(record):
+            try:
+                record = parse_line(self.path, line, raw)
+            except UserError:
+                if raw.endswith(b"\n"):
+                    raise
+                record = None
+            if record is None or not wanted(record):
                 self.end = offset
                 return
             yield line, offset, record
@@ -194,6 +198,10 @@ class JsonlWriter:
         self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
         if self.end is not None:
             self.file.truncate(self.end)
+        if self.file.seek(0, os.SEEK_END):
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":  # a whole line without its end, as some editors leave it
+                self.file.write(b"\n")
 
     def append(self, *records, index=None):
         """Append records; `index` is the place of a single one in the order. Raises OSError."""
@@ -217,7 +225,7 @@ class JsonlWriter:
             for index, offset in enumerate(self.offsets):
                 if offset >= 0:
                     file.seek(offset)
-                    yield index, file.readline()
+                    yield index, file.readline().removesuffix(b"\n") + b"\n"
 
     def sort(self):
         """Write the file anew, in the order of the indices. Raises OSError."""
