@@ -11,6 +11,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
+import tiny
 from tiny import OF_FAMILY, PATCH, QWEN_TEMPLATE, ROPE, TEXT, VISION, byte_level_bpe, tiny_model
 
 # (family, whether head and embedding are tied, transformers_version, most tokens of a prompt)
@@ -138,60 +139,35 @@ def write_json(path, content):
 def config(family, tied, version, vocabulary, ids, tokens):
     """config.json: nested since Qwen3-VL; the older ones have the text's fields at the top."""
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
-    text = TEXT | {
-        "vocab_size": vocabulary,
-        "rope_theta": ROPE["rope_theta"],
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        **ends,
+    text = TEXT | ends | {"vocab_size": vocabulary, "rope_theta": ROPE["rope_theta"]}
+    text |= {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True}
+    whole = {
+        "architectures": [f"{tiny.CLASSES[family]}ForConditionalGeneration"],
+        "model_type": family,
     }
+    whole |= {"tie_word_embeddings": tied, "transformers_version": version, **tokens}
+    merge = {"spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision = VISION[family] | merge | {"patch_size": PATCH[family]}
     if family.startswith("qwen3"):
         own = {"attention_bias": False, "dtype": "bfloat16", "tie_word_embeddings": tied}
         text |= OF_FAMILY[family] | own | {"model_type": f"{family}_text"}
         if family == "qwen3_vl":
             text["rope_scaling"] = dict(text.pop("rope_parameters"))
             del text["rope_scaling"]["rope_theta"]
-            architecture = "Qwen3VL"
         else:
-            architecture = "Qwen3_5Moe" if family == "qwen3_5_moe" else "Qwen3_5"
             del text["rope_theta"], text["bos_token_id"]
             mtp = {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
             text |= {"attn_output_gate": True, "full_attention_interval": 4, **mtp}
             text |= {"mamba_ssm_dtype": "float32", "eos_token_id": ids["<|endoftext|>"]}
-        vision = {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "initializer_range": 0.02}
-        vision |= {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
-        return {
-            "architectures": [f"{architecture}ForConditionalGeneration"],
-            "model_type": family,
-            "text_config": text,
-            "tie_word_embeddings": tied,
-            "transformers_version": version,
-            "vision_config": vision | VISION[family] | {"model_type": family},
-            **tokens,
-        }
-    vision = {"in_chans": 3, "spatial_patch_size": 14} | VISION[family]
-    vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    if family == "qwen2_vl":
-        architecture = "Qwen2VLForConditionalGeneration"
-    else:
-        architecture = "Qwen2_5_VLForConditionalGeneration"
+        vision |= {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "initializer_range": 0.02}
+        return whole | {"text_config": text, "vision_config": vision | {"model_type": family}}
+    vision |= {"in_chans": 3, "spatial_patch_size": 14}
+    if family == "qwen2_5_vl":
         vision |= {"hidden_act": "silu", "tokens_per_second": 2}
-    return {
-        "architectures": [architecture],
-        **tokens,
-        "vision_token_id": ids["<|vision_pad|>"],
-        **text,
-        "max_window_layers": 2,
-        "model_type": family,
-        "sliding_window": 32768,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
-        "transformers_version": version,
-        "use_sliding_window": False,
-        "vision_config": vision,
-        "rope_scaling": {"type": "mrope", "mrope_section": ROPE["mrope_section"]},
-    }
+    text |= {"max_window_layers": 2, "sliding_window": 32768, "use_sliding_window": False}
+    text |= {"rope_scaling": {"type": "mrope", "mrope_section": ROPE["mrope_section"]}}
+    text |= {"torch_dtype": "bfloat16", "vision_token_id": ids["<|vision_pad|>"]}
+    return whole | text | {"vision_config": vision}
 
 
 def write_image_processor(folder, family):
