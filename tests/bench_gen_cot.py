@@ -51,9 +51,9 @@ def stages(posts, count=100):
 
     from PIL import Image
 
-    from gen_cot import PROMPT
+    from gen_cot import PROMPT, parse_args
     from support import images
-    from support.chat import chat_request
+    from support.client import chat_request
 
     def clock(name, step):
         started = time.thread_time()
@@ -72,7 +72,8 @@ def stages(posts, count=100):
     small = clock("scale it", lambda: image.resize((700, 532), Image.Resampling.BICUBIC))
     sent = clock("write it as JPEG", lambda: save(small))
     clock("base64", lambda: base64.b64encode(sent).decode())
-    request = chat_request("m", PROMPT, images.image_url(path, 512 * 28 * 28))
+    args = parse_args([str(posts), "--out", "unused", "--model", "m"])
+    request = chat_request(args, PROMPT, images.image_url(path, 512 * 28 * 28))
     clock("JSON", lambda: json.dumps(request, ensure_ascii=False).encode())
     print(f"  {path.stat().st_size / 1000:.0f} KB read, {len(sent) / 1000:.0f} KB sent")
 
