@@ -460,11 +460,11 @@ def main():
     started = time.monotonic()
     args = parse_args()
     check_args(args)
-    mend = (
+    hint = (
         "a smaller --micro-batch takes less and changes no result, python -m tools.memory "
         "estimates what other settings need; --resume continues from the last checkpoint"
     )
-    with Ranks(args.device, args.parallel) as ranks, out_of_memory(mend), ExitStack() as stack:
+    with Ranks(args.device, args.parallel) as ranks, out_of_memory(hint), ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, locked(Path(args.out) / "log.jsonl"))
         if args.train is None:
             use_club_world(args, ranks)

@@ -233,16 +233,16 @@ def test_a_full_gpu_is_told_in_a_line(world, tmp_path, monkeypatch, script):
         raise torch.OutOfMemoryError(f"{tried}. GPU 0 has a total capacity of 79.11 GiB.")
 
     if script == "train":
-        where, caller, mend = "train.TrainingStep.forward", "train", "a smaller --micro-batch"
+        where, caller, hint = "train.TrainingStep.forward", "train", "a smaller --micro-batch"
         files = ["--train", world / "train.jsonl", "--out", tmp_path / "run"]
     else:
         where, caller = "model.read_prompt", "read_prompts"
-        mend = "try a smaller --batch-size"
+        hint = "try a smaller --batch-size"
         files = ["--data", world / "test.jsonl", "--out", tmp_path / "preds.jsonl"]
     monkeypatch.setattr(where, full)
     arguments = words("--model", world / "toy", "--workers 0", *files)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    with pytest.raises(UserError, match=f"^{tried}; {mend}") as told:
+    with pytest.raises(UserError, match=f"^{tried}; {hint}") as told:
         importlib.import_module(script).main()
     (step,) = frames_of(told.value.__context__, caller)
     assert not step.f_locals, "what fills the memory is held by nobody"
