@@ -263,6 +263,16 @@ def parse_answer(output):
     return keyphrases, think or None
 
 
+def make_prediction(identity, output, tokens, cut):
+    """An answer as a line of predictions; with "cut" if it ran out of tokens.
+
+    {"id", "keyphrases", "think", "output": what the model wrote, "tokens": generated ones}
+    """
+    keyphrases, think = parse_answer(output)
+    prediction = {"id": identity, "keyphrases": keyphrases, "think": think}
+    return prediction | {"output": output, "tokens": tokens} | ({"cut": True} if cut else {})
+
+
 def failed_prediction(identity, error):
     """The prediction for a post that has none; `error` says why."""
     nothing = {"keyphrases": [], "think": None, "output": "", "tokens": 0}

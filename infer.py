@@ -174,10 +174,7 @@ async def ask(args, client, options, record, image):
     text = data.fill_prompt(options.prompt, text=record["text"].strip())
     url = await asyncio.to_thread(image_url, image, options.max_pixels) if image else None
     reply = await client.ask(chat_request(args, text, url, temperature=0))
-    keyphrases, think = data.parse_answer(reply.text)
-    prediction = {"id": record["id"], "keyphrases": keyphrases, "think": think}
-    prediction |= {"output": reply.text, "tokens": reply.tokens}
-    return prediction | {"cut": True} if reply.cut else prediction
+    return data.make_prediction(record["id"], reply.text, reply.tokens, reply.cut)
 
 
 def identity(args, folder):

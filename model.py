@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data import Encoder, failed_prediction, own_options, parse_answer
+from data import Encoder, failed_prediction, make_prediction, own_options
 from evaluate import UserError, plural
 from support.adapters import ADAPTER, adapter_config, inject_adapter, read_adapter
 from support.checkpoint import base_of, find_model, full_tensor
@@ -193,8 +193,7 @@ def read_prompts(model, batches, greedy):
 def predict(model, encoder, loader, think="auto", max_new_tokens=512):
     """Yield a prediction for every post of a `data.Loader` without answers, as they are made.
 
-    A prediction: {"id", "keyphrases", "think", "output", "tokens"}, with "cut" where the answer
-    ran out of tokens, and with "error" (and no keyphrases) where the image could not be read.
+    See `data.make_prediction`; where the image could not be read it has "error" and no keyphrases.
     """
     skipped = []
 
@@ -212,11 +211,8 @@ def predict(model, encoder, loader, think="auto", max_new_tokens=512):
 
     for identity, answer in write_answers(model, encoder, batches(), think, max_new_tokens):
         output, tokens, ended = answer
-        keyphrases, reasoning = parse_answer(output)
-        prediction = {"id": identity, "keyphrases": keyphrases, "think": reasoning}
-        prediction |= {"output": output, "tokens": tokens}
         yield from failures()
-        yield prediction if ended else prediction | {"cut": True}
+        yield make_prediction(identity, output, tokens, cut=not ended)
     yield from failures()
 
 

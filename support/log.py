@@ -36,7 +36,7 @@ class TrainingLog(contextlib.ExitStack):
             self.remember(line)
         if args.tensorboard:
             self.board = ranks.on_rank0(tensorboard_writer(), str(folder), purge_step=step + 1)
-        ranks.on_rank0(say_steps, args, folder, step, len(order))
+        ranks.on_rank0(say_steps, args, mode, folder, step, len(order))
         options = {"initial": step, "bar_format": WITHOUT_RATE, "disable": ranks.rank > 0}
         self.bar = progress(None, len(order), **options)
         for opened in filter(None, (*self.writers.values(), self.board)):
@@ -260,10 +260,10 @@ def say_output(out, done, failed=0):
     say("Writes", f"{out}: {', '.join(before)} before" if before else out)
 
 
-def say_steps(args, folder, step, total):
+def say_steps(args, mode, folder, step, total):
     """How a run trains from `step` on, and where it writes."""
     start = f", from step {step + 1:,} on" if step else ""
-    gamma = f", gamma {args.gamma}" if args.mode == "dynamic" else ""
+    gamma = f", gamma {args.gamma}" if mode.trains == "either" else ""
     posts, epochs = plural(args.batch_size, "post"), plural(args.epochs, "epoch")
     method = f"mode {args.mode}{gamma}, learning rate {args.lr:g}"
     say("Steps", f"{total:,} with {posts} each, {epochs}{start}; {method}")
