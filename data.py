@@ -43,8 +43,6 @@ MAX_LENGTH = 4096  # default, in tokens
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NOT_IN_KEYPHRASE = re.compile(r"[;；؛\n\r]|</?(?:think|answer)>", re.IGNORECASE)
-
-
 FIELD_TYPES = (
     ("text", str, "a string (empty if there is none)"),
     ("image", str | None, "one file name or null"),
@@ -102,11 +100,8 @@ def check_keyphrases(keyphrases, where):
 
 def wrong_keyphrase(where, phrase, kind, hint):
     """The UserError for a keyphrase that can't be used."""
-    what, hint = (
-        f"the keyphrase {shown(phrase)} {kind}",
-        f"{hint}, or let --map keyphrases=keyphrases do so",
-    )
-    return problem(where, f"a keyphrase {kind}", hint, what)
+    hint = f"{hint}, or let --map keyphrases=keyphrases do so"
+    return problem(where, f"a keyphrase {kind}", hint, f"the keyphrase {shown(phrase)} {kind}")
 
 
 class Posts(IndexedLines):
