@@ -172,15 +172,15 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tmp_path, capsys):
     assert "1 request to come (3 posts done" in capsys.readouterr().out
 
 
-def python(*arguments, cwd, **environment):
-    """Start gen_cot.py as a process, which minds Ctrl-C even where this one ignores it."""
+def python(*arguments, cwd, script="gen_cot.py", **environment):
+    """Start a script as a process, which minds Ctrl-C even where this one ignores it."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in ("OPENAI_API_KEY", "HF_TOKEN")
     }
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "gen_cot.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
         text=True,
         stdout=subprocess.PIPE,

@@ -3,13 +3,10 @@
 import base64
 import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -22,11 +19,9 @@ from evaluate import UserError, read_predictions
 from server import HANG, Server, completion, error, text_of, write_posts
 from support import images
 from support.jsonl import to_line
-from test_gen_cot import ids, lines, no_keys, number  # noqa: F401
+from test_gen_cot import ids, lines, no_keys, number, python  # noqa: F401
 from test_gen_cot_runs import wait_for
 from tiny import generate
-
-ROOT = Path(__file__).parent.parent
 
 
 def served(posts, server, *options, out="preds.jsonl", model="toy"):
@@ -271,27 +266,13 @@ def test_thinking_cant_be_forced_on_a_server(think, capsys):
     assert f"--think {think} needs the model here" in capsys.readouterr().err
 
 
-def python(*arguments, cwd):
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("OPENAI_API_KEY", "HF_TOKEN")
-    }
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)],
-        cwd=cwd,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=kept | {"HF_TOKEN": "hf_own"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+infer_process = partial(python, script="infer.py", HF_TOKEN="hf_own")
 
 
 def test_one_post_as_a_process(tmp_path):
     write_posts(tmp_path, 1)
     with Server(reply_with("<think>It is blue.</think><answer>flower; blue</answer>")) as server:
-        process = python(
+        process = infer_process(
             "1.jpg", "hello {text}", "--base-url", server.url, "--model", "m", cwd=tmp_path
         )
         shown, told = process.communicate(timeout=60)
@@ -301,7 +282,9 @@ def test_one_post_as_a_process(tmp_path):
         server.log[0][:2]
     )
     with Server(lambda *_: error(400, "context too long")) as server:
-        process = python("none", "hello", "--base-url", server.url, "--model", "m", cwd=tmp_path)
+        process = infer_process(
+            "none", "hello", "--base-url", server.url, "--model", "m", cwd=tmp_path
+        )
         shown, told = process.communicate(timeout=60)
     assert (process.returncode, shown) == (1, "") and told == (
         f"error: {server.url}/chat/completions: refused: 400 context too long\n"
@@ -323,7 +306,7 @@ def test_stopped_and_continued(tmp_path):
             "--model",
             "m",
         ]
-        process = python(*arguments, cwd=tmp_path)
+        process = infer_process(*arguments, cwd=tmp_path)
         wait_for(lambda: len(server.log) == 18 and len(lines(tmp_path / "preds.jsonl")) == 10)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
