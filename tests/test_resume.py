@@ -240,12 +240,13 @@ def test_resuming_from_a_damaged_file(train_on, name, told):
 
 
 HOLDER = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, time
 from support.jsonl import locked
+def work():
+    print(os.getpid(), flush=True)  # printed by the worker: by now it has let go of the lock
+    time.sleep(60)
 with locked(sys.argv[1]):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-    child.start()
-    print(child.pid, flush=True)
+    multiprocessing.get_context("fork").Process(target=work).start()
     time.sleep(60)
 """
 
