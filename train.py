@@ -76,12 +76,9 @@ def add_run_options(add):
     add("--out", default="out/run", help="the run's folder")
     add("--resume", action="store_true", help="continue the run in --out where it stopped")
     add("--force", action="store_true", help="resume although settings or posts have changed")
-    every_help = "also save every N steps; 0: only after each epoch and at the end"
-    add("--save-every", metavar="N", type=non_negative_int, default=0, help=every_help)
-    keep_help = "keep the newest K checkpoints, and the best"
-    add("--keep", metavar="K", type=positive_int, default=1, help=keep_help)
-    choices_help = "write L(y_s) and the choice of each sample to choices.jsonl"
-    add("--log-choices", action="store_true", help=choices_help)
+    add("--save-every", type=non_negative_int, default=0, help="save every N steps, too")
+    add("--keep", metavar="K", type=positive_int, default=1, help="keep the newest K, and the best")
+    add("--log-choices", action="store_true", help="write each sample's L(y_s) to choices.jsonl")
     add("--tensorboard", action="store_true", help="also log for TensorBoard (needs tensorboard)")
 
 
@@ -89,29 +86,21 @@ def add_training_options(add):
     docs = {name: mode.losses.__doc__.splitlines()[0] for name, mode in MODES.items()}
     mode_help = " ".join(f"{name}: {doc}" for name, doc in docs.items())
     add("--mode", choices=list(MODES), default="dynamic", help=mode_help)
-    gamma_help = "a sample whose plain answer has a loss below this is taught to reason"
-    add("--gamma", type=number_or_inf, default=0.4, help=gamma_help)
-    epochs_help = "passes over the posts, such as 5 or 2.5; one step at least"
-    add("--epochs", type=positive_number, default=5, help=epochs_help)
+    add("--gamma", type=number_or_inf, default=0.4, help="reason where L(y_s) is below this")
+    add("--epochs", type=positive_number, default=5, help="passes over the posts, such as 2.5")
     add("--batch-size", type=positive_int, default=32, help="posts per step, over all GPUs")
     add("--lr", type=positive_number, default=5e-5, help="peak learning rate")
-    warmup_help = "share of the steps with a rising learning rate"
-    add("--warmup", type=fraction, default=0.03, help=warmup_help)
-    final_help = "share of the peak left at the cosine's end"
-    add("--final-lr", type=fraction, default=0.02, help=final_help)
-    decay_help = "weight decay of AdamW, for matrices only"
-    add("--weight-decay", type=non_negative_number, default=0.01, help=decay_help)
+    add("--warmup", type=fraction, default=0.03, help="share of the steps with a rising rate")
+    add("--final-lr", type=fraction, default=0.02, help="share of the peak at the cosine's end")
+    add("--weight-decay", type=non_negative_number, default=0.01, help="AdamW's, for matrices")
     below_1 = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
     add("--beta2", type=below_1, default=0.98, help="second beta of AdamW")
-    clip_help = "maximum gradient norm; 0: no clipping"
-    add("--clip", type=number_or_inf, default=1.0, help=clip_help)
-    seed_help = "sets the order of the posts, the club world and the toy model"
-    add("--seed", type=non_negative_int, default=0, help=seed_help)
+    add("--clip", type=number_or_inf, default=1.0, help="maximum gradient norm; 0: no clipping")
+    add("--seed", type=non_negative_int, default=0, help="seeds order, dropout and club world")
 
 
 def add_memory_options(add):
-    micro_help = "posts in one forward pass; affects memory and speed, not the result"
-    add("--micro-batch", type=positive_int, default=4, help=micro_help)
+    add("--micro-batch", type=positive_int, default=4, help="posts in one pass; a matter of memory")
     checkpointing_help = "less memory, more time: the literal step, activations recomputed"
     add("--gradient-checkpointing", action="store_true", help=checkpointing_help)
     freeze_help = "train the language model only; the default with --lora"
@@ -324,15 +313,10 @@ def check_reasoning(posts, mode):
         )
 
 
-def find_source(model, folder):
-    """The folder to read the model from: the last checkpoint's where a run is resumed."""
-    last = folder / "last"
-    return find_model(str(last) if last.is_file() else model)
-
-
 def build_model(args, folder, ranks):
     """(model, encoder, folder it was read from, the training step as a module of all ranks)."""
-    source = ranks.from_rank0(find_source, args.model, folder)
+    last = folder / "last"  # of a run that is resumed
+    source = ranks.from_rank0(find_model, str(last) if last.is_file() else args.model)
     options = ranks.from_rank0(data.resolve_options, args, source)
     name = source if is_local(args.model) else args.model
     ranks.info(f"loading {name} …")
@@ -346,9 +330,7 @@ def build_model(args, folder, ranks):
     ranks.on_all_ranks(freeze, model, args)
     model.train()
     if args.gradient_checkpointing:
-        renamed = hasattr(model, "activation_checkpointing_enable")  # in newer transformers
-        name = "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable"
-        getattr(model, name)({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     training_step = ranks.wrap_model(TrainingStep(model, args.mode, args.gamma))
     ranks.on_rank0(say_model, name, model, ranks)
     return model, encoder, source, training_step
@@ -432,28 +414,15 @@ def report(model, encoder, folder, posts, args, ranks):
     return 1 if unreadable else 0
 
 
-def use_club_world(args, ranks):
-    """Write the embedded world and its toy model beside the run, and train on them."""
-    ranks.info(f"No --train given: the club world (seed {args.seed}), written beside {args.out}")
-    vars(args).update(ranks.from_rank0(write_beside, args.out, args.seed))
-
-
 def check_args(args):
     """Raise UserError for settings that don't go together, or that need a missing package."""
     if args.lora:
         need_peft()
     if args.tensorboard:
         tensorboard_writer()
-    if args.train is None and (args.model or args.valid or args.test):
-        raise UserError(
-            "--train is missing: name the posts to train on, or leave out --model, --valid and "
-            "--test too for the club world"
-        )
-    if args.train is not None and args.model is None:
-        raise UserError(
-            "--model is missing: a folder or hub name of a Qwen-VL model, such as "
-            "Qwen/Qwen2.5-VL-3B-Instruct"
-        )
+    for name, other in (("model", "train"), ("train", "model")):
+        if not getattr(args, name) and (getattr(args, other) or args.valid or args.test):
+            raise UserError(f"--{name} is missing; without any files it would be the club world")
 
 
 def main():
@@ -467,7 +436,8 @@ def main():
     with Ranks(args.device, args.parallel) as ranks, out_of_memory(hint), ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, locked(Path(args.out) / "log.jsonl"))
         if args.train is None:
-            use_club_world(args, ranks)
+            ranks.info(f"No --train given: the club world {args.seed}, written beside {args.out}")
+            vars(args).update(ranks.from_rank0(write_beside, args.out, args.seed))
         test = ranks.from_rank0(data.Posts, args.test, True, args.map) if args.test else None
         model, encoder, folder = train(args, ranks)
         code = report(model, encoder, folder, test, args, ranks) if test else 0

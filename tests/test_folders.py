@@ -158,7 +158,7 @@ def test_a_rank_takes_the_first_ranks_word_for_what_is_on_the_disk(world, tmp_pa
     files = ["--train", world / "train.jsonl", "--model", tmp_path / "nowhere", "--resume"]
     args = train.parse_args(words(*files, "--out", tmp_path / "run"))
     posts, encoder = Posts(world / "train.jsonl", for_training=True), object()
-    found = {"Posts": posts, "is_file": True, "find_source": world / "toy", "tuple": (encoder,)}
+    found = {"Posts": posts, "is_file": True, "find_model": world / "toy", "tuple": (encoder,)}
     ranks = Second(found | {"resolve_options": EncoderOptions()})
     assert train.open_files(args, ranks) == (posts, None, tmp_path / "run")
     _, received, source, _ = train.build_model(args, tmp_path / "run", ranks)
