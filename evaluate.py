@@ -12,10 +12,12 @@ This file needs only numpy and also works when it is copied elsewhere.
 
 import argparse
 import gc
+import html
 import io
 import json
 import os
 import re
+import string
 import sys
 import unicodedata
 from functools import cache
@@ -113,13 +115,23 @@ def parse_line(path, number, raw):
     """The JSON object in a line (bytes) of a JSONL file, as a dict. Raises UserError."""
     text, where = decode(path, number, raw), f"{path} line {number}"
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=without_doubles)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where}: not a line of JSON ({error}); one whole JSON object a line is needed"
         ) from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON object is needed, not {shown(record)}")
+    return record
+
+
+def without_doubles(pairs):
+    """A JSON object as a dict. Raises ValueError where a field is there twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in record if names.count(name) > 1)
+        raise ValueError(f"the field {shown(twice)} is there twice")
     return record
 
 
@@ -153,7 +165,7 @@ def read_rows(path):
 
 
 def required(where, record, field):
-    """A field that must be a string, or a list of strings (keyphrases). Raises UserError."""
+    """A field: a string (an id in canonical form), or keyphrases, a list. Raises UserError."""
     value = record.get(field)
     if field == "keyphrases":
         kind = "list of strings"
@@ -162,7 +174,7 @@ def required(where, record, field):
         kind, right = "string", isinstance(value, str)
     if not right:
         raise UserError(f"{where}: the field {field!r} must be a {kind}, not {shown(value)}")
-    return value
+    return canonical(value) if field == "id" else value
 
 
 def parse_cmkp(path, number, line):
@@ -292,15 +304,48 @@ CJK = re.compile(
 )
 
 
-def normalize(phrase):
-    """A phrase's or text's words as they are compared: a tuple of lower-case stems.
+def characters(*categories):
+    """All characters of these Unicode categories, as a string."""
+    return "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c) in categories)
 
-    Words are separated by white space; a Chinese or Japanese character is a word of its own.
-    Letters with accents match the same letters with combining accents.
+
+# What a word of raw text loses at its edges: there `#foxes,` is the word foxes.
+QUOTES = "\"'`´＂＇" + characters("Pi", "Pf")
+LEFT = "#＃¿¡" + QUOTES + characters("Ps")
+RIGHT = ".,;:!?…。．｡，､、；：！？‼⁇⁈⁉،؛؟۔।॥։።፣፤፧၊။។" + QUOTES + characters("Pe")
+SIGNS = string.punctuation + LEFT + RIGHT
+
+
+def canonical(text):
+    """`text` in the one form in which strings are compared: NFC, with single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def normalize(phrase):
+    """The words of raw text or of a phrase as they are compared: a tuple of lower-case stems.
+
+    Words are separated by white space and lose the punctuation around them; a Chinese or Japanese
+    character is a word of its own. HTML's entities are the characters that they stand for.
     """
-    if not phrase.isascii():
-        phrase = CJK.sub(r" \1 ", unicodedata.normalize("NFC", phrase))
-    return tuple(map(stem, phrase.lower().split()))
+    words = map(bare, canonical(html.unescape(phrase)).lower().split())
+    return tuple(stem(bare(word)) for word in CJK.sub(r" \1 ", " ".join(words)).split())
+
+
+@cache
+def bare(word):
+    """`word` without the punctuation around it; a word of nothing but signs stays itself."""
+    core = word.lstrip(LEFT).rstrip(RIGHT)
+    return core if core.strip(SIGNS) else word
+
+
+def normalize_cmkp(phrase):
+    """The same for CMKP's text files, where punctuation stands apart: no word loses any."""
+    return tuple(map(stem, CJK.sub(r" \1 ", canonical(phrase)).lower().split()))
+
+
+def words_of(posts):
+    """The function for the words of these posts: `normalize`, or CMKP's own for its text."""
+    return normalize_cmkp if "address" in posts[0] else normalize
 
 
 # Porter's conditions see a word as consonants and vowels. A `y` after a consonant is a vowel, any
@@ -416,25 +461,26 @@ class Part(NamedTuple):
     values: object  # (N, 14) float: P and R at 1, 3, 5 and M, then AP and NDCG at 1, 3 and 5
 
 
-def statistics(predictions, references, train=None):
+def statistics(predictions, references, train=None, words=normalize):
     """What each post contributes to the scores: a dict from class name to Part.
 
     A keyphrase is present if its words stand side by side in the post's text, else absent; seen if
     it is in `train`, the training data's keyphrases, else unseen. References and predictions are
-    filtered to a class before they are compared. Raises ValueError if the lengths differ.
+    filtered to a class before they are compared. `words` gives the words that are compared. Raises
+    ValueError if the lengths differ.
     """
     import numpy as np
 
-    known = {normalize(phrase) for phrase in train or ()}
+    known = {words(phrase) for phrase in train or ()}
     guesses, answers = [], []  # a row per phrase: its post; whether it is correct, present, seen
     for post, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         # Words contain no spaces: with spaces around both, words side by side are a substring.
-        text = f" {' '.join(normalize(reference['text']))} "
-        wanted = dict.fromkeys(map(normalize, reference["keyphrases"]))
+        text = f" {' '.join(words(reference['text']))} "
+        wanted = dict.fromkeys(map(words, reference["keyphrases"]))
         wanted.pop((), None)
         for phrase in wanted:
             answers.append((post, True, f" {' '.join(phrase)} " in text, phrase in known))
-        for phrase in dict.fromkeys(map(normalize, prediction["keyphrases"])):
+        for phrase in dict.fromkeys(map(words, prediction["keyphrases"])):
             # An empty phrase is kept: a prediction that is wrong, absent and unseen.
             if INVALID_WORDS.isdisjoint(phrase):
                 present = bool(phrase) and f" {' '.join(phrase)} " in text
@@ -509,7 +555,7 @@ def figures(means):
     return np.concatenate([precision, recall, f1, ranking], axis=-1)
 
 
-def score(predictions, references, train=None):
+def score(predictions, references, train=None, words=normalize):
     """Scores of aligned predictions and references: {"posts": n, "all": {"F1@1": …}, "present": …}.
 
     Predictions are dicts with "keyphrases" and optionally "think" and "tokens", references dicts
@@ -517,7 +563,7 @@ def score(predictions, references, train=None):
     unseen and absent_unseen. A class has "posts" and "keyphrases" (counts), MEASURES (fractions, 0
     without posts) and, if predictions have the fields, "tokens" (mean) and "reasoned" (share).
     """
-    return describe(statistics(predictions, references, train), predictions)
+    return describe(statistics(predictions, references, train, words), predictions)
 
 
 def reasoned(prediction):
@@ -713,7 +759,8 @@ def main():
             print(f"{path}: {plural(failed, 'post')} failed, scored as wrong", file=sys.stderr)
         systems.append(align(predictions, references, args.allow_missing, names))
     train = list(train_keyphrases(args.train)) if args.train else None
-    parts = [statistics(system, references, train) for system in systems]
+    words = words_of(references)
+    parts = [statistics(system, references, train, words) for system in systems]
     scores, *others = map(describe, parts, systems)
 
     posts, rounds = len(references), args.bootstrap or (ROUNDS if args.against else 0)
