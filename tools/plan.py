@@ -146,12 +146,6 @@ class Plan:
         self.lengths = Lengths(*given) if given else measured_lengths(args, posts, self.model)
         self.flops = Flops(self.model)
 
-    def posts(self):
-        """Comments on the posts: how many, and how long."""
-        average = ", ".join(f"{value:.0f} {name}" for name, value in vars(self.lengths).items())
-        yield f"# {plural(self.train_posts, 'post')} to train on, {self.test_posts:,} to predict"
-        yield f"# tokens of an average post: {average}"
-
     def teacher(self, out):
         """The reasoning of the posts that have none, written to the file `out`."""
         paper, prices = self.args.paper_data, self.args.price or (0, 0)
@@ -213,7 +207,9 @@ class Plan:
 def commands(args, cells):
     """The lines of a shell script that does the whole study; what they cost stands in comments."""
     plan, trained = Plan(args), [cell for cell in cells if cell.mode != "zero-shot"]
-    yield from plan.posts()
+    average = ", ".join(f"{value:.0f} {name}" for name, value in vars(plan.lengths).items())
+    yield f"# {plural(plan.train_posts, 'post')} to train on, {plan.test_posts:,} to predict"
+    yield f"# tokens of an average post: {average}"
     if plan.missing and any(cell.cot_share(1) for cell in trained):
         out = f"{Path(args.train).with_suffix('')}_cot.jsonl"
         yield from plan.teacher(out)
