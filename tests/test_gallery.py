@@ -303,9 +303,8 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     for arguments, message in (
         ([one, posts], "no prediction for 1 of 2 posts .*--allow-missing"),
         ([preds, posts], "test.jsonl line 2 .id 2.: the field 'image'"),
-        ([one, good, "--out", good], "good.jsonl: one of the files to read"),
-        ([one, good, "--out", tmp_path], "a folder; --out"),
-        ([one, good, "--out", good / "x.html"], "can't be written"),
+        ([one, good, "--out", good], "good.jsonl: would replace a file to read"),
+        ([one, good, "--out", tmp_path], "can't be written .Is a directory.; choose another"),
     ):
         with pytest.raises(UserError, match=message):
             run(monkeypatch, *arguments)

@@ -451,7 +451,10 @@ def check_args(args):
     # evaluate.py reads our field names only.
     own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume", "--map"}
     if taken := own.intersection(setting.partition("=")[0] for setting in args.settings):
-        raise UserError(f"{min(taken)} can't stand after --: rows have their own, posts our names")
+        raise UserError(
+            f"{min(taken)} can't stand after --: the study sets it for each row, and its posts "
+            "have our field names"
+        )
     if args.at_once > 1:  # else threads of one run would wait for those of another
         threads = max(1, (os.cpu_count() or 1) // args.at_once)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
