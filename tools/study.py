@@ -283,7 +283,7 @@ def plot_gamma(found, path):
     gammas = sorted(gamma for gamma in found if gamma < math.inf)
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(gammas, [found[gamma][2] for gamma in gammas], label="exp(−gamma · n)")
+    axes.plot(gammas, [found[gamma][2] for gamma in gammas], "x:", label="exp(−gamma · n)")
     axes.plot(gammas, [found[gamma][1] for gamma in gammas], "o", label="p(direct answer)")
     axes.set(xlabel="gamma", ylim=(0, 1.03))
     axes.legend(frameon=False)
