@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,24 @@ def scripts(monkeypatch):
 def run_study(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["study", *arguments])
     study.main()
+
+
+def test_sigterm_reaches_the_script_which_saves_before_the_study_leaves(tmp_path):
+    code = """if True:
+        import os, signal, sys, time
+        def save(*_):
+            time.sleep(0.3)
+            sys.exit(open(sys.argv[2], "w").close())
+        signal.signal(signal.SIGTERM, save)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)"""
+    before = signal.signal(signal.SIGTERM, study.stop)
+    try:
+        with pytest.raises(SystemExit):
+            study.execute("x.py", [tmp_path / "saved"], shlex.join([sys.executable, "-c", code]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "saved").exists() and not study.running
 
 
 def planned(monkeypatch, capsys, arguments):
