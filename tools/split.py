@@ -134,10 +134,10 @@ class HoldOut:
     def split(self, overlap):
         """The split with the most keyphrases held out whose overlap is not below `overlap`."""
         enough, too_many = 0, self.can_be_held + 1
-        side, _ = self.deal_evenly(0)
+        side, _ = self.deal(0)
         while too_many - enough > 1:
             held = (enough + too_many) // 2
-            dealt = self.deal_evenly(held)
+            dealt = self.deal(held)
             if dealt is None or dealt[1] < overlap:
                 too_many = held
             else:
@@ -145,38 +145,29 @@ class HoldOut:
         fill(side, self.groups.size, self.fillers.tolist(), self.sizes)
         return side
 
-    def deal_evenly(self, held):
-        """(split, overlap) in which test and valid have about the same overlap.
+    def deal(self, held):
+        """(split, overlap) with `held` keyphrases held out; the overlap of test and valid is alike.
 
-        None where they have no room for the posts of `held` keyphrases.
+        None where they have no room for the posts of these keyphrases.
         """
-        low, high = 0 if self.sizes[VALID] else 1, 1  # bounds of the share of posts in test
-        found = None
+        size, found = self.groups.size, None
+        low, high = 0 if self.sizes[VALID] else 1, 1  # bounds of test's share of these posts
         for _ in range(10):
             to_test = (low + high) / 2
-            side, beyond = self.deal(held, to_test)
+            side = (self.first < held) * (VALID + (self.dice < to_test))  # TRAIN is 0
+            room = [self.sizes[which] - size[side == which].sum() for which in SIDES]
+            for which in (TEST, VALID):
+                rest = self.fillers[side[self.fillers] == TRAIN]
+                side[rest[size[rest].cumsum() <= room[which]]] = which
             count = self.groups.count(side)
             of_test, of_valid = overlap_of(count, TEST), overlap_of(count, VALID)
-            if max(beyond[VALID], beyond[TEST]) <= 0:
+            if min(room[VALID], room[TEST]) >= 0:
                 found = side, max(of_test, of_valid)
-            if beyond[VALID] > 0 or beyond[TEST] <= 0 and of_test > of_valid:
+            if room[VALID] < 0 or room[TEST] >= 0 and of_test > of_valid:
                 low = to_test
             else:
                 high = to_test
         return found
-
-    def deal(self, held, to_test):
-        """(split, posts beyond each side's size) with `held` keyphrases held out.
-
-        The share `to_test` of their posts is in test, the others in valid.
-        """
-        size = self.groups.size
-        side = (self.first < held) * (VALID + (self.dice < to_test))  # 0 is TRAIN, VALID + 1 TEST
-        beyond = [int(size[side == which].sum()) - self.sizes[which] for which in SIDES]
-        for which in (TEST, VALID):
-            rest = self.fillers[side[self.fillers] == TRAIN]
-            side[rest[size[rest].cumsum() <= -beyond[which]]] = which
-        return side, beyond
 
 
 def means(sums):
