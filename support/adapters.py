@@ -1,6 +1,6 @@
 """LoRA adapters, through the optional package peft."""
 
-from evaluate import UserError, plural
+from evaluate import UserError
 from support.console import read_json, reading
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,13 +56,11 @@ def inject_adapter(model, config):
 
 def base_name(folder):
     """The name of the model that an adapter's folder was made for. Raises UserError."""
-    file = folder / ADAPTER
-    config = read_json(file)
+    config = read_json(folder / ADAPTER)
     name = config.get("base_model_name_or_path")
-    other = [key for key in MORE_THAN_LORA if config.get(key)]
-    if config.get("peft_type") != "LORA" or not name or other:
+    if config.get("peft_type") != "LORA" or not name or any(map(config.get, MORE_THAN_LORA)):
         needs = "must be a LoRA adapter with a base_model_name_or_path and without"
-        raise UserError(f"{file}: {needs} {', '.join(MORE_THAN_LORA)}")
+        raise UserError(f"{folder / ADAPTER}: {needs} {', '.join(MORE_THAN_LORA)}")
     return name
 
 
@@ -82,10 +80,9 @@ def read_adapter(folder, model, weights=True):
             if tied and any("embed_tokens" in name or "lm_head" in name for name in saved):
                 raise ValueError("it adapts lm_head or embed_tokens, which are tied: one tensor")
             report = set_peft_model_state_dict(model, saved)
-            wrong = {name for name in report.missing_keys if "lora_" in name}
-            if wrong := wrong.union(report.unexpected_keys):
-                number = plural(len(wrong), "weight")
-                raise ValueError(f"{number} missing or without a place in the base: {min(wrong)}")
+            missing = [name for name in report.missing_keys if "lora_" in name]
+            if wrong := [*missing, *report.unexpected_keys]:
+                raise ValueError(f"a weight is missing or has no place in the base: {wrong[0]}")
     return model.eval()
 
 

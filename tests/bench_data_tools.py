@@ -44,33 +44,31 @@ def write_posts(path, posts, seed=0):
             file.write(json.dumps(record) + "\n")
 
 
-def measure(*arguments, code=("-m", "tools.dataset")):
+def measure(name, *command):
+    """Print the wall time and peak memory of a Python process."""
     start = time.perf_counter()
-    command = [sys.executable, *code, *map(str, arguments)]
-    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=ROOT, **nowhere)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{' '.join(command)} failed")
-    words = " ".join(str(argument) for argument in arguments if not isinstance(argument, Path))
+        sys.exit(f"{name} failed")
     seconds = time.perf_counter() - start
-    print(
-        f"{words or 'open':60} {seconds:6.1f} s  {usage.ru_maxrss / 1e6:5.2f} GB",
-        flush=True,
-    )
+    print(f"{name:20} {seconds:6.1f} s  {usage.ru_maxrss / 1e6:5.2f} GB", flush=True)
 
 
 def main():
     posts = int(sys.argv[1]) if sys.argv[1:] else 330_000
+    tool = "-m", "tools.dataset"
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "posts.jsonl", Path(folder) / "split"
         write_posts(path, posts)
-        measure(path, code=("-c", READ_POSTS))
-        sizes = "--test", posts // 10, "--valid", posts // 10
+        measure("open", "-c", READ_POSTS, path)
+        split = *tool, "split", path, "--out", out, "--test", posts // 10, "--valid", posts // 10
         for overlap in (0.4492, 0.8):
-            measure("split", path, "--overlap", overlap, *sizes, "--out", out)
-        measure("stats", out / "train.jsonl", out / "test.jsonl")
-        measure("check", path)
+            measure(f"split to {overlap:.2%}", *split, "--overlap", overlap)
+        measure("stats", *tool, "stats", out / "train.jsonl", out / "test.jsonl")
+        measure("check", *tool, "check", path)
 
 
 if __name__ == "__main__":

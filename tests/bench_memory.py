@@ -1,11 +1,10 @@
 """The memory of a training step, measured on a CPU, beside what tools/memory.py says. By hand:
 
-    python tests/bench_memory.py            # small models; the cases with an adapter need peft
-    python tests/bench_memory.py --real     # only estimates: docs/scaling.md's table
+    python tests/bench_memory.py        # the cases with an adapter need peft
 
 A tensor counts from the operation that makes it until nothing refers to it. The second step is
 measured: in it the optimizer has its state. What an operation takes internally is not counted.
-bf16 is the CPU's autocast.
+bf16 (--device cuda) is the CPU's autocast.
 """
 
 import argparse
@@ -22,54 +21,36 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from model import empty_model  # noqa: E402
-from support.adapters import add_adapter  # noqa: E402
 from support.console import HelpFormatter  # noqa: E402
 from tiny import TOKENS, batch_of, random_posts  # noqa: E402
 from tools import memory  # noqa: E402
-from train import TrainingStep  # noqa: E402
+from train import TrainingStep, freeze  # noqa: E402
 
-
-def read_shapes(text):
-    """{shape: {setting of a config: value}} of a table with a column for each shape."""
-    names, *rows = map(str.split, text.strip().splitlines())
-    columns = zip(*([int(value) for value in values] for _, *values in rows), strict=True)
-    settings = [setting for setting, *_ in rows]
-    return {
-        name: dict(zip(settings, column, strict=True))
-        for name, column in zip(names, columns, strict=True)
-    }
-
-
-TEXTS = read_shapes("""
-                     wide  long  wordy
-hidden_size           256    64     96
-num_hidden_layers       2     6      3
-num_attention_heads     4     4      4
-num_key_value_heads     2     1      2
-intermediate_size     704   176    264
-vocab_size           2000   500  12000
-""")
-VISIONS = read_shapes("""
-                     wide  long  wordy
-hidden_size            96    64     64
-depth                   3     4      2
-num_heads               4     4      4
-intermediate_size     288   192    192
-""")
-REAL = {size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B")}
-CASES = [
-    dict(),
-    dict(passes=1),
-    dict(bf16=True),
-    dict(share_prompt=False),
-    dict(checkpointing=True),
-    dict(checkpointing=True, bf16=True),
-    dict(freeze_vision=True),
-    dict(rank=8, freeze_vision=True),
-    dict(rank=8, freeze_vision=True, bf16=True),
-    dict(rank=8, freeze_vision=True, checkpointing=True),
+TEXT_SIZES = """
+    hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+    vocab_size
+""".split()
+VISION_SIZES = "hidden_size depth num_heads intermediate_size".split()
+SHAPES = {
+    "wide": ((256, 2, 4, 2, 704, 2000), (96, 3, 4, 288)),
+    "long": ((64, 6, 4, 1, 176, 500), (64, 4, 4, 192)),
+    "wordy": ((96, 3, 4, 2, 264, 12000), (64, 2, 4, 192)),
+}
+CASES = [  # settings of train.py
+    "",
+    "--batch-size 3",
+    "--device cuda",
+    "--mode cot",
+    "--gradient-checkpointing",
+    "--gradient-checkpointing --device cuda",
+    "--freeze-vision",
+    "--lora 8",
+    "--lora 8 --device cuda",
+    "--lora 8 --gradient-checkpointing",
 ]
 POSTS, GRID, TEXT, ANSWER = 3, (8, 12), 40, 30
+SIZES = f"--micro-batch {POSTS} --batch-size {2 * POSTS} --lengths {TEXT - 2} {ANSWER}"
+SIZES += f" --max-pixels {GRID[0] * GRID[1] * 14**2} --device cpu --model base"
 
 
 class Live(TorchDispatchMode):
@@ -101,7 +82,9 @@ class Live(TorchDispatchMode):
 
 
 def config(name):
-    text, vision, tied = TEXTS[name], VISIONS[name], name != "wordy"
+    text = dict(zip(TEXT_SIZES, SHAPES[name][0], strict=True))
+    vision = dict(zip(VISION_SIZES, SHAPES[name][1], strict=True))
+    tied = name != "wordy"
     half = text["hidden_size"] // text["num_attention_heads"] // 2
     mrope = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope}
@@ -118,41 +101,20 @@ def config(name):
     )
 
 
-# docs/scaling.md's table: model, GPUs, flags.
-ROWS = [
-    (model, gpus, flags)
-    for model in REAL
-    for gpus, flags in (
-        (1, "--lora 16 --gradient-checkpointing --micro-batch 1"),
-        (1, "--lora 16 --micro-batch 1"),
-        (1, "--lora 16 --gradient-checkpointing --micro-batch 4"),
-        (1, "--lora 16 --micro-batch 4"),
-        (1, "--freeze-vision --gradient-checkpointing --micro-batch 4"),
-        (1, "--gradient-checkpointing --micro-batch 4"),
-        (1, "--micro-batch 4"),
-        (8, "--parallel fsdp --micro-batch 4"),
-        (8, "--parallel fsdp --gradient-checkpointing --micro-batch 4"),
-    )
-]
-
-
-def measured(name, settings):
-    """Bytes at the peak of a step, with the settings of a memory.Step; every post reasons."""
-    bf16, rank, freeze_vision = settings.bf16, settings.rank, settings.freeze_vision
-    checkpointing, mode = settings.checkpointing, "dynamic" if settings.share_prompt else "cot"
+def measured(name, args):
+    """Bytes at the peak of a step with train.py's settings; every post reasons."""
+    bf16 = args.device != "cpu"
     torch.manual_seed(0)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config(name))
-    if rank:
-        model.to(torch.bfloat16 if bf16 else torch.float32)
-        add_adapter(model, rank, "base", not freeze_vision)
-    elif freeze_vision:
-        model.model.visual.requires_grad_(False)
+    if args.lora and bf16:
+        model.to(torch.bfloat16)
+    freeze(model, args)
     model.train()
-    if checkpointing:
+    if args.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
             {"use_reentrant": False}
         )
-    step = TrainingStep(model, mode, float("inf"))
+    step = TrainingStep(model, args.mode, float("inf"))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     posts = random_posts(
@@ -165,7 +127,7 @@ def measured(name, settings):
             live.take(tensor.detach())
         for _ in range(2):
             live.peak = live.now
-            for _ in range(settings.passes):
+            for _ in range(args.batch_size // POSTS):
                 batch = batch_of(posts)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     loss = step(batch)[0]
@@ -179,35 +141,20 @@ def measured(name, settings):
 
 def compare(names, cases):
     for name in names:
+        model = empty_model(config(name), device="meta")
         for case in cases:
-            shape = (POSTS, GRID[0] * GRID[1] // 4, TEXT - 2, ANSWER)
-            step = memory.Step(*shape, **{"bf16": False} | case)
-            estimated = memory.step_memory(empty_model(config(name), device="meta"), step)["peak"]
-            peaks = {"measured": measured(name, step), "estimated": round(estimated)}
-            yield {"shape": name, **case, **peaks}
-
-
-def real():
-    parts = "weights gradients optimizer copies activations logits peak".split()
-    print("| " + " | ".join(["model", "GPUs", "flags", *parts, "fits"]) + " |")
-    print("|---" * (len(parts) + 4) + "|")
-    for name, gpus, flags in ROWS:
-        args = memory.parse_args([*flags.split(), "--gpus", str(gpus)])
-        needs = memory.estimate(memory.read_model(REAL[name])[0], args, 80)
-        fits = [str(card) for card in memory.CARDS if needs["peak"] <= memory.USABLE * card]
-        cells = [name, str(gpus), f"`{flags}`", *(f"{needs[part]:.1f}" for part in parts)]
-        print("| " + " | ".join([*cells, fits[0] if fits else "–"]) + " |")
+            args = memory.parse_args([*SIZES.split(), *case.split()])
+            estimated = round(memory.estimate(model, args, 80)["peak"] * 2**30)
+            peaks = {"measured": measured(name, args), "estimated": estimated}
+            yield {"shape": name, "case": case, **peaks}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--real", action="store_true", help="estimate the real shapes")
-    add("--shapes", nargs="+", choices=TEXTS, default=[*TEXTS], help="which small models")
-    add("--cases", metavar="JSON", type=json.loads, default=CASES, help="the settings to measure")
+    add("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES], help="which small models")
+    add("--cases", nargs="+", default=CASES, help="the settings to measure, each as one argument")
     args = parser.parse_args()
-    if args.real:
-        return real()
     for result in compare(args.shapes, args.cases):
         off = round(result["estimated"] / result["measured"] - 1, 3)
         print(json.dumps(result | {"off": off}), flush=True)

@@ -43,10 +43,7 @@ TOOLS["qwen2_5_vl"] = """
     <|repo_name|> <|file_sep|>
 """.split()
 TOOLS["qwen3_vl"] = (
-    TOOLS["qwen2_5_vl"]
-    + """
-    <tool_response> </tool_response> <think> </think>
-""".split()
+    TOOLS["qwen2_5_vl"] + "<tool_response> </tool_response> <think> </think>".split()
 )
 TOOLS["qwen3_5"] = TOOLS["qwen3_5_moe"] = TOOLS["qwen3_vl"]
 # Special tokens that Qwen3.5 names in tokenizer_config.json only.
@@ -141,11 +138,9 @@ def config(family, tied, version, vocabulary, ids, tokens):
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
     text = TEXT | ends | {"vocab_size": vocabulary, "rope_theta": ROPE["rope_theta"]}
     text |= {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True}
-    whole = {
-        "architectures": [f"{tiny.CLASSES[family]}ForConditionalGeneration"],
-        "model_type": family,
-    }
-    whole |= {"tie_word_embeddings": tied, "transformers_version": version, **tokens}
+    architectures = [f"{tiny.CLASSES[family]}ForConditionalGeneration"]
+    whole = {"architectures": architectures, "model_type": family, **tokens}
+    whole |= {"tie_word_embeddings": tied, "transformers_version": version}
     merge = {"spatial_merge_size": 2, "temporal_patch_size": 2}
     vision = VISION[family] | merge | {"patch_size": PATCH[family]}
     if family.startswith("qwen3"):
@@ -204,39 +199,35 @@ def write_tokenizer(folder, family, length):
     tokenizer["added_tokens"] = [{"id": number, **token} for number, token in added.items()]
     for token in CONFIG_ONLY if newer else ():
         added[len(vocabulary) + len(added)] = {"content": token, **flags, "special": True}
-    files = {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False)}
-    files["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
-    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
-    for name, content in files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "vocab.json", vocabulary)
+    lines = ["#version: 0.2", *merges, ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     template = QWEN3_TEMPLATE if family == "qwen3_vl" else QWEN_TEMPLATE
     if newer:
         template = qwen3_5_template(thinks=True)
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "add_prefix_space": False,
-            "added_tokens_decoder": {str(number): token for number, token in added.items()},
-            "additional_special_tokens": SPECIALS[1:],
-            "bos_token": None,
-            "chat_template": template,
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "errors": "replace",
-            "model_max_length": length,
-            "pad_token": "<|endoftext|>",
-            "split_special_tokens": False,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
-            "add_bos_token": False,
-        },
-    )
+    settings = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(number): token for number, token in added.items()},
+        "additional_special_tokens": SPECIALS[1:],
+        "bos_token": None,
+        "chat_template": template,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": length,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+        "add_bos_token": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
     if not newer:
         write_json(folder / "chat_template.json", {"chat_template": template})
-    return {token["content"]: number for number, token in added.items()} | {
-        "vocabulary": [*vocabulary, *added]
-    }
+    ids = {token["content"]: number for number, token in added.items()}
+    return ids | {"vocabulary": [*vocabulary, *added]}
 
 
 def published_name(name, family):
@@ -264,7 +255,5 @@ def write_weights(folder, model, family, tied, shards):
         save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
         place |= dict.fromkeys(part, file)
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": size}, "weight_map": place},
-    )
+    index = {"metadata": {"total_size": size}, "weight_map": place}
+    write_json(folder / "model.safetensors.index.json", index)

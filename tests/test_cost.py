@@ -7,10 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from model import read_prompt
 from tiny import batch_of, literal, random_posts, tiny_model
-from tools.cost import Flops, Lengths, passes
+from tools.cost import Flops, Lengths
 from train import MODES, TrainingStep
 
 GRID, POSTS = (16, 16), 2
@@ -22,13 +21,16 @@ PASSES = {  # tokens of an answer, and how often they are computed, backward pas
     "multitask": [(PLAIN, 3), (COT, 3)],
     "dynamic": [(PLAIN, 1), (COT, 3)],
 }
+# A step of dynamic in which every post reasons: the prompt's pass, then those of the answers.
+SHARED = [(LENGTHS.prompt, 3), *((length - 1, times) for length, times in PASSES["dynamic"])]
 
 
-def counted(step, batch):
+def counted(model, mode, gamma=torch.inf):
     """PyTorch's count of a step; attention as the plain products that it counts on a CPU, too."""
+    step, batch = TrainingStep(model, mode, gamma), batch_for(model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(batch)[0].sum().backward()
-    return counter.get_total_flops()
+    return counter.get_total_flops() / POSTS
 
 
 def above_the_diagonal(model, *passes):
@@ -36,11 +38,6 @@ def above_the_diagonal(model, *passes):
     c = model.config.text_config
     width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // 4)
     return 4 * width * c.num_hidden_layers * sum(new**2 / 2 * times for new, times in passes)
-
-
-def shared(mode):
-    """The passes of a step that reads the prompt once, its own included."""
-    return [(LENGTHS.prompt, 3), *((length - 1, times) for length, times in PASSES[mode])]
 
 
 def batch_for(model):
@@ -55,34 +52,25 @@ def model(request):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_training_step_in_each_mode(model, mode):
-    found = counted(TrainingStep(model, mode, torch.inf), batch_for(model))
-    known = shared(mode)
+    passes = PASSES[mode]
+    known = [(LENGTHS.prompt, 3), *((length - 1, times) for length, times in passes)]
     if not MODES[mode].shares_prompt:  # one pass for prompt and answer
-        known = [(LENGTHS.prompt + length - 1, times) for length, times in PASSES[mode]]
+        known = [(LENGTHS.prompt + length - 1, times) for length, times in passes]
     expected = Flops(model).training(LENGTHS, mode) + above_the_diagonal(model, *known)
-    assert found == pytest.approx(POSTS * expected, rel=1e-9)
+    assert counted(model, mode) == pytest.approx(expected, rel=1e-9)
 
 
 def test_samples_that_keep_the_plain_answer(model):
     """None of two samples reasons, then one: its neighbour is padded, which the formula omits."""
-    flops, batch = Flops(model), batch_for(model)
+    flops = Flops(model)
     expected = flops.training(LENGTHS, "dynamic", 0)
     expected += above_the_diagonal(model, (LENGTHS.prompt, 3), (PLAIN - 1, 4))
-    found = counted(TrainingStep(model, "dynamic", 0), batch)
-    assert found == pytest.approx(POSTS * expected, rel=1e-9)
-    between = TrainingStep(model, "dynamic", 0)(batch)[1].mean().item()
-    found = counted(TrainingStep(model, "dynamic", between), batch)
+    assert counted(model, "dynamic", 0) == pytest.approx(expected, rel=1e-9)
+    between = TrainingStep(model, "dynamic", 0)(batch_for(model))[1].mean().item()
     padding = flops.answer(LENGTHS.prompt, COT) - flops.answer(LENGTHS.prompt, PLAIN)
     expected = flops.training(LENGTHS, "dynamic", 0.5) + 0.5 * 3 * padding[:2].sum()
-    expected += above_the_diagonal(model, *shared("dynamic"))
-    assert found == pytest.approx(POSTS * expected, rel=1e-9)
-
-
-def test_a_mode_of_ones_own_costs_what_its_row_says(monkeypatch):
-    monkeypatch.setitem(MODES, "coin", train.Mode(None, "either"))
-    assert passes(LENGTHS, "coin", 0.25) == [(COT, 0.25, True), (PLAIN, 0.75, True)]
-    monkeypatch.setitem(MODES, "coin", train.Mode(None, "either", shares_prompt=True))
-    assert passes(LENGTHS, "coin", 0.25) == passes(LENGTHS, "dynamic", 0.25)
+    expected += above_the_diagonal(model, *SHARED)
+    assert counted(model, "dynamic", between) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -92,36 +80,33 @@ def test_gradient_checkpointing(mode):
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable(settings)
     with literal():
-        found = counted(TrainingStep(model, mode, torch.inf), batch_for(model))
+        found = counted(model, mode)
     known = [(LENGTHS.prompt + length - 1, times + times // 3) for length, times in PASSES[mode]]
     args = argparse.Namespace(gradient_checkpointing=True)
     expected = Flops(model).training(LENGTHS, mode, args=args) + above_the_diagonal(model, *known)
-    assert found == pytest.approx(POSTS * expected, rel=0.05)
+    assert found == pytest.approx(expected, rel=0.05)
 
 
-def test_frozen_parts(model):
+def test_a_frozen_vision_tower(model):
     model.model.visual.requires_grad_(False)
-    try:
-        found = counted(TrainingStep(model, "dynamic", torch.inf), batch_for(model))
-    finally:
-        model.model.visual.requires_grad_(True)
-    expected = Flops(model).training(LENGTHS, "dynamic", args=argparse.Namespace(freeze_vision=1))
-    expected += above_the_diagonal(model, *shared("dynamic"))
-    assert found == pytest.approx(POSTS * expected, rel=1e-9)
+    found = counted(model, "dynamic")
+    model.model.visual.requires_grad_(True)
+    args = argparse.Namespace(freeze_vision=True)
+    expected = Flops(model).training(LENGTHS, "dynamic", args=args)
+    assert found == pytest.approx(expected + above_the_diagonal(model, *SHARED), rel=1e-9)
 
 
-def test_an_adapter():
+@pytest.mark.parametrize("vision", [False, True])
+def test_an_adapter(vision):
     pytest.importorskip("peft", reason="adapters need the optional package peft")
     from support.adapters import add_adapter
 
     model = tiny_model("qwen2_5_vl", tied=False)
-    flops = Flops(model)
-    add_adapter(model, 1, "base", vision=False)
-    found = counted(TrainingStep(model, "dynamic", torch.inf), batch_for(model))
-    args = argparse.Namespace(lora=1, freeze_vision=True)
-    expected = flops.training(LENGTHS, "dynamic", args=args)
-    expected += above_the_diagonal(model, *shared("dynamic"))
-    assert found == pytest.approx(POSTS * expected, rel=0.05)
+    args = argparse.Namespace(lora=1, freeze_vision=not vision)
+    expected = Flops(model).training(LENGTHS, "dynamic", args=args)
+    expected += above_the_diagonal(model, *SHARED)
+    add_adapter(model, 1, "base", vision)
+    assert counted(model, "dynamic") == pytest.approx(expected, rel=0.05)
 
 
 def test_inference(model):

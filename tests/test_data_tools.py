@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -107,11 +108,8 @@ def test_cmkp_says_what_is_wrong(tmp_path):
     out = ["--out", tmp_path / "out.jsonl"]
     source = write(tmp_path / "src.txt", ["a<sep>b<sep>c.jpg", "no separator"])
     assert "src.txt line 2: must be text<sep>" in error("cmkp", source, *out)
-    assert "no such file" in error("cmkp", tmp_path / "nothing.txt", *out)
     good = write(tmp_path / "good.txt", ["a<sep>b<sep>c.jpg"])
     assert "nowhere: No such" in error("cmkp", good, "--images", tmp_path / "nowhere", *out)
-    assert "can't be written" in error("cmkp", good, "--out", good / "below" / "out.jsonl")
-    assert "line 1: must be" in error("cmkp", write(tmp_path / "a.jsonl", [post("1")]), *out)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -141,10 +139,8 @@ def test_stats_by_hand(tmp_path):
     table = [line.split("  ") for line in tool("stats", train, test)[0].splitlines()]
     cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in table}
     assert cells["overlap"] == ["-", "33.33%"] and cells["words per post"] == ["1.50", "3.33"]
-    tool("stats", train)
     write(test, [*posts, {"id": "9", "text": None, "keyphrases": []}])
     assert "test.jsonl line 4 (id '9')" in error("stats", train, test)
-    assert "no posts" in error("stats", train, write(tmp_path / "empty.jsonl", []))
 
 
 @with_cmkp
@@ -212,7 +208,7 @@ def assert_as_asked(before, parts, sizes, overlap=None):
     assert sorted(r["text"] for r in before) == sorted(r["text"] for part in parts for r in part)
     assert [len(part) for part in held_out] == list(sizes)
     whole, sides = likeness(before), {}
-    for part in held_out:
+    for part in filter(None, held_out):
         assert likeness(part) == pytest.approx(whole, rel=0.2 if overlap is None else 0.1)
         if overlap is not None:
             assert abs(overlap_of(part, train) - overlap) <= 0.005
@@ -224,13 +220,15 @@ def assert_as_asked(before, parts, sizes, overlap=None):
     assert len(sides) < 2 * len(before)  # some are retweets
 
 
-@pytest.mark.parametrize("overlap, valid, test", [(0.3, 200, 300), (0.8, 100, 400)])
+@pytest.mark.parametrize("overlap, valid, test", [(0.3, 200, 300), (0.8, 100, 400), (0.6, 0, 300)])
 def test_split_is_as_asked(corpus, tmp_path, overlap, valid, test):
     before = [record for path in corpus for record in read(path)]
     options = flags(overlap=overlap, test=test, valid=valid, out=tmp_path / "x")
     result = as_json("split", *corpus, *options)
     parts = written(tmp_path / "x")
     assert_as_asked(before, parts, (valid, test), overlap)
+    times = Counter(phrase.lower() for record in before for phrase in record["keyphrases"])
+    assert max(times[phrase] for phrase in phrases(parts[2]) - phrases(parts[0])) >= 4
     assert {r["id"]: r for part in parts for r in part}.keys() == {r["id"] for r in before}
     for part in parts:  # nothing but the image's path has changed, and that leads to the same place
         for record in part:
@@ -240,7 +238,9 @@ def test_split_is_as_asked(corpus, tmp_path, overlap, valid, test):
             folder = corpus[record["mine"] >= 1700].parent
             assert image == os.path.normpath(folder / original["image"])
     assert result["overlap"] == result["files"][2]["overlap"]
-    assert result == as_json("stats", *(tmp_path / "x" / f"{name}.jsonl" for name in SIDE_NAMES))
+    if valid:  # else one of the files is empty
+        files = (tmp_path / "x" / f"{name}.jsonl" for name in SIDE_NAMES)
+        assert result == as_json("stats", *files)
     assert sorted(os.listdir(tmp_path / "x")) == ["test.jsonl", "train.jsonl", "valid.jsonl"]
 
 
@@ -265,15 +265,6 @@ def test_split_depends_on_seed_and_posts_but_not_on_their_order(corpus, tmp_path
     assert_as_asked(before, written(tmp_path / "2"), (200, 300), *overlap[1:])
 
 
-def test_split_without_valid_and_not_only_the_rarest_keyphrases_are_unseen(corpus, tmp_path):
-    tool("split", *corpus, *flags(overlap=0.6, test=300, valid=0, out=tmp_path))
-    train, valid, test = written(tmp_path)
-    assert (len(train), len(valid), len(test)) == (2700, 0, 300)
-    assert abs(overlap_of(test, train) - 0.6) <= 0.005
-    times = [phrase for record in train + test for phrase in record["keyphrases"]]
-    assert max(times.count(phrase) for phrase in phrases(test) - phrases(train)) >= 4
-
-
 def test_split_says_what_it_cannot_do(corpus, tmp_path):
     # Every post has the phrase "all" and another one: half of a post's keyphrases are always seen.
     posts = [post(str(n), f"text {n}", ["all", f"key {n}"]) for n in range(60)]
@@ -284,8 +275,7 @@ def test_split_says_what_it_cannot_do(corpus, tmp_path):
     assert "not as asked: test overlap, valid overlap" in message
     assert not (tmp_path / "x").exists()
     many = flags(test=2000, valid=1000, out=tmp_path)
-    for options in (many, [*many, "--overlap", 0.5]):
-        assert "nothing to train on" in error("split", *corpus, *options)
+    assert "nothing to train on" in error("split", *corpus, *many)
     bare = write(tmp_path / "bare.jsonl", [post(str(n), f"text {n}", []) for n in range(20)])
     few = flags(test=3, valid=3, out=tmp_path)
     assert "has a keyphrase" in error("split", bare, *few, "--overlap", 0.5)
@@ -293,7 +283,6 @@ def test_split_says_what_it_cannot_do(corpus, tmp_path):
     options = flags(test=300, valid=0, out=tmp_path)
     assert "choose another --out" in error("split", own, *options)
     assert read(own) == read(corpus[0])
-    assert "from 0 to 1" in tool("split", bare, "--overlap", 45, *few, code=2)[1]
 
 
 def test_split_with_a_larger_likeness(tmp_path):
@@ -381,7 +370,6 @@ def test_check_is_content_with_good_posts(tmp_path, monkeypatch):
     assert as_json("check", text) == counts | {"with_image": 0, "images_read": 0, "problems": []}
     write(text, ["a<sep>b<sep>x/c.jpg", "nothing"])
     assert [p["line"] for p in as_json("check", text, code=1)["problems"]] == [2]
-    assert "no such file" in error("check", tmp_path / "nothing.jsonl")
     assert "no posts" in error("check", write(tmp_path / "empty.jsonl", [""]))
 
 

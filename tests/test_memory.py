@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,16 @@ import published
 from evaluate import UserError
 from model import TokenLoss
 from support.console import read_json
+from tiny import words
 from tools import memory
-from tools.memory import Step, count_parameters, step_memory
+from tools.memory import count_parameters
 from train import MODES, Mode
 
 ROOT = Path(__file__).parent.parent
 SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 PEFT = importlib.util.find_spec("peft") is not None
 MEASURED = {"wide": (0, 1, 2, 3), "wordy": (0, 4), "long": (0, 2, 3, 4, 6, 7, 9)}  # of CASES
+LORA = 7  # the first of CASES with an adapter
 
 
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak():
@@ -38,9 +41,7 @@ for shape, cases in json.loads(sys.argv[1]).items():
         print(json.dumps(result))
 """
     cases = {
-        shape: [
-            case for case in map(bench_memory.CASES.__getitem__, some) if PEFT or "rank" not in case
-        ]
+        shape: [bench_memory.CASES[case] for case in some if PEFT or case < LORA]
         for shape, some in MEASURED.items()
     }
     command = [sys.executable, "-c", code, json.dumps(cases)]
@@ -108,76 +109,80 @@ def test_an_adapter_s_parameters_are_counted():
     assert trained == adapter and size == 8292166656 + adapter
 
 
+def bytes_of(model, flags=""):
+    args = memory.parse_args(flags.split())
+    return {part: gib * 2**30 for part, gib in memory.estimate(model, args, 80).items()}
+
+
 def test_what_each_setting_does_to_the_real_model():
     model = real(SEVEN)
-
-    def bytes_of(**settings):
-        lengths = {"posts": 4, "image": 512, "text": 160, "answer": 160}
-        return step_memory(model, Step(**lengths | settings))
-
-    plain = bytes_of()
+    plain = bytes_of(model)
     assert plain["weights"] == plain["gradients"] == plain["optimizer"] / 2 == 4 * 8292166656
-    eight = bytes_of(shards=8)
+    eight = bytes_of(model, "--gpus 8 --batch-size 256 --parallel fsdp")
     assert eight["weights"] == plain["weights"] / 8 and eight["optimizer"] == plain["optimizer"] / 8
-    lora = bytes_of(rank=16, freeze_vision=True)
+    lora = bytes_of(model, "--lora 16")
     assert lora["weights"] < 1.03 * plain["weights"] / 2
     assert lora["optimizer"] < plain["optimizer"] / 100
-    for less in (dict(checkpointing=True), dict(freeze_vision=True), dict(passes=1)):
-        assert bytes_of(**less)["peak"] < plain["peak"]
-    half = bytes_of(posts=2)
+    for less in ("--gradient-checkpointing", "--freeze-vision", "--batch-size 4"):
+        assert bytes_of(model, less)["peak"] < plain["peak"]
+    half = bytes_of(model, "--micro-batch 2")
     assert half["activations"] == pytest.approx(plain["activations"] / 2)
+
+
+def test_the_rows_of_the_docs_table():
+    table = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| (\d) \| `(.+)` \| ([\d.]+) \| (.+) \|$", table, re.MULTILINE)
+    assert len(rows) == 17
+    names = {"3B": "Qwen2.5-VL-3B-Instruct", "7B": "Qwen2.5-VL-7B-Instruct"}
+    for name, gpus, flags, gib, needed in rows:
+        args = memory.parse_args([*flags.split(), "--gpus", gpus])
+        peak = memory.estimate(real(f"Qwen/{names.get(name, name)}"), args, 80)["peak"]
+        fits = [f"{card} GiB" for card in memory.CARDS if peak <= memory.USABLE * card]
+        assert (f"{peak:.1f}", [*fits, "not one GPU"][0]) == (gib, needed)
+
+
+def shown(monkeypatch, capsys, *options):
+    monkeypatch.setattr(sys, "argv", ["memory.py", *words(*options)])
+    memory.main()
+    return capsys.readouterr().out
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     """From a config alone: there are no weights in the folder."""
     real(SEVEN).config.save_pretrained(tmp_path)
-
-    def estimate(*options):
-        monkeypatch.setattr(sys, "argv", ["memory.py", *options])
-        memory.main()
-
-    estimate("--model", str(tmp_path), "--train", "x")
-    shown = capsys.readouterr().out
-    assert "8.292 billion parameters, 8.292 billion of them trained" in shown
-    assert "141 GiB  does not fit" in shown
-    estimate("--model", str(tmp_path))  # --train is not needed, and changes nothing
-    assert capsys.readouterr().out == shown
-    estimate("--model", str(tmp_path), "--train", "x", "--lora", "16", "--gradient-checkpointing")
-    assert " 16 GiB  does not fit\n 24 GiB  fits" in capsys.readouterr().out
-    estimate("--model", SEVEN)  # no folder, no network
-    assert capsys.readouterr().out.replace(SEVEN, str(tmp_path)) == shown
+    whole = shown(monkeypatch, capsys, "--model", tmp_path, "--train x")
+    assert "8.292 billion parameters, 8.292 billion of them trained" in whole
+    assert whole.splitlines()[-1].split() == ["fits", *["no"] * 5]
+    # --train is not needed, and changes nothing; no folder, no network.
+    assert shown(monkeypatch, capsys, "--model", SEVEN) == whole.replace(str(tmp_path), SEVEN)
+    lora = shown(monkeypatch, capsys, "--model", tmp_path, "--lora 16 --gradient-checkpointing")
+    assert lora.splitlines()[-1].split() == ["fits", "no", *["yes"] * 4]
     with pytest.raises(UserError, match="--model is missing"):
-        estimate()
-    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
-    with pytest.raises(UserError, match="name the model that the adapter was made for"):
-        estimate("--model", str(tmp_path))
+        shown(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("kind", ["Qwen3.5-4B", "Qwen3.5-35B-A3B"])
 def test_the_command_says_what_it_does_not_know_of_qwen3_5(kind, tmp_path, monkeypatch, capsys):
     published.write(tmp_path / kind, kind)
-    monkeypatch.setattr(sys, "argv", ["memory.py", "--model", str(tmp_path / kind)])
-    memory.main()
-    shown = capsys.readouterr().out
-    assert "2 of 3 layers keep a recurrent state" in shown and " 16 GiB  fits" in shown
+    *_, fits, _, note = shown(monkeypatch, capsys, "--model", tmp_path / kind).splitlines()
+    assert "three times as much" in note and fits.split() == ["fits", *["yes"] * 5]
 
 
 def test_modes_that_read_one_answer_keep_no_cache_of_the_prompt(monkeypatch):
     monkeypatch.setitem(MODES, "coin", Mode(MODES["sft"].losses, "either"))
-    model, peaks = real("Qwen/Qwen2.5-VL-3B-Instruct"), {}
-    for mode in MODES:
-        peaks[mode] = memory.estimate(model, memory.parse_args(["--mode", mode]), 80)
-    assert peaks["sft"] == peaks["cot"] == peaks["coin"]
-    assert peaks["multitask"] == peaks["dynamic"]
+    model = real("Qwen/Qwen2.5-VL-3B-Instruct")
+    needs = {mode: bytes_of(model, f"--mode {mode}") for mode in MODES}
+    assert needs["sft"] == needs["cot"] == needs["coin"]
+    assert needs["multitask"] == needs["dynamic"]
     # 36 layers of 4 prompts: keys and values (256 each) in float32 and bf16, those of 16 heads in
     # bf16; less the 160 columns of each answer's scores that a prompt of 672 tokens has masked.
-    shared = 36 * 4 * (672 * (256 * (4 + 2) + 2 * 2 * 2048) - 2 * 672 * 160) / 2**30
-    saved = peaks["dynamic"]["activations"] - peaks["sft"]["activations"]
-    assert saved == pytest.approx(shared)
+    shared = 36 * 4 * (672 * (256 * (4 + 2) + 2 * 2 * 2048) - 2 * 672 * 160)
+    assert needs["dynamic"]["activations"] - needs["sft"]["activations"] == pytest.approx(shared)
 
 
 def test_shards_are_estimated_where_auto_would_shard():
-    model = real("Qwen/Qwen2.5-VL-3B-Instruct")
     args = memory.parse_args(["--gpus", "8"])
-    ddp, fsdp = (memory.estimate(model, args, card) for card in (141, 80))
+    ddp, fsdp = (
+        memory.estimate(real("Qwen/Qwen2.5-VL-3B-Instruct"), args, card) for card in (141, 80)
+    )
     assert ddp["weights"] == pytest.approx(8 * fsdp["weights"])

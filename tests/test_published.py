@@ -23,7 +23,7 @@ import data
 import infer
 import published
 from evaluate import UserError
-from model import FAMILIES, load
+from model import load
 from support import checkpoint
 from support.distributed import Ranks
 from support.jsonl import to_line
@@ -264,29 +264,17 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     "kind, options",
     [("Qwen3.5-4B", ""), ("Qwen3.5-4B", "--lora 4"), ("Qwen3.5-35B-A3B", "--lora 4")],
 )
-def test_qwen3_5_learns_and_resumes(kind, options, posts, tmp_path, monkeypatch):
+def test_qwen3_5_learns(kind, options, posts, tmp_path):
     if options:
         pytest.importorskip("peft", reason="adapters need the optional package peft")
     published.write(tmp_path / "model", kind)
-    files = ["--model", tmp_path / "model", "--train", posts, "--out"]
+    files = ["--model", tmp_path / "model", "--train", posts, "--out", tmp_path / "run"]
     sizes = "--epochs 3 --batch-size 2 --lr 1e-2 --gamma 5 --workers 0"
-    arguments = words(*files, tmp_path / "whole", sizes, options)
-    model, encoder, whole = train_alone(*arguments)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    arguments[arguments.index(str(tmp_path / "whole"))] = str(tmp_path / "cut")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint.Checkpoints, "prune", interrupted)
-        train_alone(*arguments)
-    resumed, _, cut = train_alone(*arguments, "--resume")
+    model, encoder, run = train_alone(*files, sizes, options)
     batch = batch_of(encoder, [None] * 4, [0, 1])
-    assert torch.equal(logits(resumed.eval(), batch), logits(model.eval(), batch))
-    assert torch.equal(logits(load(str(cut))[0].eval(), batch), logits(model, batch))
-    logs = [(run / "log.jsonl").read_text().splitlines() for run in (whole, cut)]
-    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
-    assert losses[0] == losses[1] and losses[0][-1] < 0.97 * losses[0][0]
+    assert torch.equal(logits(load(str(run))[0].eval(), batch), logits(model.eval(), batch))
+    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.97 * losses[0]
 
 
 def test_nothing_but_our_own_lines_is_on_the_screen(posts, pictures, tmp_path):
@@ -353,9 +341,6 @@ def test_a_folder_whose_template_is_in_a_file_of_its_own_only(source, tmp_path):
     published.write_json(folder / "tokenizer_config.json", settings)
     _, encoder, _ = load(str(folder))
     assert encode(encoder).prompt == encode(source.encoder).prompt
-    next(folder.glob("chat_template.j*")).unlink()
-    with pytest.raises(UserError, match="its chat template: can't be read"):
-        load(str(folder))
 
 
 @pytest.mark.parametrize("kind", ["Qwen2.5-VL-3B", "Qwen3-VL-4B"])
@@ -389,12 +374,10 @@ def test_a_head_of_its_own_is_refused_where_the_config_says_tied(kind, posts, tm
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
 
-def test_another_family_is_refused_in_one_line_that_names_those_that_work(tmp_path):
-    folder = tmp_path / "model"
-    published.write(folder, "Qwen3-VL-4B")
-    config = json.loads((folder / "config.json").read_text())
-    for family in ("qwen3_5_text", "qwen3_vl_moe", "qwen2_5_omni", "llava_next", None):
-        published.write_json(folder / "config.json", config | {"model_type": family})
-        with pytest.raises(UserError, match="config.json: no model of") as error:
-            load(str(folder))
-        assert all(name in str(error.value) for name in FAMILIES) and "\n" not in str(error.value)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_vl_moe", "llava_next", None])
+def test_another_family_is_refused(family, tmp_path):
+    published.write(tmp_path / "model", "Qwen3-VL-4B")
+    file = tmp_path / "model" / "config.json"
+    published.write_json(file, json.loads(file.read_text()) | {"model_type": family})
+    with pytest.raises(UserError, match="config.json: no model of qwen2_vl, "):
+        load(str(file.parent))

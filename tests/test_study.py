@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 import gen_cot
 import published
 from evaluate import UserError
-from server import Server, error
+from server import Server
 from support.log import TrainingLog
 from tiny import words
 from tools import study
@@ -68,6 +69,24 @@ def scripts(monkeypatch):
 def run_study(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["study", *arguments])
     study.main()
+
+
+def test_sigterm_reaches_the_script_which_saves_before_the_study_leaves(tmp_path):
+    code = """if True:
+        import os, signal, sys, time
+        def save(*_):
+            time.sleep(0.3)
+            sys.exit(open(sys.argv[2], "w").close())
+        signal.signal(signal.SIGTERM, save)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)"""
+    before = signal.signal(signal.SIGTERM, study.stop)
+    try:
+        with pytest.raises(SystemExit):
+            study.execute("x.py", [tmp_path / "saved"], shlex.join([sys.executable, "-c", code]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "saved").exists() and not study.running
 
 
 def planned(monkeypatch, capsys, arguments):
@@ -131,31 +150,22 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     assert (out / "tables.md").read_text() == tables
     with pytest.raises(UserError, match="the inference of zero-shot ended with 1"):
         run_study(monkeypatch, "--infer", "--max-new-tokens 3", *everything)
-    with pytest.raises(UserError, match="sft: was trained with other settings: lr was 0.001, is 1"):
+    with pytest.raises(UserError, match="training of sft ended with 1; "):
         run_study(monkeypatch, *everything, "--lr", "1")
 
 
 def test_rows_are_predicted_through_a_server_after_all_are_trained(
     files, tmp_path, scripts, monkeypatch
 ):
-    out, served = tmp_path / "out", {files[-1]}
-
-    def reply(request, tries):
-        if request["model"] not in served:
-            return error(404, "no such model", code="model_not_found")
-        return "foxes new kit"
-
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    with Server(reply) as server:
-        arguments = [*files, "--out", out, "--rows zero-shot sft --base-url", server.url]
+    with Server(lambda request, tries: "foxes new kit") as server:
+        arguments = [*files, "--out", tmp_path, "--rows zero-shot sft --base-url", server.url]
         arguments = [*words(*arguments), "--infer", "--batch-size 1", "--", *words(SIZES)]
-        with pytest.raises(UserError, match=rf"\(the server must have the model as {out}/sft\)"):
-            run_study(monkeypatch, *arguments)
-        served.add(str(out / "sft"))
         run_study(monkeypatch, *arguments)
     ran = [command[0] for command in scripts]
-    assert ran[:3] == ["train.py", "infer.py", "infer.py"] and ran.count("train.py") == 1
-    scores = json.loads((out / "scores.json").read_text())
+    assert ran[:4] == ["train.py", "infer.py", "infer.py", "evaluate.py"]
+    assert {request["model"] for request, *_ in server.log} == {files[-1], f"{tmp_path}/sft"}
+    scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["sft"]["all"]["tokens"] == scores["zero-shot"]["all"]["tokens"] == 20
 
 
@@ -163,8 +173,10 @@ def test_a_club_world_is_a_data_set_like_any_other(world, tmp_path, scripts, mon
     """Two worlds (the same posts twice): equal steps, equal training time, and a gamma."""
     names = {name: str(world / f"{name}.jsonl") for name in ("train", "valid", "test")}
     monkeypatch.setattr(study, "write_beside", lambda out, seed: names | {"model": world / "toy"})
-    seconds = {"sft": [1, 0], "dynamic": [2, 1], "dynamic, untrained": [2, 0]}
-    (tmp_path / "seconds.json").write_text(json.dumps(seconds))
+    seconds = {"sft": 1, "dynamic": 2}  # of a step
+    monkeypatch.setattr(
+        study, "training_seconds", lambda cell: seconds[cell.mode] * len(study.steps_of(cell))
+    )
     some = "--rows sft dynamic --worlds 0 1 --gammas 0.2 inf --gamma-worlds 100 --"
     run_study(monkeypatch, *words("--out", tmp_path, some, SIZES))
     cells = "sft-0 sft-1 dynamic-0 dynamic-1 dynamic-0.5epochs-0 dynamic-0.5epochs-1"
@@ -173,16 +185,15 @@ def test_a_club_world_is_a_data_set_like_any_other(world, tmp_path, scripts, mon
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert "dynamic-never-1" in scores and scores["sft-0"]["all"]["posts"] == 12
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    ours = [line for line in lines if line[0] == "| dynamic" and len(line) == 11]
-    assert [line[-2:] for line in ours] == [["8", "2.00 |"], ["4", "1.00 |"]]
+    ours = [line for line in lines if line[0] == "| dynamic" and len(line) == 10]
+    assert [(line[-3], line[-1]) for line in ours] == [("8", "2.00 |"), ("4", "1.00 |")]
     values = [100 * scores[f"dynamic-{seed}"]["all"]["F1@1"] for seed in (0, 1)]
     assert ours[0][1].startswith(f"{sum(values) / 2:.1f}")
     assert ["| reasoned, %", "all", "unseen", *"ABCD", "E |"] in lines
-    law = next(
-        line for line in lines if line[0] == "| dynamic-gamma0.2, world 100" and len(line) == 4
-    )
-    n = json.loads((tmp_path / "dynamic-gamma0.2-100" / "direct.json").read_text())["n"]
-    assert float(law[3].rstrip(" |")) == pytest.approx(math.exp(-0.2 * n), abs=0.02)
+    law = {line[0]: line[1:] for line in lines if "dynamic-gamma" in line[0] and len(line) == 4}
+    (of_loss, direct, law_of_4), (_, _, never) = law.values()
+    assert float(law_of_4.rstrip(" |")) == pytest.approx(math.exp(-0.2 * 4), abs=0.02)
+    assert float(of_loss) > 1 and 0 < float(direct) < 1 and never == "0.000 |"
     count = len([command for command in scripts if command[0] == "train.py"])
     run_study(monkeypatch, *words("--out", tmp_path, some, SIZES))
     assert count == len([command for command in scripts if command[0] == "train.py"]) == 8
@@ -217,9 +228,7 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
     assert hours["H100"] == pytest.approx(flops / (0.5 * 989e12) / 3600, rel=0.05)
     requests = 330614 * 1e-6 * (2 * (len(gen_cot.PROMPT) / 4 + 410) + 8 * 100)
     assert any(line.endswith(f" out; it costs {requests:,.0f}") for line in lines)
-    teacher = next(line for line in lines if "gen_cot.py" in line)
-    assert " --model Doubao-1.5-pro --base-url https://ark" in teacher
-    assert gen_cot.parse_args(shlex.split(teacher)[2:]).base_url.endswith(".volces.com/api/v3")
+    assert any(" --model Doubao-1.5-pro --base-url https://ark" in line for line in lines)
     assert sum("infer.py" in line for line in lines) == 5
     assert any(line.startswith("# memory of each of 8 GPUs: ") for line in lines)
 
@@ -227,14 +236,14 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--train x", "--model is missing"),
+        ("--train x", "--model or --test is missing"),
         ("--dry-run", "--train is missing"),
         ("--model x --test y", "--train is missing"),
         ("--paper mmkp-v2 --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--posts TRAIN TEST is"),
         ("--paper mmkp --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--lengths TEXT IMAGE"),
         ("--train NO_IMAGES --test NO_IMAGES --model MODEL --dry-run", "no image can be read"),
         ("--train x --test y --model z -- --mode sft", "--mode can't stand after --"),
-        ("--train x --test y --model z -- --map text=a", "--map can't stand after --.*rename"),
+        ("--train x --test y --model z -- --map=text=a", "--map can't stand after --"),
     ],
 )
 def test_what_is_missing_is_named(arguments, message, files, tmp_path, monkeypatch):

@@ -41,57 +41,43 @@ class Lengths:
 class Flops:
     """FLOPs of one post through a model, which may be on the device "meta".
 
-    A part is an array of (linear layers in blocks, attention, what is outside of blocks), whose
-    backward passes differ.
+    A part is an array of (linear layers in blocks, attention, what is outside of blocks, the
+    embedding of pixels), whose backward passes differ.
     """
 
     def __init__(self, model):
-        if getattr(model.config.text_config, "num_experts", 0):
+        c, self.vision = model.config.text_config, model.config.vision_config
+        if getattr(c, "num_experts", 0):
             raise UserError("FLOPs of mixtures of experts are not known here")
-
-        def linear(*modules):
-            products = (nn.Linear, nn.Conv3d)
-            inner = (m for module in modules for m in module.modules() if isinstance(m, products))
-            return 2 * sum(m.weight.numel() for m in inner)
-
         tower, words = model.model.visual, model.model.language_model
-        mergers = [m for name, m in tower.named_children() if "merger" in name]
-        self.config = model.config
-        self.merger, self.pixels = linear(*mergers), linear(tower.patch_embed)
-        self.patch = linear(tower) - self.merger - self.pixels
-        self.word = linear(words)
-        self.head = 2 * self.config.text_config.hidden_size * self.config.text_config.vocab_size
+        self.pixels, self.patch, self.word = map(linear, (tower.patch_embed, tower.blocks, words))
+        self.merger = linear(tower) - self.patch - self.pixels
+        self.head = 2 * c.hidden_size * c.vocab_size
+        outputs = (m for name, m in words.named_modules() if name.endswith("self_attn.o_proj"))
+        self.attention = 4 * sum(layer.in_features for layer in outputs)
+        self.state = 0
+        if recurrent := (getattr(c, "layer_types", None) or []).count("linear_attention"):
+            heads = c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
+            self.state = 6 * heads * recurrent
+        self.patch_attention = 4 * tower.blocks[0].attn.qkv.in_features
 
     def image(self, tokens):
-        """The vision tower on an image of so many tokens."""
-        v = self.config.vision_config
-        width = getattr(v, "embed_dim", None) or v.hidden_size
-        patches = tokens * v.spatial_merge_size**2
-        full, window = v.depth, patches
-        if hasattr(v, "fullatt_block_indexes"):
-            full = len(v.fullatt_block_indexes)
-            window = min(patches, (v.window_size // v.patch_size) ** 2)
-        seen = full * patches + (v.depth - full) * window
-        outside = self.pixels * patches + self.merger * tokens
-        return np.array([self.patch * patches, 4 * width * patches * seen, outside])
+        """The vision tower on an image of so many tokens; Qwen2.5's blocks see windows of it."""
+        v, patches = self.vision, tokens * self.vision.spatial_merge_size**2
+        full = len(getattr(v, "fullatt_block_indexes", range(v.depth)))
+        window = min(patches, (getattr(v, "window_size", 0) // v.patch_size) ** 2)
+        attention = self.patch_attention * patches * (full * patches + (v.depth - full) * window)
+        parts = [self.patch * patches, attention, self.merger * tokens, self.pixels * patches]
+        return np.array(parts)
 
     def words(self, before, new):
         """The text layers on `new` tokens after `before` ones; causal among themselves."""
-        c = self.config.text_config
-        width = c.num_attention_heads * (
-            getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        )
-        kinds = getattr(c, "layer_types", None) or []
-        recurrent = kinds.count("linear_attention")
-        attention = 4 * width * (c.num_hidden_layers - recurrent) * new * (before + new / 2)
-        if recurrent:
-            state = c.linear_key_head_dim * c.linear_value_head_dim * c.linear_num_value_heads
-            attention += 6 * state * recurrent * new
-        return np.array([self.word * new, attention, 0])
+        attention = self.attention * new * (before + new / 2) + self.state * new
+        return np.array([self.word * new, attention, 0, 0])
 
     def answer(self, prompt, length):
         """An answer's tokens after a prompt, and the head at all of them."""
-        return self.words(prompt, length - 1) + np.array([0, 0, self.head * length])
+        return self.words(prompt, length - 1) + np.array([0, 0, self.head * length, 0])
 
     def training(self, lengths, mode, cot_share=1.0, args=None):
         """One post in a training step of `mode`, as its row of train.MODES says.
@@ -100,18 +86,17 @@ class Flops:
             train.py's settings, for lora, freeze_vision and gradient_checkpointing.
         """
         lora, literal = (getattr(args, name, None) for name in ("lora", "gradient_checkpointing"))
-        trained, once = 2 if lora else 3, np.array([1, 1, 1])
-        text = np.array([trained, 3, trained]) + np.array([1, 1, 0]) * bool(literal)
-        vision = once if getattr(args, "freeze_vision", False) else text
+        linear, repeated = 2 if lora else 3, bool(literal)
+        forward = np.ones(4)
+        text = np.array([linear + repeated, 3 + repeated, linear, linear - 1])
+        vision = forward if getattr(args, "freeze_vision", False) else text
 
         def prompt(text, vision):
-            pixels = self.pixels * lengths.image * self.config.vision_config.spatial_merge_size**2
-            image = self.image(lengths.image) @ vision - pixels * (vision[2] == 3)
-            return image + self.words(0, lengths.prompt) @ text
+            return self.image(lengths.image) @ vision + self.words(0, lengths.prompt) @ text
 
         total = 0 if literal else prompt(text, vision)
         for length, share, is_trained in passes(lengths, mode, cot_share):
-            times = (text, vision) if is_trained else (once, once)
+            times = (text, vision) if is_trained else (forward, forward)
             total += share * (self.answer(lengths.prompt, length) @ times[0])
             total += share * prompt(*times) if literal else 0
         return float(total)
@@ -120,6 +105,12 @@ class Flops:
         """(reading image and prompt, generating `tokens` tokens) for one post."""
         read = self.image(lengths.image) + self.words(0, lengths.prompt)
         return read.sum(), self.answer(lengths.prompt, tokens).sum()
+
+
+def linear(module):
+    """FLOPs of a module's linear layers for a token."""
+    products = (m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv3d)))
+    return 2 * sum(product.weight.numel() for product in products)
 
 
 def passes(lengths, mode, cot_share=1.0):

@@ -195,15 +195,6 @@ def render_pages(pages, shared, workers):
             yield template.render(here=here, posts=shown)
 
 
-def check_out(paths, inputs):
-    """Raise UserError if a file to write is a folder, or one of the files to read."""
-    inputs = {Path(file).resolve() for file in inputs if file}
-    for path in paths:
-        if path.is_dir() or path.resolve() in inputs:
-            kind = "a folder" if path.is_dir() else "one of the files to read"
-            raise UserError(f"{path}: {kind}; --out must name another file")
-
-
 def write_pages(paths, pages):
     """Write all pages, or none of them if one fails."""
     out = paths[0]
@@ -243,7 +234,9 @@ def main():
     pages = [posts[start : start + size] for start in range(0, len(posts), size)]
     numbered = [f"{out.stem}-{number}{out.suffix}" for number in range(2, len(pages) + 1)]
     paths = [out, *(out.parent / name for name in numbered)]
-    check_out(paths, [args.predictions, args.posts, args.train])
+    inputs = map(Path, filter(None, (args.predictions, args.posts, args.train)))
+    if {file.resolve() for file in inputs}.intersection(path.resolve() for path in paths):
+        raise UserError(f"{out}: would replace a file to read; choose another --out")
     # A published page need not tell where its files were: two parts of a path are enough.
     names = ["/".join(Path(file).parts[-2:]) for file in (args.predictions, args.posts)]
     shared = {
@@ -260,8 +253,7 @@ def main():
     }
     with warnings.catch_warnings(action="ignore"):  # load_image's own filter is not thread-safe
         write_pages(paths, render_pages(pages, shared, args.workers))
-    further = f" on {len(paths)} pages, to {paths[-1].name}" if len(paths) > 1 else ""
-    info(f"{out}: {plural(len(posts), 'post')}{further}")
+    info(f"{out}: {plural(len(posts), 'post')} on {plural(len(paths), 'page')}")
 
 
 if __name__ == "__main__":

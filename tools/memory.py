@@ -1,13 +1,30 @@
 """Estimate the GPU memory of a training step, for train.py's settings, from config.json alone.
 
-python -m tools.memory --model Qwen/Qwen2.5-VL-7B-Instruct --micro-batch 2 --gpus 8
+    python -m tools.memory --model Qwen/Qwen2.5-VL-7B-Instruct --micro-batch 2 --gpus 8
+
+All posts train their long answers: the worst case.
+
+- weights, gradients, optimizer (AdamW): 4, 4 and 8 bytes a trained parameter; a frozen one takes 4
+  (2 under LoRA in bf16). FSDP divides them by the number of GPUs.
+- copies: autocast keeps a bf16 copy of each trained matrix until the backward ends. With
+  checkpointing, the layers' copies are freed before the backward, which makes one layer's at a
+  time. FSDP instead gathers two layers and what is outside of layers, in bf16; at the end of the
+  backward it holds the latter with its gradients in bf16 and in float32 (8 bytes in all).
+- activations: what the backward needs of each token in each layer.
+- logits: (answer tokens, vocabulary) in float32, and a few rows more (`TokenLoss`) or all of them
+  in bf16. Or, with all activations still there, the gradient of the logits in the computing type
+  and that of a trained head in both types.
+
+If a step is one micro-batch, gradients replace activations as these are freed. Layers with a
+recurrent state (Qwen3.5) count as attention; without flash-linear-attention their activations take
+three times as much. Not included: CUDA's own 0.5 GiB or so, what the allocator loses to fragments,
+and generation.
 """
 
 import math
 import re
 import sys
 from collections import namedtuple
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -30,79 +47,52 @@ USABLE = 0.92  # share of it; CUDA itself and fragments take the rest
 Counts = namedtuple("Counts", "total trained matrices layer outside")
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a training step computes on one GPU."""
+def estimate(model, args, card):
+    """GiB that a step takes of each GPU of `card` GiB at its peak: {part: GiB, …, "peak": GiB}.
 
-    posts: int  # of a micro-batch
-    image: int  # image tokens of a post
-    text: int  # other prompt tokens of a post
-    answer: int  # answer tokens of a post, with reasoning
-    bf16: bool = True  # autocast; else everything is float32
-    rank: int | None = None  # of LoRA
-    freeze_vision: bool = False
-    checkpointing: bool = False
-    shards: int = 1  # GPUs that share the weights (FSDP)
-    passes: int = 2  # micro-batches of a step
-    share_prompt: bool = True  # whether an answer goes on from a cache of its prompt
-
-
-def step_memory(model, step):
-    """Bytes that a step takes of each GPU at its peak: {part: bytes, …, "peak": bytes}.
-
-    The model may be on the device "meta". All posts train their long answers: the worst case.
-
-    - weights, gradients, optimizer (AdamW): 4, 4 and 8 bytes a trained parameter; a frozen one
-      takes 4 (2 under LoRA in bf16). FSDP divides them by the number of GPUs.
-    - copies: autocast keeps a bf16 copy of each trained matrix until the backward ends. With
-      checkpointing, the layers' copies are freed before the backward, which makes one layer's at a
-      time. FSDP instead gathers two layers and what is outside of layers, in bf16; at the end of
-      the backward it holds the latter with its gradients in bf16 and in float32 (8 bytes in all).
-    - activations: what the backward needs of each token in each layer, see `activations`.
-    - logits: (answer tokens, vocabulary) in float32, and a few rows more (`TokenLoss`) or all of
-      them in bf16. Or, with all activations still there, the gradient of the logits in the
-      computing type and that of a trained head in both types.
-
-    If a step is one micro-batch, gradients replace activations as these are freed. Not included:
-    CUDA's own 0.5 GiB or so, what the allocator loses to fragments, and generation.
+    The model may be on the device "meta".
     """
-    count = count_parameters(model, step.rank, step.freeze_vision)
-    kept, layer = activations(model.config, step)
-    item = 2 if step.bf16 else 4  # bytes of a value that is computed
-    frozen = 2 if step.bf16 and step.rank else 4
+    rank, bf16 = args.lora, args.device != "cpu"
+    count = count_parameters(model, rank, args.freeze_vision)
+    frozen = (2 if bf16 and rank else 4) * (count.total - count.trained)
+    large = args.parallel == "auto" and 16 * count.trained + frozen > card * 2**30 / 2
+    shards = args.gpus if args.parallel == "fsdp" or large else 1
+    posts = min(args.micro_batch, math.ceil(args.batch_size / args.gpus))
+    kept, layer = activations(model.config, args, posts, shards > 1)
 
     text = model.config.text_config
     head = text.vocab_size * text.hidden_size
-    cells = step.posts * step.answer * text.vocab_size
-    losses = 4 * cells + max(2 * cells if step.bf16 else 0, 8 * min(cells, TokenLoss.AT_ONCE))
-    head_gradient = 0 if step.rank else (6 if step.bf16 else 4) * head
-    logits = max(losses, item * cells + head_gradient)
+    cells = posts * args.lengths[1] * text.vocab_size
+    losses = 4 * cells + max(2 * cells if bf16 else 0, 8 * min(cells, TokenLoss.AT_ONCE))
+    head_gradient = 0 if rank else (6 if bf16 else 4) * head
+    logits = max(losses, (2 if bf16 else 4) * cells + head_gradient)
     backward = max(logits, layer)  # a layer is recomputed when the logits are gone
 
     copies = 0
-    if step.bf16 and step.shards > 1:
+    if bf16 and shards > 1:
         copies = 2 * (count.outside + 2 * count.layer)
-    elif step.bf16 and not step.rank:
+    elif bf16 and not rank:
         copies = 2 * count.matrices
-        if step.checkpointing:  # at the backward's peak the head's and a layer's, or the forward's
+        if args.gradient_checkpointing:  # at the backward's peak the head's and a layer's, or all
             copies = max(2 * (head + count.layer), copies + losses - backward)
     parts = {
-        "weights": (4 * count.trained + frozen * (count.total - count.trained)) / step.shards,
-        "gradients": 4 * count.trained / step.shards,
-        "optimizer": 8 * count.trained / step.shards,
+        "weights": (4 * count.trained + frozen) / shards,
+        "gradients": 4 * count.trained / shards,
+        "optimizer": 8 * count.trained / shards,
         "copies": copies,
         "activations": kept + backward - logits,
         "logits": logits,
     }
     held, gradients = parts["weights"] + parts["optimizer"], parts["gradients"]
     work = copies + kept + backward
-    peak = held + (gradients + work if step.passes > 1 else max(gradients, work))
-    if step.shards > 1 and not step.rank:
-        peak = max(peak, held + gradients + (8 if step.bf16 else 12) * count.outside)
-    return parts | {"peak": peak}
+    several = args.batch_size > args.gpus * posts  # micro-batches
+    peak = held + (gradients + work if several else max(gradients, work))
+    if shards > 1 and not rank:
+        peak = max(peak, held + gradients + (8 if bf16 else 12) * count.outside)
+    return {part: size / 2**30 for part, size in (parts | {"peak": peak}).items()}
 
 
-def activations(config, step):
+def activations(config, args, posts, sharded):
     """(bytes that the forward keeps for the backward, bytes of a layer that is recomputed).
 
     A layer keeps of a token two norms' inputs and normalised values; the inputs of the matrices
@@ -110,8 +100,7 @@ def activations(config, step):
     keys, values and the attention's output; four inner values of the MLP. A vision block that is
     trained keeps the same of a patch. Answers that share a prompt keep its keys and values once
     more, repeated for each head, as transformers does where posts are padded. With checkpointing,
-    a layer keeps only its input and recomputes the rest. A layer with a recurrent state (Qwen3.5)
-    counts as one with attention.
+    a layer keeps only its input and recomputes the rest.
     """
     c, v = config.text_config, config.vision_config
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -121,13 +110,14 @@ def activations(config, step):
         mlp = c.num_experts_per_tok * c.moe_intermediate_size + c.shared_expert_intermediate_size
     width = getattr(v, "embed_dim", None) or v.hidden_size
     vision_mlp = getattr(v, "intermediate_size", None) or int(width * v.mlp_ratio)
-    bf16, rank, sharded, answer = step.bf16, step.rank, step.shards > 1, step.answer
+
+    bf16, rank, (text, answer) = args.device != "cpu", args.lora, args.lengths
     item = 2 if bf16 else 4
     stream = 2 if bf16 and (sharded or rank) else 4  # of hidden states: embeddings are not cast
-    prompt = step.image + step.text
-    prompts, tokens = step.posts * prompt, step.posts * (prompt + answer)
-    patches = v.spatial_merge_size**2 * step.posts * step.image
-    trained = 0 if step.freeze_vision else patches
+    merge = v.spatial_merge_size**2  # patches of a token
+    image = (args.max_pixels or MAX_PIXELS) // (v.patch_size**2 * merge)
+    prompt, patches = image + text, posts * image * merge
+    tokens, trained = posts * (prompt + answer), 0 if args.freeze_vision else patches
 
     norms = (18 if rank else 16 if sharded else 26) if bf16 else (16 if rank else 24)
     token = norms * c.hidden_size + 4 * item * (queries + mlp)
@@ -137,19 +127,18 @@ def activations(config, step):
     pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2
     ends = patches * pixels * (6 if bf16 and trained else 4)  # the input, the last norm, the merger
     ends += tokens * 3 * stream * c.hidden_size + trained * 5 * item * width
-    if step.checkpointing:
+    cells = (prompt + answer) ** 2  # of a post's attention
+    if args.gradient_checkpointing:
         inputs = c.num_hidden_layers * tokens * stream * c.hidden_size
         inputs += v.depth * trained * item * width
-        scores = item * step.posts * (prompt + answer) ** 2
-        layer = tokens * (token + 2 * item * mlp) + scores
+        layer = tokens * (token + 2 * item * mlp) + item * posts * cells
         return ends + inputs, max(layer, trained * (patch + 2 * item * vision_mlp))
-    cells, cached = (prompt + answer) ** 2, 0
-    if step.share_prompt:
+    cached = 0
+    if train.MODES[args.mode].shares_prompt:
         cells -= prompt * answer  # the prompt does not see the answer's columns
         cached = keys * (2 * stream if rank or sharded else 4 + item) + 2 * item * queries
-    masks = item * step.posts * cells
-    layers = c.num_hidden_layers * (tokens * token + masks + prompts * cached)
-    return ends + layers + v.depth * trained * patch, 0
+    layer = tokens * token + posts * (item * cells + prompt * cached)
+    return ends + c.num_hidden_layers * layer + v.depth * trained * patch, 0
 
 
 def count_parameters(model, rank=None, freeze_vision=False):
@@ -186,33 +175,8 @@ def read_model(name):
     if name in known:
         return empty_model(AutoConfig.for_model(**known[name]), device="meta"), None
     folder = find_model(name, ["config.json", ENCODER_FILE])
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json; name the model that the adapter was made for")
     check_family(folder)
     return empty_model(folder, device="meta"), folder
-
-
-def estimate(model, args, card):
-    """`step_memory` in GiB for train.py's settings on GPUs of `card` GiB."""
-    vision, share = model.config.vision_config, math.ceil(args.batch_size / args.gpus)
-    posts = min(args.micro_batch, share)
-    step = Step(
-        posts,
-        (args.max_pixels or MAX_PIXELS) // (vision.patch_size * vision.spatial_merge_size) ** 2,
-        *args.lengths,
-        bf16=args.device != "cpu",
-        rank=args.lora,
-        freeze_vision=args.freeze_vision,
-        checkpointing=args.gradient_checkpointing,
-        passes=math.ceil(share / posts),
-        share_prompt=train.MODES[args.mode].shares_prompt,
-    )
-    parts = step_memory(model, step)
-    state = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    auto = args.parallel == "auto" and state > card * 2**30 / 2  # as train.py decides
-    if args.gpus > 1 and (args.parallel == "fsdp" or auto):
-        parts = step_memory(model, replace(step, shards=args.gpus))
-    return {part: value / 2**30 for part, value in parts.items()}
 
 
 def parse_args(arguments=None):
@@ -235,22 +199,17 @@ def main():
     if folder:
         resolve_options(args, folder)
     count = count_parameters(model, args.lora, args.freeze_vision)
-    needs = {card: estimate(model, args, card) for card in CARDS}
-    fits = {card: need["peak"] <= USABLE * card for card, need in needs.items()}
-    shown = next((card for card in CARDS if fits[card]), CARDS[-1])
     total, trained = (f"{number / 1e9:.3f} billion" for number in (count.total, count.trained))
     print(f"{args.model}: {total} parameters, {trained} of them trained")
-    print(f"GPUs: {args.gpus}; posts per micro-batch: {args.micro_batch}; estimated GiB per GPU:\n")
-    print(*(f"{part:<12} {value:8.2f}" for part, value in needs[shown].items()), "", sep="\n")
-    print(
-        *(f"{card:>3} GiB  {'fits' if fits[card] else 'does not fit'}" for card in CARDS), sep="\n"
-    )
-    layers = getattr(model.config.text_config, "layer_types", None) or []
-    if recurrent := layers.count("linear_attention"):
-        print(
-            f"{recurrent} of {len(layers)} layers keep a recurrent state and are estimated as "
-            "attention; without\nflash-linear-attention their activations take three times as much"
-        )
+    print(f"Estimated GiB of each of {args.gpus} GPUs, by the size of the GPUs:\n")
+    print(f"{'':<12}", *(f"{card:>8}" for card in CARDS))
+    needs = [estimate(model, args, card) for card in CARDS]
+    for part in needs[0]:
+        print(f"{part:<12}", *(f"{need[part]:8.2f}" for need in needs))
+    fits = [need["peak"] <= USABLE * card for need, card in zip(needs, CARDS, strict=True)]
+    print(f"{'fits':<12}", *(f"{'yes' if fit else 'no':>8}" for fit in fits))
+    if "linear_attention" in (getattr(model.config.text_config, "layer_types", None) or []):
+        print("\nIts recurrent layers take three times as much without flash-linear-attention")
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ def main():
     args = parse_args()
     with locked(args.out):
         merge(args.model, args.out)
-    size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
-    info(f"{args.out}: the merged model, in float32, {size / 1e6:,.0f} MB")
+    info(f"{args.out}: the merged model, in float32")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ that of tools/memory.py.
 import argparse
 import math
 import os
-import random
 import re
 import shlex
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import data
 import gen_cot
@@ -22,11 +21,11 @@ from model import make_encoder, read_image_processor, read_tokenizer
 from support.checkpoint import find_model
 from support.console import ArgumentParser
 from tools import memory
-from tools.cost import PEAKS, Flops, Lengths
+from tools.cost import PEAKS, Flops, Lengths, passes
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = 200  # posts whose lengths are measured
-CHARACTERS = 4  # of a token, where there is no tokenizer to count with
+CHARACTERS = 4  # of a token of the teacher's instruction
 GPUS = r"--(?:nnodes|nproc[-_]per[-_]node)[= ](\d+)"  # in torchrun's arguments
 COT = 160  # tokens of an answer that reasons where no post has one, and of the longest at least
 
@@ -63,27 +62,20 @@ class Cell:
 
     def train_options(self):
         """The arguments of train.py."""
-        options = [*self.args.defaults, *self.args.settings, "--mode", self.mode]
-        options += [] if self.gamma is None else ["--gamma", f"{self.gamma:g}"]
-        options += ["--epochs", f"{self.epochs:g}"] if self.epochs else []
         files = {name: getattr(self.args, name) for name in ("model", "train", "valid")}
-        files["out"] = self.folder
-        return options + [
-            str(x) for name, file in files.items() if file for x in (f"--{name}", file)
-        ]
+        own = {"mode": self.mode, "gamma": self.gamma, "epochs": self.epochs}
+        return [*self.args.defaults, *self.args.settings, *flags(**own, **files, out=self.folder)]
 
     def infer_options(self):
         """The arguments of infer.py; how posts are read is the same as in training."""
-        model = self.args.model if self.mode == "zero-shot" else self.folder
-        options = ["--data", self.args.test, "--model", model, "--out", self.predictions]
         parser = ArgumentParser()
         data.add_reading_options(parser)
         given = parser.parse_known_args([*self.args.defaults, *self.args.settings])[0]
-        for name, value in vars(given).items():
-            if value != parser.get_default(name):
-                options += [f"--{name.replace('_', '-')}", value]
-        options += ["--base-url", self.args.base_url] if self.args.base_url else []
-        options += ["--think", "never"] if self.never else []
+        changed = {k: value for k, value in vars(given).items() if value != parser.get_default(k)}
+        model = self.args.model if self.mode == "zero-shot" else self.folder
+        think = "never" if self.never else None
+        options = flags(data=self.args.test, model=model, out=self.predictions, **changed)
+        options += flags(base_url=self.args.base_url, think=think)
         return options + shlex.split(self.args.infer)
 
     def score_options(self, other=None):
@@ -99,6 +91,12 @@ class Cell:
         return {"plain": 0, "cot": 1, "both": 1, "either": chosen}[trains]
 
 
+def flags(**values):
+    """Options as arguments of a script, without those that are None."""
+    given = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
+    return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+
+
 def shell(script, options, launch=""):
     """A command as one types it in the current folder."""
     start = shlex.split(launch) or ["python"]
@@ -109,152 +107,120 @@ def shell(script, options, launch=""):
 
 
 def measured_lengths(args, posts, model):
-    """(Lengths, tokens of the teacher's instruction) of some posts, by the model's tokenizer."""
-    try:
-        folder = find_model(args.model, ["*.json", "*.txt", "*.jinja"])
-        tokenizer, processor = read_tokenizer(folder), read_image_processor(folder)
-    except UserError as error:
-        raise UserError(f"--lengths is missing: no tokenizer to measure with ({error})") from None
+    """Lengths of some posts, by the model's tokenizer. Raises UserError."""
+    folder = find_model(args.model, ["*.json", "*.txt", "*.jinja"])
+    tokenizer, processor = read_tokenizer(folder), read_image_processor(folder)
     options = data.resolve_options(train.parse_args(Cell(args, "sft").train_options()), folder)
     encoder = make_encoder(folder, model.config, tokenizer, processor, options)
-    chosen = random.Random(0).sample(range(len(posts)), min(SAMPLE, len(posts)))
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
-    samples = [sample for sample in map(encoded.__getitem__, chosen) if hasattr(sample, "prompt")]
+    chosen = map(encoded.__getitem__, range(0, len(posts), math.ceil(len(posts) / SAMPLE)))
+    samples = [sample for sample in chosen if hasattr(sample, "prompt")]
     if not samples:
         raise UserError(f"{posts.path}: no image can be read; see python -m tools.dataset check")
-    image = statistics.mean(sample.prompt.count(encoder.image_token_id) for sample in samples)
-    prompt = statistics.mean(len(sample.prompt) for sample in samples)
-    plain = statistics.mean(len(sample.plain) for sample in samples)
-    cot = statistics.mean([len(sample.cot) for sample in samples if sample.cot] or [COT])
-    return Lengths(prompt - image, image, plain, cot), len(tokenizer.encode(gen_cot.PROMPT))
+    image = mean(sample.prompt.count(encoder.image_token_id) for sample in samples)
+    prompt = mean(len(sample.prompt) for sample in samples)
+    plain = mean(len(sample.plain) for sample in samples)
+    cot = mean([len(sample.cot) for sample in samples if sample.cot] or [COT])
+    return Lengths(prompt - image, image, plain, cot)
 
 
 class Plan:
-    """What the commands of one study compute, from averages over its posts.
+    """What the commands of a study compute, from averages over its posts.
 
-    counts: the numbers of posts of "train" and "test"; lengths: Lengths; model: on "meta".
+    Posts are counted and measured where their files exist. Raises UserError.
     """
 
-    def __init__(self, args, counts, lengths, model):
-        self.args, self.counts, self.lengths = args, counts, lengths
-        self.model, self.flops = model, Flops(model)
+    def __init__(self, args):
+        self.args, self.model = args, memory.read_model(args.model)[0]
+        posts = data.Posts(args.train, for_training=True) if Path(args.train).exists() else None
+        counts = args.posts or args.paper_data.get("posts", {}).values()
+        if posts and not args.posts:
+            counts = len(posts), len(data.Posts(args.test))
+        if not counts:
+            raise UserError("--posts TRAIN TEST is missing: there are no files to count posts in")
+        if not posts and not args.lengths:
+            raise UserError("--lengths TEXT IMAGE PLAIN COT is missing: no posts to measure")
+        self.train_posts, self.test_posts = counts
+        self.missing = round(self.train_posts * (posts.without_cot / len(posts) if posts else 1))
+        given = args.lengths
+        self.lengths = Lengths(*given) if given else measured_lengths(args, posts, self.model)
+        self.flops = Flops(self.model)
 
-    def answer(self, cell):
-        """(share that reasons, mean tokens) of a cell's answers; zero-shot is taken to reason."""
-        share = cell.cot_share(self.args.cot_share)
-        return share, share * self.lengths.cot + (1 - share) * self.lengths.plain
-
-    def training(self, cell):
-        """A comment on the training of a cell, validation included."""
-        options, (share, answer) = train.parse_args(cell.train_options()), self.answer(cell)
-        count = self.counts["train"]
-        steps = len(data.TrainingOrder(count, options.batch_size, options.seed, options.epochs))
-        posts, both = options.epochs * count, train.MODES[options.mode].shares_prompt
-        tokens = posts * (self.lengths.prompt + answer + both * self.lengths.plain)
-        flops = posts * self.flops.training(self.lengths, options.mode, share, options)
-        valid = math.ceil(options.epochs) * options.valid_posts if options.valid else 0
-        read, generate = (valid * part for part in self.flops.inference(self.lengths, answer))
-        return self.comment(f"{plural(steps, 'step')}, ", tokens, flops + read, generate)
-
-    def inference(self, cell):
-        """A comment on the inference of a cell."""
-        posts, (_, answer) = self.counts["test"], self.answer(cell)
-        read, generate = (posts * part for part in self.flops.inference(self.lengths, answer))
-        return self.comment("", posts * (self.lengths.prompt + answer), read, generate)
-
-    def comment(self, steps, tokens, read, generate):
-        """Tokens, FLOPs, and the hours of one GPU of each kind."""
-        shares = self.args.utilization
-        seconds = read / shares[0] + generate / shares[1]
-        hours = ", ".join(f"{card} {seconds / peak / 3600:,.1f}" for card, peak in PEAKS.items())
-        return f"# {steps}{tokens:.3g} tokens, {read + generate:.3g} FLOPs; GPU-hours: {hours}"
+    def teacher(self, out):
+        """The reasoning of the posts that have none, written to the file `out`."""
+        paper, prices = self.args.paper_data, self.args.price or (0, 0)
+        prompt = len(gen_cot.PROMPT) / CHARACTERS + self.lengths.prompt + self.lengths.plain
+        sent, received = (self.missing * tokens / 1e6 for tokens in (prompt, self.lengths.cot))
+        costs = f"; it costs {sent * prices[0] + received * prices[1]:,.0f}" if any(prices) else ""
+        requests = plural(self.missing, "request")
+        model, address = paper.get("teacher", "gpt-4o"), paper.get("teacher_url")
+        yield "\n# reasoning by a teacher"
+        yield f"# {requests}, {sent:,.1f} million tokens in, {received:,.1f} out{costs}"
+        options = flags(out=out, model=model, base_url=address)
+        yield shell("gen_cot.py", [self.args.train, *options])
 
     def memory(self):
-        """A comment on the memory of a training step, by the size of the cards."""
+        """A comment on the memory of a step, by the size of the GPUs."""
         gpus = math.prod(map(int, re.findall(GPUS, self.args.launch)))
         longest = [max(COT, math.ceil(most)) for most in (self.lengths.text, self.lengths.cot)]
         options = [*Cell(self.args, "dynamic").train_options(), "--gpus", gpus]
         settings = memory.parse_args([*map(str, [*options, "--lengths", *longest])])
-        needs = []
-        for card in (80, 141):
-            need = memory.estimate(self.model, settings, card)["peak"]
-            fits = "" if need <= memory.USABLE * card else ", does not fit"
-            needs.append(f"{need:.1f} GiB ({card} GiB cards{fits})")
-        return f"# memory of each of {plural(gpus, 'GPU')}: {', '.join(needs)}"
+        peaks = {card: memory.estimate(self.model, settings, card)["peak"] for card in (80, 141)}
+        needs = ", ".join(f"{peak:.1f} GiB ({card} GiB cards)" for card, peak in peaks.items())
+        yield f"\n# memory of each of {plural(gpus, 'GPU')}: {needs}"
 
-    def teacher(self, missing, instruction):
-        """A comment on the teacher's work for `missing` posts."""
-        sent = missing * (instruction + self.lengths.prompt + self.lengths.plain) / 1e6
-        received, price = missing * self.lengths.cot / 1e6, self.args.price
-        cost = f"; it costs {sent * price[0] + received * price[1]:,.0f}" if price else ""
-        tokens = f"{sent:,.1f} million tokens in, {received:,.1f} out"
-        return f"# {plural(missing, 'request')}, {tokens}{cost}"
+    def training(self, cell):
+        """The training of a cell; the costs include validation."""
+        args, share = train.parse_args(cell.train_options()), cell.cot_share(self.args.cot_share)
+        steps = len(data.TrainingOrder(self.train_posts, args.batch_size, args.seed, args.epochs))
+        posts = args.epochs * self.train_posts
+        answers = sum(length * part for length, part, _ in passes(self.lengths, args.mode, share))
+        validated = math.ceil(args.epochs) * args.valid_posts if args.valid else 0
+        _, read, generate = self.predicting(cell, validated)
+        read += posts * self.flops.training(self.lengths, args.mode, share, args)
+        costs = self.costs(posts * (self.lengths.prompt + answers), read, generate)
+        yield f"\n# {cell.row}: training"
+        yield f"# {plural(steps, 'step')}, {costs}"
+        yield shell("train.py", cell.train_options(), self.args.launch)
 
+    def inference(self, cell):
+        """The inference of a cell."""
+        yield f"\n# {cell.row}: inference"
+        yield f"# {self.costs(*self.predicting(cell, self.test_posts))}"
+        yield shell("infer.py", cell.infer_options())
 
-def make_plan(args):
-    """(Plan, posts without reasoning, tokens of the teacher's instruction, lines that say of what).
+    def predicting(self, cell, posts):
+        """(tokens, FLOPs of reading, FLOPs of generating) of so many predictions."""
+        share = cell.cot_share(self.args.cot_share)
+        answer = share * self.lengths.cot + (1 - share) * self.lengths.plain
+        read, generate = self.flops.inference(self.lengths, answer)
+        return posts * (self.lengths.prompt + answer), posts * read, posts * generate
 
-    Posts are counted and measured where their files exist. Raises UserError.
-    """
-    model, counts = memory.read_model(args.model)[0], dict(args.paper_data.get("posts", {}))
-    without_cot, instruction, source = 1.0, len(gen_cot.PROMPT) / CHARACTERS, "given"
-    posts = data.Posts(args.train, for_training=True) if Path(args.train).exists() else None
-    if posts:
-        counts["train"], without_cot = len(posts), posts.without_cot / len(posts)
-    if Path(args.test).exists():
-        counts["test"] = len(data.Posts(args.test))
-    counts |= dict(zip(("train", "test"), args.posts or [], strict=False))
-    if len(counts) < 2:
-        raise UserError("--posts TRAIN TEST is missing: there are no files to count posts in")
-    if args.lengths:
-        lengths = Lengths(*args.lengths)
-    elif posts:
-        lengths, instruction = measured_lengths(args, posts, model)
-        source = "measured" if without_cot < 1 else f"measured; no post has reasoning: {COT} taken"
-    else:
-        raise UserError("--lengths TEXT IMAGE PLAIN COT is missing: there are no posts to measure")
-    average = ", ".join(f"{value:.0f} {name}" for name, value in vars(lengths).items())
-    share, generating = args.utilization
-    lines = [
-        f"# {args.model}: {memory.count_parameters(model).total / 1e9:.3f} billion parameters",
-        f"# {plural(counts['train'], 'post')} to train on, {counts['test']:,} to predict",
-        f"# tokens of an average post: {average} ({source})",
-        f"# {args.cot_share:.0%} of dynamic's posts reason, and all that zero-shot predicts",
-        f"# utilization: {share:.0%} in training and reading, {generating:.1%} in generating",
-    ]
-    missing = round(counts["train"] * without_cot)
-    return Plan(args, counts, lengths, model), missing, instruction, lines
+    def costs(self, tokens, read, generate):
+        """Tokens, FLOPs, and the hours of one GPU of each kind."""
+        shares = self.args.utilization
+        seconds = read / shares[0] + generate / shares[1]
+        hours = ", ".join(f"{card} {seconds / peak / 3600:,.1f}" for card, peak in PEAKS.items())
+        return f"{tokens:.3g} tokens, {read + generate:.3g} FLOPs; GPU-hours: {hours}"
 
 
 def commands(args, cells):
     """The lines of a shell script that does the whole study; what they cost stands in comments."""
-    plan, missing, instruction, lines = make_plan(args)
-    yield from lines
-    if missing and any(cell.mode != "zero-shot" and cell.cot_share(1) for cell in cells):
-        name, file = args.paper_data.get("teacher", "gpt-4o"), Path(args.train).with_suffix("")
-        yield "\n# reasoning by a teacher"
-        yield plan.teacher(missing, instruction)
-        options = [args.train, "--out", f"{file}_cot.jsonl", "--model", name]
-        if address := args.paper_data.get("teacher_url"):  # of a teacher that is not OpenAI's
-            options += ["--base-url", address]
-        yield shell("gen_cot.py", options)
-        args.train = f"{file}_cot.jsonl"  # that the rows train on
-    yield f"\n{plan.memory()}"
-    jobs = [(cell, kind) for cell in cells for kind in ("training", "inference")]
-    if args.base_url:  # a server needs the GPUs that trained
-        jobs.sort(key=lambda job: job[1] == "inference")
-    for cell, kind in jobs:
-        if (cell.mode, kind) == ("zero-shot", "training"):
-            continue
-        yield f"\n# {cell.row}: {kind}"
-        yield getattr(plan, kind)(cell)
-        if kind == "training":
-            yield shell("train.py", cell.train_options(), args.launch)
-        else:
-            yield shell("infer.py", cell.infer_options())
+    plan, trained = Plan(args), [cell for cell in cells if cell.mode != "zero-shot"]
+    average = ", ".join(f"{value:.0f} {name}" for name, value in vars(plan.lengths).items())
+    yield f"# {plural(plan.train_posts, 'post')} to train on, {plan.test_posts:,} to predict"
+    yield f"# tokens of an average post: {average}"
+    if plan.missing and any(cell.cot_share(1) for cell in trained):
+        out = f"{Path(args.train).with_suffix('')}_cot.jsonl"
+        yield from plan.teacher(out)
+        args.train = out  # that the rows train on
+    yield from plan.memory()
+    for cell in trained:  # all of them first: a server needs the GPUs that trained
+        yield from plan.training(cell)
+    for cell in cells:
+        yield from plan.inference(cell)
     yield "\n# scores"
-    yield from (shell("evaluate.py", cell.score_options()) for cell in cells)
-    for cell, other in pairs(cells):
+    for cell, other in [(cell, None) for cell in cells] + pairs(cells):
         yield shell("evaluate.py", cell.score_options(other))
 
 

@@ -6,6 +6,7 @@ keyphrases are held out (`HoldOut`), then groups of posts are swapped (`Swaps`).
 
 import os
 import random
+from collections import defaultdict
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from tools.posts import share
 SIDES = TRAIN, VALID, TEST = range(3)
 SIDE_NAMES = ("train", "valid", "test")
 OVERLAP_TOLERANCE = 0.005
-FIGURES = ("overlap", "words a post", "keyphrases a post", "share present")  # should be as asked
+MEANS = ("words a post", "keyphrases a post", "share present")  # should be those of all posts
 PATIENCE = 5000  # swaps in vain before the search gives up
 
 
@@ -75,28 +76,30 @@ class Groups:
     def __init__(self, entries):
         phrases = {}  # keyphrase -> its number
         self.of_post = np.array(group_posts(entries))
-        pairs = [
+        pairs = {
             (group, phrases.setdefault(phrase, len(phrases)))
             for group, entry in zip(self.of_post.tolist(), entries, strict=True)
             for phrase in entry.phrases
-        ]
+        }
         if not pairs:
             raise UserError("none of the posts has a keyphrase; a split by keyphrases needs some")
         self.phrases = len(phrases)
-        pairs = np.unique(np.array(pairs) @ [self.phrases, 1])
-        self.pair_group, self.pair_phrase = np.divmod(pairs, self.phrases)
+        self.pair_group, self.pair_phrase = np.array(sorted(pairs)).T
         rows = [(1, e.words, len(e.phrases), e.present, e.scored) for e in entries]
         self.sums = np.zeros((self.of_post.max() + 1, 5), dtype=int)
         np.add.at(self.sums, self.of_post, rows)
         self.size = self.sums[:, 0]
 
-    def overlap(self, side, which):
-        """The share of one side's distinct keyphrases that train has, too; `side` is (G,)."""
-        here, there = np.zeros((2, self.phrases), dtype=bool)
-        sides = side[self.pair_group]
-        here[self.pair_phrase[sides == which]] = True
-        there[self.pair_phrase[sides == TRAIN]] = True
-        return share((here & there).sum(), here.sum())
+    def count(self, side):
+        """(3, phrases), how many groups of each side have each keyphrase; `side` is (G,)."""
+        cells = side[self.pair_group] * self.phrases + self.pair_phrase
+        return np.bincount(cells, minlength=3 * self.phrases).reshape(3, self.phrases)
+
+
+def overlap_of(count, which):
+    """The share of one side's distinct keyphrases that train has, too; see `Groups.count`."""
+    here, there = count[which] > 0, count[TRAIN] > 0
+    return share((here & there).sum(), here.sum())
 
 
 class HoldOut:
@@ -131,10 +134,10 @@ class HoldOut:
     def split(self, overlap):
         """The split with the most keyphrases held out whose overlap is not below `overlap`."""
         enough, too_many = 0, self.can_be_held + 1
-        side, _ = self.deal_evenly(0)
+        side, _ = self.deal(0)
         while too_many - enough > 1:
             held = (enough + too_many) // 2
-            dealt = self.deal_evenly(held)
+            dealt = self.deal(held)
             if dealt is None or dealt[1] < overlap:
                 too_many = held
             else:
@@ -142,120 +145,82 @@ class HoldOut:
         fill(side, self.groups.size, self.fillers.tolist(), self.sizes)
         return side
 
-    def deal_evenly(self, held):
-        """(split, overlap) in which test and valid have about the same overlap.
+    def deal(self, held):
+        """(split, overlap) with `held` keyphrases held out; the overlap of test and valid is alike.
 
-        None where they have no room for the posts of `held` keyphrases.
+        None where they have no room for the posts of these keyphrases.
         """
-        low, high = 0 if self.sizes[VALID] else 1, 1  # bounds of the share of posts in test
-        found = None
+        size, found = self.groups.size, None
+        low, high = 0 if self.sizes[VALID] else 1, 1  # bounds of test's share of these posts
         for _ in range(10):
             to_test = (low + high) / 2
-            side, beyond = self.deal(held, to_test)
-            if beyond[TEST] > 0 and beyond[VALID] > 0:  # no other share makes room in both
-                return None
-            of_test, of_valid = (self.groups.overlap(side, which) for which in (TEST, VALID))
-            if max(beyond[VALID], beyond[TEST]) <= 0:
+            side = (self.first < held) * (VALID + (self.dice < to_test))  # TRAIN is 0
+            room = [self.sizes[which] - size[side == which].sum() for which in SIDES]
+            for which in (TEST, VALID):
+                rest = self.fillers[side[self.fillers] == TRAIN]
+                side[rest[size[rest].cumsum() <= room[which]]] = which
+            count = self.groups.count(side)
+            of_test, of_valid = overlap_of(count, TEST), overlap_of(count, VALID)
+            if min(room[VALID], room[TEST]) >= 0:
                 found = side, max(of_test, of_valid)
-            if beyond[VALID] > 0 or beyond[TEST] <= 0 and of_test > of_valid:
+            if room[VALID] < 0 or room[TEST] >= 0 and of_test > of_valid:
                 low = to_test
             else:
                 high = to_test
         return found
 
-    def deal(self, held, to_test):
-        """(split, posts beyond each side's size) with `held` keyphrases held out.
-
-        The share `to_test` of their posts is in test, the others in valid.
-        """
-        size = self.groups.size
-        side = (self.first < held) * (VALID + (self.dice < to_test))  # 0 is TRAIN, VALID + 1 TEST
-        beyond = [int(size[side == which].sum()) - self.sizes[which] for which in SIDES]
-        rest = self.fillers[side[self.fillers] == TRAIN]
-        so_far, start = size[rest].cumsum(), 0
-        for which in (TEST, VALID):
-            filled = so_far[start - 1] if start else 0
-            end = max(start, int(so_far.searchsorted(filled - beyond[which], "right")))
-            side[rest[start:end]] = which
-            start = end
-        return side, beyond
-
 
 def means(sums):
-    """(words a post, keyphrases a post, share of keyphrases present) of a row of Groups.sums."""
+    """The figures that MEANS names, of a row of Groups.sums."""
     posts, words, keyphrases, present, scored = sums
     return share(words, posts), share(keyphrases, posts), share(present, scored)
 
 
 class Swaps:
-    """Swaps groups of the same size between the sides until a split is as asked.
-
-    The counts are lists: a swap changes a few numbers, for which arrays are slow.
-    """
+    """Swaps groups of the same size between the sides until a split is as asked."""
 
     def __init__(self, groups, side, overlap, likeness):
-        self.overlap, self.likeness = overlap, likeness
-        self.side, self.rows = side.tolist(), groups.sums.tolist()
-        self.checked = [which for which in (TEST, VALID) if which in self.side]
-        self.whole = means(groups.sums.sum(axis=0).tolist())
-        self.sums = [groups.sums[side == which].sum(axis=0).tolist() for which in SIDES]
-        self.phrases = [[] for _ in self.rows]  # of each group
-        self.count = [[0] * groups.phrases for _ in SIDES]  # of groups that have a keyphrase
-        pairs = groups.pair_group.tolist(), groups.pair_phrase.tolist()
-        for group, phrase in zip(*pairs, strict=True):
-            self.phrases[group].append(phrase)
-            self.count[self.side[group]][phrase] += 1
-        # Keyphrases of each side, and those of them that train has, too.
-        self.distinct, self.shared = [0, 0, 0], [0, 0, 0]
-        for phrase in range(groups.phrases):
-            self.tally(phrase, 1)
-
-    def tally(self, phrase, sign):
-        """Add a keyphrase to `distinct` and `shared` (sign 1), or take it out (-1)."""
-        for which in self.checked:
-            if self.count[which][phrase]:
-                self.distinct[which] += sign
-                self.shared[which] += sign * (self.count[TRAIN][phrase] > 0)
+        self.groups, self.side, self.overlap, self.likeness = groups, side, overlap, likeness
+        self.checked = [which for which in (TEST, VALID) if which in side]
+        self.whole = means(groups.sums.sum(axis=0))
+        self.sums = np.array([groups.sums[side == which].sum(axis=0) for which in SIDES])
+        self.count = groups.count(side)
+        ends = np.bincount(groups.pair_group, minlength=len(side)).cumsum()
+        self.phrases = np.split(groups.pair_phrase, ends[:-1])  # of each group
 
     def move(self, group, to):
         """Move a group to another side."""
-        here, row = self.side[group], self.rows[group]
+        for which, sign in ((self.side[group], -1), (to, 1)):
+            self.sums[which] += sign * self.groups.sums[group]
+            self.count[which, self.phrases[group]] += sign
         self.side[group] = to
-        self.sums[here] = [a - b for a, b in zip(self.sums[here], row, strict=True)]
-        self.sums[to] = [a + b for a, b in zip(self.sums[to], row, strict=True)]
-        for phrase in self.phrases[group]:
-            self.tally(phrase, -1)
-            self.count[here][phrase] -= 1
-            self.count[to][phrase] += 1
-            self.tally(phrase, 1)
-
-    def reached(self, which):
-        """The overlap of one side."""
-        return share(self.shared[which], self.distinct[which])
 
     def misfits(self):
-        """How far each figure of test and valid is from what it should be, in tolerances."""
+        """{figure of a side: how far it is from what it should be, in tolerances}."""
+        found = {}
         for which in self.checked:
-            yield abs(self.reached(which) - self.overlap) / OVERLAP_TOLERANCE
-            for mean, target in zip(means(self.sums[which]), self.whole, strict=True):
-                yield abs(mean / target - 1) / self.likeness if target else 0
+            side, overlap = SIDE_NAMES[which], overlap_of(self.count, which)
+            found[f"{side} overlap"] = abs(overlap - self.overlap) / OVERLAP_TOLERANCE
+            for name, mean, target in zip(MEANS, means(self.sums[which]), self.whole, strict=True):
+                found[f"{side} {name}"] = abs(mean / target - 1) / self.likeness if target else 0
+        return found
 
     def badness(self):
         """0 where every figure is well within its tolerance."""
-        return sum(max(0, misfit - 0.5) for misfit in self.misfits())
+        return sum(max(0, misfit - 0.5) for misfit in self.misfits().values())
 
     def search(self, seed):
         """Try random swaps and keep those that help."""
-        rng, same_size = random.Random(seed), {}
-        for group, row in enumerate(self.rows):
-            same_size.setdefault(row[0], []).append(group)
-        outside = [group for group, which in enumerate(self.side) if which != TRAIN]
+        rng, size, same_size = random.Random(seed), self.groups.size.tolist(), defaultdict(list)
+        for group, posts in enumerate(size):
+            same_size[posts].append(group)
+        outside = np.flatnonzero(self.side != TRAIN).tolist()
         best, tries = self.badness(), 0
         while best and tries < PATIENCE:
             tries += 1
             position = rng.randrange(len(outside))
             one = outside[position]
-            other = rng.choice(same_size[self.rows[one][0]])
+            other = rng.choice(same_size[size[one]])
             here, there = self.side[one], self.side[other]
             self.move(one, there)
             self.move(other, here)
@@ -280,16 +245,14 @@ def resplit(entries, overlap, sizes, seed, likeness):
         side = HoldOut(groups, sizes, sharpness, seed).split(overlap)
         swaps = Swaps(groups, side, overlap, likeness)
         swaps.search(seed)
-        if max(swaps.misfits(), default=0) <= 1:
-            return np.array(swaps.side)[groups.of_post]
+        if max(swaps.misfits().values(), default=0) <= 1:
+            return swaps.side[groups.of_post]
         attempts.append(swaps)
-    closest = min(attempts, key=lambda swaps: max(swaps.misfits()))
-    names = [f"{SIDE_NAMES[which]} {figure}" for which in closest.checked for figure in FIGURES]
-    missed = [name for name, misfit in zip(names, closest.misfits(), strict=True) if misfit > 1]
-    reached = " and ".join(
-        f"{percent(closest.reached(which))}% in {SIDE_NAMES[which]}" for which in closest.checked
-    )
+    closest = min(attempts, key=lambda swaps: max(swaps.misfits().values()))
+    missed = ", ".join(name for name, misfit in closest.misfits().items() if misfit > 1)
+    has = {SIDE_NAMES[which]: overlap_of(closest.count, which) for which in closest.checked}
+    reached = " and ".join(f"{percent(reached)}% in {side}" for side, reached in has.items())
     raise UserError(
         f"no split found with an overlap of {percent(overlap)}%; the closest has {reached} (not as "
-        f"asked: {', '.join(missed)}). Ask for that overlap, other sizes or a larger --likeness"
+        f"asked: {missed}). Ask for that overlap, other sizes or a larger --likeness"
     )

@@ -19,15 +19,17 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import data
 import train
 from evaluate import UserError, non_negative_int, plural, read_jsonl, run
+from model import answer_loss, load, read_prompt
 from support.checkpoint import changed_settings, read_pointer
 from support.console import (
     ArgumentParser,
@@ -40,37 +42,40 @@ from support.console import (
     read_json,
 )
 from support.jsonl import locked, write_atomic
-from tools import clubstudy, memory
+from tools import memory
 from tools.clubworld import TOY_DEFAULTS, write_beside
 from tools.plan import ROOT, Cell, commands, pairs
 
 ROWS = ("zero-shot", *train.MODES)
+LEARN_BOTH = [name for name, mode in train.MODES.items() if mode.trains in ("both", "either")]
 CLASSES = ("All", "Present", "Absent", "Unseen")
 PAPER = Path(__file__).parent / "paper.json"
 LARGE = 4e9  # parameters from which the paper trains 3 epochs, not 5
-GOES_ON = "the same command goes on from here"
+GOES_ON = "the same command goes on from here, once the cause is removed"
 
 # ------------------------------------------------------------------------------------ running them
 
+running = set()  # the processes of scripts
+
 
 def execute(script, options, launch=""):
-    """Run one of the scripts, whose progress is shown; returns (exit code, what it printed).
-
-    Ctrl-C reaches the script by itself, which then saves what it has; SIGTERM is passed on to it.
-    """
+    """Run one of the scripts, whose progress is shown; returns (exit code, what it printed)."""
     command = [*(shlex.split(launch) or [sys.executable]), ROOT / script, *options]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
-    handlers = {signal.SIGINT: lambda *_: None}
-    handlers[signal.SIGTERM] = lambda number, _: process.send_signal(number)
-    if threading.current_thread() is not threading.main_thread():  # of several at once
-        handlers = {}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    running.add(process)
     try:
         printed, _ = process.communicate()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        process.wait()  # Ctrl-C and `stop` have reached it: it saves what it has
+        running.discard(process)
     return process.returncode, printed
+
+
+def stop(*_):
+    """On SIGTERM: pass it on to the scripts, and leave when they have."""
+    for process in list(running):
+        process.terminate()
+    sys.exit(128 + signal.SIGTERM)
 
 
 def read(path):
@@ -78,20 +83,16 @@ def read(path):
 
 
 def is_trained(cell):
-    """Whether a cell's training is finished. Raises UserError if it had other settings or posts."""
-    options, posts = train.parse_args(cell.train_options()), cell.args.posts
+    """Whether a cell's training is finished, with these settings and posts."""
     if not (cell.folder / "last").is_file():
         return False
-    if changed := changed_settings(cell.folder, train.run_settings(options, posts)):
-        raise UserError(
-            f"{cell.folder}: was trained with other settings: {', '.join(changed.values())}; "
-            "choose another --out"
-        )
-    order = data.TrainingOrder(len(posts), options.batch_size, options.seed, options.epochs)
-    if read_pointer(cell.folder / "last").name != f"step-{len(order)}":
-        return False
+    options, posts = train.parse_args(cell.train_options()), cell.args.posts
+    if changed_settings(cell.folder, train.run_settings(options, posts)):
+        return False  # train.py refuses to resume it, and names them
+    steps = len(data.TrainingOrder(len(posts), options.batch_size, options.seed, options.epochs))
     evaluated = [line["step"] for line in read(cell.folder / "log.jsonl") if "valid" in line]
-    return not options.valid or len(order) in evaluated
+    is_whole = read_pointer(cell.folder / "last").name == f"step-{steps}"
+    return is_whole and (not options.valid or steps in evaluated)
 
 
 def train_cell(cell):
@@ -106,43 +107,23 @@ def train_cell(cell):
 
 
 def predict_cell(cell):
-    """Predict the test posts, which infer.py continues; its time is added to seconds.json."""
-    out = cell.predictions
-    info(f"{cell.row}: predicting, in {out}")
-    before, started = out.exists() and out.stat().st_mtime_ns, time.perf_counter()
+    """Predict the test posts; infer.py continues what it has."""
+    info(f"{cell.row}: predicting, in {cell.predictions}")
     code, _ = execute("infer.py", cell.infer_options())
-    if out.exists() and out.stat().st_mtime_ns != before:
-        seconds = time.perf_counter() - started + inference_seconds(cell)
-        write_atomic(seconds_file(cell), json.dumps({"infer": seconds}) + "\n")
-    found = read(out)
+    found = read(cell.predictions)
     refused = code and not any("error" in line for line in found)  # else some posts failed
     if len(found) < len(cell.args.test_posts) or refused:
-        name = cell.infer_options()[3]
-        server = f" (the server must have the model as {name})" if cell.args.base_url else ""
-        raise UserError(f"the inference of {cell.row} ended with {code}{server}; {GOES_ON}")
+        raise UserError(f"the inference of {cell.row} ended with {code}; {GOES_ON}")
 
 
-def run_all(cells, at_once):
-    """Train and predict the cells that are not finished, `at_once` of them at a time."""
-    jobs = [(job, cell) for cell in cells for job in (train_cell, predict_cell)]
-    if any(cell.args.base_url for cell in cells):  # a server needs the GPUs that trained
-        jobs.sort(key=lambda job: job[0] is predict_cell)
-    if at_once == 1:
-        for job, cell in jobs:
-            job(cell)
-        return
-    with ThreadPoolExecutor(at_once) as pool:  # what forbids reasoning needs what is trained
-        for job in (train_cell, predict_cell):
-            list(pool.map(job, cells))
-
-
-def seconds_file(cell):
-    return cell.folder / cell.predictions.name.replace("preds.jsonl", "seconds.json")
-
-
-def inference_seconds(cell):
-    file = seconds_file(cell)
-    return read_json(file)["infer"] if file.exists() else 0
+def run_all(cells, args):
+    """Train and predict the cells that are not finished, `--at-once` of them at a time."""
+    apart = args.at_once == 1 and not args.base_url  # a server needs the GPUs that trained
+    with ThreadPoolExecutor(args.at_once) as pool:
+        run_each = map if args.at_once == 1 else pool.map  # a map ends with the first error
+        for some in [[cell] for cell in cells] if apart else [cells]:
+            for job in (train_cell, predict_cell):
+                list(run_each(job, some))
 
 
 def scores_of(cell, other=None):
@@ -153,20 +134,18 @@ def scores_of(cell, other=None):
     return json.loads(printed)
 
 
+def steps_of(cell):
+    """The lines of a cell's steps in its log."""
+    return [line for line in read(cell.folder / "log.jsonl") if "loss" in line]
+
+
+def training_seconds(cell):
+    """The time of a cell's steps, without loading and validation."""
+    return sum(line["seconds"] for line in steps_of(cell))
+
+
 # ------------------------------------------------------------------------------------------ tables
 # A group of cells is a line of a table: one mode on one data set, or on each of several.
-
-
-class Report:
-    """OUT/tables.md, which grows by a section whenever its tables are ready."""
-
-    def __init__(self, path):
-        self.path, self.sections = path, []
-
-    def add(self, title, *tables):
-        self.sections.append(f"### {title}\n\n" + "\n".join(filter(None, tables)))
-        print(self.sections[-1], flush=True)
-        write_atomic(self.path, "\n".join(self.sections))
 
 
 def markdown(titles, rows):
@@ -192,63 +171,50 @@ def percent(entries, measure):
     return f"{100 * entries[0][measure]:.1f} ({low:.1f}–{high:.1f})"
 
 
-def minutes(seconds):
-    return f"{statistics.mean(seconds) / 60:.1f} min" if any(seconds) else "–"
-
-
-def steps_of(cell):
-    """The lines of a cell's steps in its log."""
-    return [line for line in read(cell.folder / "log.jsonl") if "loss" in line]
-
-
-def training_seconds(cell):
-    """The time of a cell's steps, without loading and validation."""
-    return sum(line["seconds"] for line in steps_of(cell))
-
-
-def score_table(groups, scores, paper, times=None):
-    """A line for each group: {label: cells}; the paper's figures stand beside ours.
-
-    times: of the club worlds, {cell: training time as a multiple of sft's}.
-    """
+def score_table(groups, scores, paper):
+    """A line for each group: {label: cells}; the paper's figures stand beside ours."""
     measure, figures = paper.get("measure", "F1@1"), paper.get("figures", {})
     known = [name for name in CLASSES if any(name in figures.get(row, {}) for row in groups)]
-    titles = [measure, *CLASSES, "tokens a post", "reasoned", "training", "inference"]
-    titles += ["steps", "training time, sft = 1"] if times else []
-    titles += [f"{name}, paper's {paper['model']}" for name in known]
+    titles = [measure, *CLASSES, "tokens a post", "reasoned", "steps", "training"]
+    titles += ["training time, sft = 1", *(f"{name}, paper's {paper['model']}" for name in known)]
+    seconds = {cell: training_seconds(cell) for cells in groups.values() for cell in cells}
+    sft = {cell.args.suffix: time for cell, time in seconds.items() if cell.mode == "sft"}
     lines = []
     for label, cells in groups.items():
-        of_cells = [scores[cell] for cell in cells]
-        line = [label, *(percent([s[name.lower()] for s in of_cells], measure) for name in CLASSES)]
-        line += [spread([s["all"]["tokens"] for s in of_cells])]
-        line += [spread([100 * s["all"]["reasoned"] for s in of_cells]) + "%"]
-        line += [minutes([*map(of, cells)]) for of in (training_seconds, inference_seconds)]
-        if times:
-            line += [str(len(steps_of(cells[0]))), spread([times[cell] for cell in cells], 2)]
-        lines.append([*line, *(str(figures.get(label, {}).get(name, "–")) for name in known)])
+        found = [scores[cell] for cell in cells]
+        times = [seconds[cell] / sft[cell.args.suffix] for cell in cells if cell.args.suffix in sft]
+        lines.append(
+            [
+                label,
+                *(percent([entry[name.lower()] for entry in found], measure) for name in CLASSES),
+                spread([entry["all"]["tokens"] for entry in found]),
+                spread([100 * entry["all"]["reasoned"] for entry in found]) + "%",
+                spread([len(steps_of(cell)) for cell in cells], 0),
+                f"{statistics.mean(seconds[cell] for cell in cells) / 60:.1f} min",
+                spread(times, 2),
+                *(str(figures.get(label, {}).get(name, "–")) for name in known),
+            ]
+        )
     return markdown(titles, lines)
 
 
 def kind_table(groups, scores):
     """The share of posts that are reasoned about, by their field "kind"; None without kinds."""
-    tests = {cell.args.test for cells in groups.values() for cell in cells}
-    kinds = sorted({post["kind"] for test in tests for post in read(test) if "kind" in post})
-    if not kinds:
-        return None
-    lines = []
+    lines, shares = [], {}
     for label, cells in groups.items():
-        if cells[0].never:
-            continue
-        shares = {kind: [] for kind in ("all", "unseen", *kinds)}
+        shares = defaultdict(list)
         for cell in cells:
             for name in ("all", "unseen"):
                 shares[name].append(100 * scores[cell][name]["reasoned"])
             thinks = {line["id"]: line["think"] is not None for line in read(cell.predictions)}
-            for kind in kinds:
-                posts = [post for post in read(cell.args.test) if post.get("kind") == kind]
-                shares[kind].append(100 * statistics.mean(thinks[post["id"]] for post in posts))
+            of_kind = defaultdict(list)
+            for post in read(cell.args.test):
+                if "kind" in post:
+                    of_kind[post["kind"]].append(thinks[post["id"]])
+            for kind, thought in sorted(of_kind.items()):
+                shares[kind].append(100 * statistics.mean(thought))
         lines.append([label, *map(spread, shares.values())])
-    return markdown(["reasoned, %", *shares], lines)
+    return markdown(["reasoned, %", *shares], lines) if len(shares) > 2 else None
 
 
 def paired_table(cells, measure):
@@ -260,8 +226,8 @@ def paired_table(cells, measure):
             signed(found["against"][name.lower()][measure]) if found[name.lower()]["posts"] else "–"
             for name in CLASSES
         ]
-        lines.append([f"dynamic − {other.mode}{cell.args.name}", *differences])
-    return markdown([measure, *CLASSES], lines)
+        lines.append([f"dynamic − {other.mode}{cell.args.suffix}", *differences])
+    return markdown([measure, *CLASSES], lines) if lines else None
 
 
 def signed(difference):
@@ -272,18 +238,64 @@ def signed(difference):
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){star}"
 
 
+def law_table(cells, out):
+    """How often a model of the club worlds answers directly, beside the law exp(-gamma n)."""
+    if not cells:
+        return None
+    found = {cell: direct_answers(cell) for cell in cells}
+    plot_gamma({cell.gamma: figures for cell, figures in found.items()}, out / "gamma.png")
+    titles = ["A to C", "L(y_s)", "p(direct)", "exp(−gamma · n)"]
+    rows = [
+        [cell.row + cell.args.suffix, *(f"{figure:.3f}" for figure in figures)]
+        for cell, figures in found.items()
+    ]
+    return markdown(titles, rows)
+
+
+@torch.no_grad()
+def direct_answers(cell):
+    """How a trained cell answers 200 posts of kinds A to C that follow the training rules.
+
+    Means over the posts of L(y_s), of the probability that the answer does not begin with <think>,
+    and of exp(-gamma n); n is the number of tokens of y_s with the end of turn.
+    """
+    posts = data.Posts(Path(cell.args.train).with_name("valid.jsonl"), for_training=True)
+    chosen = [index for index in range(len(posts)) if posts[index]["kind"] in "ABC"][:200]
+    model, encoder, _ = load(str(cell.folder / "last"))
+    encoded, found = data.EncodedPosts(posts, encoder, with_answers=True), []
+    for _, batches in data.Loader(encoded, [chosen], 50):
+        for batch in batches:
+            prompt = read_prompt(model.eval(), batch.prompt)
+            first = model.lm_head(prompt.last_hidden[:, 0]).softmax(-1)  # (B, vocabulary)
+            loss = answer_loss(model, prompt, batch.plain)
+            law = torch.exp(-cell.gamma * batch.plain.mask.sum(1).float())
+            found.append(torch.stack([loss, 1 - first[:, encoder.think[0]], law]))
+    return torch.cat(found, dim=1).mean(1).tolist()
+
+
+def plot_gamma(found, path):
+    """Draw p(direct) and the law over gamma as a PNG, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        info(f"{path}: not drawn; pip install matplotlib")
+        return
+    gammas = sorted(gamma for gamma in found if gamma < math.inf)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(gammas, [found[gamma][2] for gamma in gammas], "x:", label="exp(−gamma · n)")
+    axes.plot(gammas, [found[gamma][1] for gamma in gammas], "o", label="p(direct answer)")
+    axes.set(xlabel="gamma", ylim=(0, 1.03))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 # --------------------------------------------------------------------------------------- the study
 
 
 def data_sets(args, worlds):
     """The settings with the files of each data set: one's own, or those of the club worlds."""
-    sets = [argparse.Namespace(**vars(args))] if args.train else []
-    toy = [(f"--{name.replace('_', '-')}", str(x)) for name, x in TOY_DEFAULTS.items()]
-    for world in [] if args.train else worlds:
-        changes = write_beside(args.out / "tables.md", world)
-        changes |= {"defaults": [*sum(toy, ()), "--seed", str(world)], "valid": None}
-        changes |= {"infer": f"--batch-size 128 {args.infer}", "suffix": f"-{world}"}
-        sets.append(argparse.Namespace(**vars(args) | changes | {"name": f", world {world}"}))
+    sets = [args] if args.train else [club_world(args, seed) for seed in worlds]
     for one in sets:
         info(f"reading {one.train} and {one.test}")
         one.posts, one.test_posts = data.Posts(one.train, for_training=True), data.Posts(one.test)
@@ -293,89 +305,78 @@ def data_sets(args, worlds):
     return sets
 
 
-def mode_groups(args, sets, epochs=None):
+def club_world(args, seed):
+    """The settings of a club world, which is written beside --out."""
+    toy = [f"--{name.replace('_', '-')}={value}" for name, value in TOY_DEFAULTS.items()]
+    changes = write_beside(args.out / "tables.md", seed) | {"valid": None, "suffix": f"-{seed}"}
+    changes |= {"defaults": [*toy, f"--seed={seed}"], "infer": f"--batch-size 128 {args.infer}"}
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def mode_groups(args, sets, epochs):
     """{row: cells}, on the club worlds also with reasoning forbidden where both are learned."""
     groups = {}
     for mode in args.rows:
-        groups[mode] = [Cell(one, mode, epochs=(epochs or {}).get(mode)) for one in sets]
-        if (
-            not args.train
-            and mode != "zero-shot"
-            and train.MODES[mode].trains in ("both", "either")
-        ):
+        groups[mode] = [Cell(one, mode, epochs=epochs.get(mode)) for one in sets]
+        if mode in LEARN_BOTH and not args.train:
             groups[f"{mode}-never"] = [replace(cell, never=True) for cell in groups[mode]]
     return groups
 
 
-def add_tables(report, title, groups, paper, times=None):
-    """Score the groups and add their tables; returns {cell: scores}."""
-    cells = sum(groups.values(), [])
-    scores = {cell: scores_of(cell) for cell in cells}
-    tables = [score_table(groups, scores, paper, times), kind_table(groups, scores)]
-    if len(cells) > len(groups):
-        each = {f"{label}{c.args.name}": [c] for label, group in groups.items() for c in group}
-        tables.append(score_table(each, scores, {}, times))
-    report.add(title, *tables)
-    return scores
-
-
-def study(args, report):
-    """Run what is not finished, then write the tables."""
-    sets = data_sets(args, args.worlds)
-    groups = mode_groups(args, sets)
-    gamma_sets = sets if args.train else data_sets(args, args.gamma_worlds) if args.gammas else []
-    gammas = {
-        f"dynamic-gamma{gamma:g}": [Cell(one, "dynamic", gamma) for one in gamma_sets]
+def gamma_groups(args, sets):
+    """{row: cells} of `dynamic` with each of --gammas."""
+    return {
+        f"dynamic-gamma{gamma:g}": [Cell(one, "dynamic", gamma) for one in sets]
         for gamma in args.gammas
     }
-    measure, scores = args.paper_data.get("measure", "F1@1"), {}
+
+
+def equal_epochs(groups):
+    """{mode: epochs, to a hundredth, that train in the time that sft takes for its own}."""
+    seconds = {row: sum(map(training_seconds, cells)) for row, cells in groups.items()}
+    own = read_json(groups["sft"][0].folder / "settings.json")["epochs"]
+    others = [mode for mode in train.MODES if mode in groups and mode != "sft"]
+    return {mode: round(own * seconds["sft"] / seconds[mode], 2) for mode in others}
+
+
+def parts(args):
+    """Yield (title, {row: cells}) of each part, which is trained before the next is asked for.
+
+    On the club worlds the modes are compared at equal steps, and where sft is among them also at
+    equal training time; the gammas have worlds of their own.
+    """
+    sets = data_sets(args, args.worlds)
+    groups = mode_groups(args, sets, {})
     if args.train:
         count = plural(len(sets[0].test_posts), "post")
-        run_all(sum([*groups.values(), *gammas.values()], []), args.at_once)
-        parts = [(f"{args.model} on {args.test}, {count}", "Paired tests", groups, None)]
-    else:
-        run_all(sum(groups.values(), []), args.at_once)
-        parts = list(club_parts(args, sets, groups))
-    for title, paired, some, times in parts:
-        scores |= add_tables(report, title, some, args.paper_data, times)
-        if pairs(cells := sum(some.values(), [])):
-            report.add(paired, paired_table(cells, measure))
-    if gammas:
+        yield f"{args.model} on {args.test}, {count}", groups | gamma_groups(args, sets)
+        return
+    yield "Equal steps", groups
+    if groups.get("sft"):
+        yield "Equal training time", mode_groups(args, sets, equal_epochs(groups))
+    if args.gammas:
+        yield "Other gammas", gamma_groups(args, data_sets(args, args.gamma_worlds))
+
+
+def study(args):
+    """Run what is not finished; yield the sections of OUT/tables.md, then write the scores."""
+    by_name, paper = {}, args.paper_data
+    for title, groups in parts(args):
+        cells = sum(groups.values(), [])
+        if not cells:
+            continue
+        run_all(cells, args)
+        scores = {cell: scores_of(cell) for cell in cells}
+        tables = [score_table(groups, scores, paper), kind_table(groups, scores)]
+        if len(cells) > len(groups):
+            each = {f"{row}{c.args.suffix}": [c] for row, group in groups.items() for c in group}
+            tables.append(score_table(each, scores, paper))
+        tables.append(paired_table(cells, paper.get("measure", "F1@1")))
         if not args.train:
-            run_all(sum(gammas.values(), []), args.at_once)
-        own = {row: groups[row] for row in ("dynamic",) if args.train and row in groups}
-        scores |= add_tables(report, "Other gammas", own | gammas, {})
-        if not args.train:
-            cells = sum(gammas.values(), [])
-            report.add("Gamma and p(direct)", markdown(*clubstudy.law_rows(cells)))
-            clubstudy.plot_gamma(cells, args.out / "gamma.png")
-    by_name = {cell.row + cell.args.suffix: found for cell, found in scores.items()}
+            tables.append(law_table([c for c in cells if c.gamma is not None], args.out))
+        yield f"### {title}\n\n" + "\n".join(filter(None, tables))
+        by_name |= {cell.row + cell.args.suffix: found for cell, found in scores.items()}
     write_atomic(args.out / "scores.json", json.dumps(by_name, indent=1) + "\n")
-
-
-def club_parts(args, sets, groups):
-    """(title, title of the paired tests, groups, times) of the club worlds' parts.
-
-    The modes are compared at equal steps and, where sft is among them, at equal training time.
-    """
-    cells = sum(groups.values(), [])
-    if not cells:
-        return
-    if "sft" not in groups:
-        yield "Equal steps", "Paired tests, equal steps", groups, None
-        return
-    first = {mode: groups[mode][0] for mode in args.rows if mode != "zero-shot"}
-    measured = clubstudy.step_seconds(args.out, first, execute)
-    _, unit = clubstudy.training_seconds(first["sft"], measured)
-
-    def times(cells):
-        return {c: clubstudy.training_seconds(c, measured)[1] / unit for c in cells}
-
-    yield "Equal steps", "Paired tests, equal steps", groups, times(cells)
-    epochs = {mode: clubstudy.equal_epochs(cell, measured, unit) for mode, cell in first.items()}
-    timed = mode_groups(args, sets, epochs)
-    run_all(cells := sum(timed.values(), []), args.at_once)
-    yield "Equal training time", "Paired tests, equal training time", timed, times(cells)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -415,7 +416,7 @@ def parse_args(arguments=None):
         args.rows = ROWS if args.train else ROWS[1:]
     if args.gammas is None:
         args.gammas = [] if args.train else [0, 0.1, 0.2, 0.4, 0.8, math.inf]
-    args.suffix, args.name, args.paper_data, args.defaults = "", "", {}, []
+    args.suffix, args.paper_data, args.defaults = "", {}, []
     return args
 
 
@@ -438,23 +439,21 @@ def add_plan_options(add):
 def check_args(args):
     """Raise UserError for what does not go together; apply the paper's settings."""
     if not args.train and (args.dry_run or args.test or args.model or args.paper):
-        raise UserError("--train is missing; without it, --test, --model and --paper: club worlds")
-    for name in ("model", "test"):
-        if args.train and getattr(args, name) is None:
-            raise UserError(f"--{name} is missing: with --train it is needed, too")
+        raise UserError("--train is missing; the club worlds go without --test, --model, --paper")
+    if args.train and not (args.model and args.test):
+        raise UserError("--model or --test is missing: with --train both are needed")
     if args.paper:
         paper = read_json(PAPER)
         args.paper_data = {"model": paper["model"], **paper["data"][args.paper]}
         size = memory.count_parameters(memory.read_model(args.model)[0]).total
         epochs = "5" if size < LARGE else "3"
         args.defaults = ["--lr", str(args.paper_data["lr"]), "--epochs", epochs, "--gamma", "0.4"]
-    own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume"}
-    if taken := own.intersection(args.settings):
-        raise UserError(f"{min(taken)} can't stand after --: this tool sets it for each row")
-    if any(setting.startswith("--map") for setting in args.settings):
+    # evaluate.py reads our field names only.
+    own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume", "--map"}
+    if taken := own.intersection(setting.partition("=")[0] for setting in args.settings):
         raise UserError(
-            "--map can't stand after --: evaluate.py reads our names only; python -m tools.dataset "
-            "rename writes them"
+            f"{min(taken)} can't stand after --: the study sets it for each row, and its posts "
+            "have our field names"
         )
     if args.at_once > 1:  # else threads of one run would wait for those of another
         threads = max(1, (os.cpu_count() or 1) // args.at_once)
@@ -469,11 +468,15 @@ def main():
         cells += [Cell(args, "dynamic", gamma) for gamma in args.gammas]
         print(*commands(args, cells), sep="\n")
         return
-    report = Report(args.out / "tables.md")
-    with locked(report.path):
-        study(args, report)
-    info(f"{report.path}: the tables")
+    tables, sections = args.out / "tables.md", []
+    with locked(tables):
+        for section in study(args):
+            print(section, flush=True)
+            sections.append(section)
+            write_atomic(tables, "\n".join(sections))
+    info(f"{tables}: the tables")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     run(main)
