@@ -1,6 +1,7 @@
 """Records as people write them: other names of fields (--map), and checks before a run."""
 
 import argparse
+import html
 import os
 
 from evaluate import BYTE_ORDER_MARK, UserError, one_line, read_jsonl, read_lines, shown
@@ -51,15 +52,15 @@ def converted(field, value):
     """A value of a mapped field as docs/data.md says, itself where it can't be converted."""
     if field == "id" and type(value) is int:
         return str(value)
-    if field == "text" and value is None:
-        return ""
+    if field == "text" and isinstance(value, str | None):
+        return html.unescape(value or "")
     if field == "image":
         value = next(iter(value), None) if isinstance(value, list) and len(value) < 2 else value
-        return value.get("path") or value if isinstance(value, dict) else value
+        return value.get("path") or value if isinstance(value, dict) else value or None
     if field == "keyphrases" and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        value = "; ".join(value) + ";"
+        value = "; ".join(map(html.unescape, value)) + ";"
     if field == "keyphrases" and isinstance(value, str | None):
-        return split_keyphrases(value or "")
+        return split_keyphrases(html.unescape(value or ""))
     return value
 
 
@@ -90,7 +91,7 @@ def check_file(path, cmkp=False):
     head = next(filter(None, filled), b"{")
     lines.close()
     if not head.startswith(b"{") and not (cmkp and b"<sep>" in head):
-        hint = "docs/data.md shows how to write it, tools.dataset cmkp makes it of CMKP's text"
+        hint = f"python -m tools.dataset import {path} --out posts.jsonl makes it of other forms"
         raise UserError(f"{path}: not JSONL, which is one JSON object a line; {hint}")
 
 

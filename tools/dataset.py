@@ -1,12 +1,12 @@
 """Tools for data sets of posts.
 
-    python -m tools.dataset cmkp train_src.txt --images CMKP_images --out train.jsonl
+    python -m tools.dataset import posts.csv --images photos --out posts.jsonl
+    python -m tools.dataset check posts.jsonl
     python -m tools.dataset stats train.jsonl test.jsonl
     python -m tools.dataset split all.jsonl --overlap 0.4492 --test 5000 --valid 5000 --out split
-    python -m tools.dataset check train.jsonl
-    python -m tools.dataset rename theirs.jsonl --map text=caption --out ours.jsonl
 
-A file of posts is JSONL, or CMKP's text, text<sep>a;b<sep>address on each line.
+`import` reads CSV, TSV, JSON, dialogues and CMKP's text. The others read JSONL, or CMKP's text:
+text<sep>a;b<sep>address on each line.
 """
 
 import json
@@ -20,15 +20,15 @@ from evaluate import UserError, first_few, non_negative_int, percent, plural
 from support.console import ArgumentParser, fraction, info, positive_int, positive_number, writing
 from support.jsonl import locked, to_line, write_atomic
 from support.records import add_map_option
-from tools.posts import check, read_entries, share, to_record
+from tools.posts import check, read_entries, share
 
-# ------------------------------------------------------------------------------------ rename, cmkp
+# ------------------------------------------------------------------------------------------ import
 
 
-def refuse_input(out, *files):
-    """Raise UserError where the file to write is one to read."""
-    if Path(out).resolve() in {Path(file).resolve() for file in files}:
-        raise UserError(f"{out}: this is a file to read; choose another --out")
+def refuse_output(path, replace):
+    """Raise UserError where a file that would be written is there, unless it may be replaced."""
+    if os.path.exists(path) and not replace:
+        raise UserError(f"{path}: is there already; choose another --out, or --replace it")
 
 
 def write_records(path, records):
@@ -45,15 +45,6 @@ def moved(entries, folder):
     return [entry.record for entry in entries]
 
 
-def rename(args):
-    """Write posts that have other field names with ours, for the commands without --map."""
-    refuse_input(args.out, args.file)
-    records = moved(read_entries(args.file, args.map), Path(args.out).parent)
-    write_records(args.out, records)
-    posts = len(records)
-    print(json.dumps({"posts": posts}) if args.json else f"{args.out}: {plural(posts, 'post')}")
-
-
 def make_ids_unique(records):
     """Rename every id that an earlier record has, `x` to `x-2`; returns how many were renamed."""
     taken, seen, count = {record["id"] for record in records}, {}, 0
@@ -68,33 +59,33 @@ def make_ids_unique(records):
     return count
 
 
-def cmkp(args):
-    """Write CMKP's text as JSONL."""
-    refuse_input(args.out, args.file)
-    images = set(os.listdir(args.images)) if args.images else ()
-    records, missing = [], []
-    for line, _, raw in evaluate.read_lines(args.file):
-        record = to_record(args.file, line, evaluate.decode(args.file, line, raw))
-        records.append(record)
-        name = record["address"].rsplit("/", 1)[-1]
-        if name in images:
-            path = os.path.join(os.path.realpath(args.images), name)
-            record["image"] = relative_path(path, Path(args.out).parent)
-        elif args.images:
-            missing.append(name or f"line {line} has no address")
-    if not records:
+def import_posts(args):
+    """Write posts that somebody has in another form as JSONL of ours."""
+    from tools.convert import read_rows, to_posts
+
+    refuse_output(args.out, args.replace)
+    rows, names = read_rows(args.file)
+    if not rows:
         raise UserError(f"{args.file}: no posts in it")
+    names |= args.map or {}
+    records, missing = to_posts(args.file, rows, names, args.images, args.out)
     result = {
         "posts": len(records),
-        "images": len(records) - len(missing) if args.images else 0,
+        "images": sum(record["image"] is not None for record in records),
         "images_missing": len(missing),
+        "keyphrases": sum(len(record.get("keyphrases", ())) for record in records),
         "ids_renamed": make_ids_unique(records),
+        "map": ",".join(f"{ours}={theirs}" for ours, theirs in names.items()),
     }
     write_records(args.out, records)
     if missing:
-        info(f"{plural(len(missing), 'image')} missing: {first_few(missing)}")
-    rows = [[name.replace("_", " "), str(value)] for name, value in result.items()]
-    print(json.dumps(result, indent=2) if args.json else evaluate.lay_out(rows))
+        lost = f"{plural(len(missing), 'image')} missing, their posts are text-only now"
+        info(f"{lost}: {first_few(missing)}")
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        rows = [[name.replace("_", " "), str(value)] for name, value in result.items()]
+        print(f"{evaluate.lay_out(rows)}\nThe first post:\n{to_line(records[0])}", end="")
 
 
 # ------------------------------------------------------------------------------------------- stats
@@ -165,7 +156,7 @@ def split(args):
     out, sizes = Path(args.out), (0, args.valid, args.test)
     paths = [out / f"{name}.jsonl" for name in SIDE_NAMES]
     for path in paths:
-        refuse_input(path, *args.files)
+        refuse_output(path, args.replace)
     entries = [entry for path in args.files for entry in read_entries(path, args.map)]
     # Sorted, so that the split does not depend on the order of the input.
     entries.sort(key=lambda e: (e.record["id"], e.record["text"], to_line(e.record)))
@@ -200,24 +191,27 @@ def split(args):
 
 def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
-    tools = parser.add_subparsers(required=True, metavar="cmkp | rename | stats | check | split")
+    tools = parser.add_subparsers(required=True, metavar="import | stats | check | split")
 
     def add_tool(function, name, posts):
         about = function.__doc__
-        tool = tools.add_parser(function.__name__, help=about, description=about)
+        command = function.__name__.removesuffix("_posts")
+        tool = tools.add_parser(command, help=about, description=about)
         tool.set_defaults(tool=function)
         add = tool.add_argument
         add(name, metavar="FILE", nargs="+" if name == "files" else None, help=posts)
         add("--json", action="store_true", help="print JSON instead of a table")
         return add
 
-    add = add_tool(cmkp, "file", "CMKP's text")
-    add("--images", metavar="DIR", help="images, named like the last part of the addresses")
-    add("--out", metavar="FILE", help="the JSONL file to write", required=True)
+    def add_out(add, metavar, what):
+        add("--out", metavar=metavar, help=what, required=True)
+        add("--replace", action="store_true", help="replace what --out has")
 
-    add = add_tool(rename, "file", "posts")
-    add_map_option(add, required=True)
-    add("--out", metavar="FILE", help="the JSONL file to write", required=True)
+    add = add_tool(import_posts, "file", "posts in any form")
+    add_map_option(add)
+    images = "folder of the images, named as in the file or by the posts' ids; none: no images"
+    add("--images", metavar="DIR", help=images)
+    add_out(add, "FILE", "the JSONL file to write")
 
     add_map_option(add_tool(stats, "files", "posts; the first is the train file"))
     add_map_option(add_tool(check, "file", "posts"))
@@ -231,7 +225,7 @@ def parse_args(arguments=None):
     add("--test", metavar="N", type=positive_int, help="posts in test.jsonl", required=True)
     add("--valid", metavar="N", type=non_negative_int, help="or 0 for none", required=True)
     add("--seed", type=non_negative_int, default=0, help="seed of the random choices")
-    add("--out", metavar="DIR", help="folder for train, valid and test.jsonl", required=True)
+    add_out(add, "DIR", "folder for train, valid and test.jsonl")
     return parser.parse_args(arguments)
 
 

@@ -1,0 +1,150 @@
+"""Posts as other people keep them, for `python -m tools.dataset import`."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from data import check_record, relative_path
+from evaluate import UserError, read_jsonl, shown, without_doubles
+from support.console import reading
+from support.records import renamed
+from tools.posts import to_record
+
+# The names that fields often have, in any case. Of several in a file the first one is used.
+USUAL_NAMES = {
+    "id": "id post_id tweet_id image_id _id".split(),
+    "text": "text caption tweet content post description title body".split(),
+    "image": "image images image_path file_name filename image_name img photo picture".split(),
+    "keyphrases": "keyphrases hashtags tags labels keywords keyphrase hashtag label".split(),
+    "cot": "cot reasoning rationale".split(),
+}
+TURNS = ("conversations", "messages")  # of LLaVA and ShareGPT
+
+
+def read_rows(path):
+    """(rows, the usual names in them) of a table, of JSON in any form or of CMKP's text.
+
+    The rows are dicts, the names {our name of a field: the rows' name}. Raises UserError.
+    """
+    with reading(path, "save it as UTF-8"):
+        text = Path(path).read_text(encoding="utf-8-sig").strip("\r\n")
+    head = text.partition("\n")[0].lstrip()
+    if not head.startswith(("[", "{")):
+        if "<sep>" in head:
+            return read_cmkp(path, text), {}
+        rows = read_table(path, text)
+        return rows, usual_names(rows)
+    try:
+        rows = json.loads(text, object_pairs_hook=without_doubles)
+    except json.JSONDecodeError as error:
+        if head.startswith("["):
+            raise UserError(f"{path}: not a whole list in JSON ({error})") from None
+        rows = [record for _, _, record in read_jsonl(path)]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    if isinstance(rows, dict):
+        lists = [value for name, value in rows.items() if are_records(value) and name not in TURNS]
+        rows = lists[0] if len(lists) == 1 else [rows]
+    if not are_records(rows):
+        raise UserError(f"{path}: a list of JSON objects is needed, not {shown(rows)}")
+    rows = list(map(as_post, rows))
+    return rows, usual_names(rows)
+
+
+def are_records(value):
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def read_cmkp(path, text):
+    """The posts of CMKP's text; "image" is the name that the image has in its address."""
+    posts = [to_record(path, line, row) for line, row in enumerate(text.split("\n"), start=1)]
+    return [post | {"image": post["address"].rpartition("/")[2] or None} for post in posts]
+
+
+def read_table(path, text):
+    """The rows of a table whose first line has the names of its columns. Raises UserError.
+
+    Where quotes can't be those around cells, they are read as text.
+    """
+    delimiter = max(",;\t|", key=text.partition("\n")[0].count)
+    errors = []
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+        options = {"delimiter": delimiter, "quoting": quoting, "strict": True}
+        reader = csv.DictReader(io.StringIO(text), **options)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            errors.append(f"line {reader.line_num}: {error}")
+        else:
+            if not any(None in row or None in row.values() for row in rows):
+                return rows
+            errors.append("its rows have different numbers of cells")
+    raise UserError(f"{path}: neither JSON nor a table with names in its first line ({errors[0]})")
+
+
+def as_post(row):
+    """A row as it is; of a dialogue the last question is the text, the last answer the phrases."""
+    turns = next((row[name] for name in TURNS if are_records(row.get(name))), None)
+    if turns is None:
+        return row
+    post = {name: value for name, value in row.items() if name not in TURNS}
+    for turn in turns:
+        who, words = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if who in ("human", "user") and isinstance(words, str):
+            post["text"] = words.replace("<image>", "").strip()
+        elif who in ("gpt", "assistant"):
+            post["keyphrases"] = words
+    return post
+
+
+def usual_names(rows):
+    """{our name: the rows' name} of the fields that have a usual one."""
+    theirs = {name.lower(): name for row in rows for name in row}
+    found = {}
+    for ours, names in USUAL_NAMES.items():
+        if usual := next((name for name in names if name in theirs), None):
+            found[ours] = theirs[usual]
+    return found
+
+
+def to_posts(path, rows, names, folder, out):
+    """(records, names of the images that are not there) of a file's rows. Raises UserError.
+
+    names: the rows' names of our fields. folder: the folder of the images, which are found by name
+        or by the post's id; "none" for posts without images; None for the paths in the file. out:
+        the file to be written, to which images' paths will be relative.
+    """
+    records, missing, images = [], [], {}
+    base = os.path.realpath(folder or Path(path).parent)
+    if folder and folder != "none":
+        images = image_names(folder)
+    for number, row in enumerate(rows, start=1):
+        record = {"image": None} | renamed(row, names)
+        record["id"] = record.get("id") or str(number)
+        check_record(record, f"{path}: record {number}", names=names)
+        name = record["image"] if folder != "none" else None
+        keys = (Path(name or "").name, Path(name or "").stem, record["id"])
+        tried = filter(None, (name, *map(images.get, keys)))
+        found = next((one for one in tried if os.path.isfile(os.path.join(base, one))), None)
+        record["image"] = found and relative_path(os.path.join(base, found), Path(out).parent)
+        records.append(record)
+        if name and not found:
+            missing.append(name)
+    if missing and not any(record["image"] for record in records):
+        raise UserError(
+            f"{path}: none of its images is in {base}, the first is {shown(missing[0])}; --images "
+            "DIR names their folder, --images none leaves them out"
+        )
+    return records, missing
+
+
+def image_names(folder):
+    """A folder's images, by their names with and without suffix. Raises UserError."""
+    suffixes = tuple(Image.registered_extensions())
+    with reading(folder, "--images is the folder of the images"):
+        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(suffixes))
+    return {Path(name).stem: name for name in names} | {name: name for name in names}
