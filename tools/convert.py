@@ -11,7 +11,7 @@ from PIL import Image
 from data import check_record, relative_path
 from evaluate import UserError, read_jsonl, shown, without_doubles
 from support.console import reading
-from support.records import renamed
+from support.records import renamed, wrong_field
 from tools.posts import to_record
 
 # The names that fields often have, in any case. Of several in a file the first one is used.
@@ -123,9 +123,12 @@ def to_posts(path, rows, names, folder, out):
     if folder and folder != "none":
         images = image_names(folder)
     for number, row in enumerate(rows, start=1):
+        where = f"{path}: record {number}"
+        if names.get("text", "text") not in row:
+            raise wrong_field(where, row, names, "text", "a string")
         record = {"image": None} | renamed(row, names)
         record["id"] = record.get("id") or str(number)
-        check_record(record, f"{path}: record {number}", names=names)
+        check_record(record, where, names=names)
         name = record["image"] if folder != "none" else None
         keys = (Path(name or "").name, Path(name or "").stem, record["id"])
         tried = filter(None, (name, *map(images.get, keys)))

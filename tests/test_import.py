@@ -1,0 +1,123 @@
+"""`tools.dataset import`: other people's files, and the way from such a file to predictions."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from test_data_tools import as_json, error, read, tool
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def write_form(form, world, folder):
+    """The club world's training posts as other people keep them; returns the file."""
+    folder.mkdir()
+    rows = []
+    for number, record in enumerate(read(world / "train.jsonl")):
+        name = os.path.basename(record["image"])
+        picture = f"{record['id']}.png" if form == "by id" else name
+        os.link(world / record["image"], folder / picture)
+        tags, row = record["keyphrases"], {}
+        question, answer = f"<image>\n{record['text']}", ", ".join(tags)
+        if form == "llava":
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            row = {"id": number, "image": name, "conversations": turns}
+        elif form == "sharegpt":
+            turns = [("system", "tag it"), ("user", question), ("assistant", answer)]
+            turns = [{"role": role, "content": content} for role, content in turns]
+            row = {"messages": turns, "images": [name]}
+        elif form == "by id":
+            row = {"id": record["id"], "Text": record["text"], "tags": tags}
+        else:
+            text = record["text"].replace(" ", ' & "', 1)
+            row = {"caption": text, "file_name": name, "hashtags": "; ".join(tags)}
+        rows.append(row)
+    file = folder / {"csv": "posts.csv", "tsv": "posts.tsv"}.get(form, "posts.json")
+    with open(file, "w", encoding="utf-8", newline="") as stream:
+        if form in ("csv", "tsv"):
+            quoting = {"quoting": csv.QUOTE_NONE, "quotechar": None} if form == "tsv" else {}
+            table = csv.DictWriter(stream, rows[0], delimiter=",\t"[form == "tsv"], **quoting)
+            table.writeheader()
+            table.writerows(rows)
+        elif form == "sharegpt":
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            json.dump({"version": 1, "data": rows} if form == "by id" else rows, stream)
+    return file
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "json list", "llava", "sharegpt", "by id"])
+def test_from_a_file_to_predictions_in_three_commands(world, tmp_path, form):
+    file = write_form(form, world, tmp_path / "theirs")
+    out, images = tmp_path / "posts.jsonl", ["--images", file.parent] if form == "by id" else []
+    result = as_json("import", file, "--out", out, *images)
+    posts, before = read(out), read(world / "train.jsonl")
+    assert result["posts"] == result["images"] == len(before) and not result["images_missing"]
+    for ours, theirs in zip(posts, before, strict=True):
+        assert ours["keyphrases"] == theirs["keyphrases"]
+        assert ours["text"].replace('& "', "") == theirs["text"]
+        picture = (tmp_path / ours["image"]).read_bytes()
+        assert picture == (world / theirs["image"]).read_bytes()
+    if form not in ("csv", "by id"):
+        return  # what follows is the same for all
+    toy, run = ["--model", world / "toy"], tmp_path / "run"
+    sizes = "--mode sft --epochs 0.1 --workers 0 --max-new-tokens 4".split()
+    commands = [
+        ["train.py", "--train", out, *toy, "--out", run, *sizes],
+        ["infer.py", out.parent / posts[0]["image"], posts[0]["text"], "--model", run],
+    ]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_is_unescaped_numbered_found_and_told(tmp_path):
+    file, out = tmp_path / "p.csv", tmp_path / "new" / "posts.jsonl"
+    rows = [
+        "tweet|photo|tags|place",
+        "rock &amp; roll|a|#rock &amp; roll|x",
+        "b|no.png|y|",
+        "c||z|",
+    ]
+    file.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.JPG")
+    printed, told = tool("import", file, "--out", out, "--images", tmp_path)
+    assert "1 image missing, their posts are text-only now: no.png" in told
+    assert "text=tweet,image=photo,keyphrases=tags" in printed and '"rock & roll"' in printed
+    first, second, third = read(out)
+    assert first["id"] == "1" and first["text"] == "rock & roll" and first["place"] == "x"
+    assert first["keyphrases"] == ["rock & roll"]
+    assert (out.parent / first["image"]).samefile(tmp_path / "a.JPG")
+    assert second["image"] is third["image"] is None
+    before = out.read_bytes()
+    assert "is there already" in error("import", file, "--out", out) and out.read_bytes() == before
+    tool("import", file, "--out", out, "--images", "none", "--replace")
+    assert read(out)[0]["image"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "text,tags\na,b\nc,d,e\n", "different numbers of cells"),
+        ("p.csv", "words,tags\na,b\n", "record 1.*'text' is missing.*words, tags.*--map text=NAME"),
+        ("p.csv", "text,image\na,x.png\n", "none of its images is in .*'x.png'.*--images DIR"),
+        ("p.json", '[{"text": "a"}', "not a whole list in JSON"),
+        ("p.json", "[1, 2]", "a list of JSON objects is needed"),
+        ("p.json", '{"text": "a", "text": "b"}', "'text' is there twice"),
+        ("p.csv", "", "no posts|neither JSON nor a table"),
+        ("p.csv", "text,tags\n", "no posts in it"),
+    ],
+)
+def test_what_can_not_be_imported(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    told = error("import", tmp_path / name, "--out", tmp_path / "out.jsonl")
+    assert re.search(message, told), told
+    assert not (tmp_path / "out.jsonl").exists()
