@@ -105,7 +105,7 @@ def secret(variable, option, optional=False):
     if not value and not optional:
         raise UserError(f"no key: the environment variable {name} is not set")
     if not (value.isascii() and value.isprintable()):  # the HTTP library's complaint would show it
-        raise UserError(f"the environment variable {name} holds a letter that no key has")
+        raise UserError(f"the environment variable {name} holds a character that no key has")
     return value
 
 
