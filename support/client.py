@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import signal
 import time
 from datetime import UTC
 from itertools import islice
@@ -68,15 +69,14 @@ def endpoint(base_url):
     """The address that requests go to, by the rule of OpenAI's own client. Raises UserError."""
     try:
         parts, _ = urlsplit(base_url), httpx.URL(base_url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        usable = usable and "@" not in parts.netloc
-    except (ValueError, httpx.InvalidURL):
-        usable = False
-    if not usable:  # it may hold a key, so the message does not show it
+        usable = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+        if not usable or parts.port == 0:
+            raise ValueError
+    except (ValueError, httpx.InvalidURL):  # it may hold a key, so the message does not show it
         raise UserError(
             "--base-url: takes an address like http://localhost:8000/v1, without a name and a "
             "password; keys come from the environment"
-        )
+        ) from None
     path = parts.path.rstrip("/") or "/v1"
     if not path.endswith("/chat/completions"):
         path += "/chat/completions"
@@ -275,20 +275,26 @@ class Client:
                 problems.append(error)
                 self.stop.set()
 
+        def interrupted():
+            if self.stop.is_set():
+                raise KeyboardInterrupt
+            problems.append(KeyboardInterrupt())
+            self.stop.set()
+            info(f"stopping; up to {GRACE} s for the replies under way (Ctrl-C again: at once)")
+
         with asyncio.Runner() as runner:
+            loop = runner.get_loop()
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as shells' background jobs
+                with contextlib.suppress(NotImplementedError):  # Windows
+                    loop.add_signal_handler(signal.SIGINT, interrupted)
             try:
                 while not self.stop.is_set():
                     begun = islice(source, self.workers - len(pending))
-                    pending.update(runner.get_loop().create_task(run(item)) for item in begun)
+                    pending.update(loop.create_task(run(item)) for item in begun)
                     if not pending:
                         break
-                    try:
-                        wait = asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                        _, pending = runner.run(wait)
-                    except KeyboardInterrupt as interrupt:
-                        problems.append(interrupt)
-                        self.stop.set()
-                        info(f"stopping; {GRACE} s for replies under way (Ctrl-C again: at once)")
+                    wait = asyncio.wait(pending, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+                    _, pending = runner.run(wait)
                     yield from results
                     results.clear()
                 if pending:
@@ -357,10 +363,9 @@ class Client:
             self.reached = True
             raise Fault(f"time-out: no reply in {self.options.timeout} s") from None
         self.reached, status = True, response.status_code
-        try:
+        answer = response.text
+        with contextlib.suppress(ValueError, RecursionError):
             answer = response.json()
-        except (ValueError, RecursionError):
-            answer = response.text
         if status != 429:
             self.interval = self.interval / 2 if self.interval > 0.02 else 0
         if status >= 300 or isinstance(answer, dict) and answer.get("error"):
