@@ -47,7 +47,7 @@ def measure(encoded, batch_size, seconds, args):
     They are means, since workers that can't keep up deliver in bursts.
     """
     order = np.arange(args.steps * batch_size).reshape(args.steps, batch_size) % POSTS
-    loader, waited = data.Loader(encoded, order.tolist(), batch_size, args.workers), []
+    loader, waited = data.load_steps(encoded, order.tolist(), batch_size, args.workers), []
     times = [time.perf_counter()]
     for batches in loader:
         waited.append(time.perf_counter() - times[-1])

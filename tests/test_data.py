@@ -1,4 +1,4 @@
-"""Records, the answer parser, images, prompts and batches."""
+"""Records, images, prompts and batches."""
 
 import base64
 import io
@@ -17,56 +17,13 @@ import torch
 from PIL import Image
 
 import data
-from data import Encoder, EncoderOptions, Posts, load_image, parse_answer
+from data import Encoder, EncoderOptions, Posts, TrainingOrder, load_image
 from evaluate import UserError, read_posts
 from support import images
 from support.jsonl import to_line, write_atomic
 from tiny import qwen_tokenizer
 
 CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
-
-# ------------------------------------------------------------------------------------------- parser
-
-
-@pytest.mark.parametrize(
-    "output, keyphrases, think",
-    [
-        ("wildflower hour; flowers", ["wildflower hour", "flowers"], None),
-        (
-            "<think>blue flowers.</think><answer>wildflower hour; flowers</answer>",
-            ["wildflower hour", "flowers"],
-            "blue flowers.",
-        ),
-        ("<think>\nblue\n</think>\n<answer>\na\nb\n</answer>", ["a", "b"], "blue"),
-        ("<think>blue</think>a; b", ["a", "b"], "blue"),
-        ("<think>never ends; it goes on", [], "never ends; it goes on"),
-        ("<think>forgot to close<answer>a; b</answer>", ["a", "b"], "forgot to close"),
-        ("no opening</think><answer>a</answer>", ["a"], "no opening"),
-        ("<answer>a; b", ["a", "b"], None),
-        ("a; b</answer>", ["a", "b"], None),
-        ("<think></think><answer></answer>", [], None),
-        ("- one\n- two\n* three\n1. four\n2) five", ["one", "two", "three", "four", "five"], None),
-        ("#WildflowerHour #Flowers", ["WildflowerHour", "Flowers"], None),
-        ("#one, #two", ["one", "two"], None),
-        ("- #One\n- #Two", ["One", "Two"], None),
-        ("1. #One\n2. #Two #Three", ["One", "Two", "Three"], None),
-        ("red, white; blue", ["red, white", "blue"], None),
-        ("red, white", ["red", "white"], None),
-        ("a; A; a ;  a", ["a"], None),
-        ("; ;;", [], None),
-        ("", [], None),
-        ('"quoted"; **bold**; end.', ["quoted", "bold", "end"], None),
-        ("3d printing; 1984; 2. bundesliga", ["3d printing", "1984", "2. bundesliga"], None),
-        ("花见；春天", ["花见", "春天"], None),
-        ("花见、春天，樱", ["花见", "春天", "樱"], None),
-        ("خبر عاجل; أخبار", ["خبر عاجل", "أخبار"], None),
-        ("<think>a</think><think>b</think><answer>c</answer>", ["c"], "a b"),
-        ("<answer>one</answer><answer>two</answer>", ["two"], None),
-    ],
-)
-def test_parser(output, keyphrases, think):
-    assert parse_answer(output) == (keyphrases, think)
-
 
 # ------------------------------------------------------------------------------------------ records
 
@@ -119,33 +76,16 @@ def test_two_workers_share_a_dataset(tmp_path):
         (post(keyphrases="x"), "'keyphrases'"),
         (post(keyphrases=[1]), "'keyphrases'"),
         (post(cot=1), "'cot'"),
-        (post(keyphrases=[]), "at least one"),
-        (post(keyphrases=["a;b"]), "semicolon"),
-        (post(keyphrases=[" "]), "empty"),
-        (post(keyphrases=["a</think>"]), "tag"),
+        (post(keyphrases=[]), "at least one to train on"),
         (post(cot="<think>x</think>"), "'cot' is the reasoning alone"),
-        (post(), "already used"),
+        (post(id="first"), "already used on line 1"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, bad, message):
-    if bad["id"] == "a" and message != "already used":
-        bad = bad | {"id": "b"}
-    path = write(tmp_path / "posts.jsonl", post(), bad)
+    path = write(tmp_path / "posts.jsonl", post(id="first"), bad)
     with pytest.raises(UserError, match=message) as error:
         Posts(path, for_training=True)
     assert "posts.jsonl line 2" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_post_without_keyphrases_can_be_predicted_but_not_trained_on(tmp_path):
-    path = write(tmp_path / "posts.jsonl", {"id": "a", "text": ""})
-    assert len(Posts(path)) == 1
-    with pytest.raises(UserError, match="at least one to train on"):
-        Posts(path, for_training=True)
-
-
-def test_an_empty_file_is_said_to_be_empty(tmp_path):
-    with pytest.raises(UserError, match="no posts"):
-        Posts(write(tmp_path / "posts.jsonl"))
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -219,9 +159,9 @@ def test_targets(encoder):
 
 def test_tags_are_the_same_tokens_wherever_they_stand(encoder):
     sample = encoder.encode(post(keyphrases=["The foxes"], cot="The post"), None, with_answers=True)
-    assert sample.cot[: len(encoder.think)] == encoder.think
+    assert sample.cot[: len(encoder.tags["<think>"])] == encoder.tags["<think>"]
     joined = encoder.plain_ids("<think>The post")
-    assert joined[: len(encoder.think)] != encoder.think
+    assert joined[: len(encoder.tags["<think>"])] != encoder.tags["<think>"]
 
 
 def test_a_long_text_is_truncated_and_the_rest_kept(tmp_path):
@@ -275,7 +215,9 @@ def test_no_picture_takes_more_tokens_than_it_may(tmp_path, most, smallest):
 
 
 def test_less_pixels_than_a_token_has_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--max-pixels 783 is less than a token's 28 x 28 pixels"):
+    with pytest.raises(
+        UserError, match="--max-pixels 783 leave no room .* image up to 0 .28 x 28 pixels"
+    ):
         make_encoder(tmp_path, max_pixels=783)
 
 
@@ -345,12 +287,15 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(encoder, tmp_pa
 
 
 def test_every_post_is_met_once_an_epoch():
-    steps = data.epoch_order(103, 10, seed=3, epoch=0)
-    assert sorted(sum(steps, [])) == list(range(103))
-    assert [len(step) for step in steps] == [10] * 10 + [3]
-    assert steps == data.epoch_order(103, 10, seed=3, epoch=0)
-    next_epoch = data.epoch_order(103, 10, seed=3, epoch=1)
-    assert steps != next_epoch != data.epoch_order(103, 10, seed=4, epoch=1)
+    order = TrainingOrder(103, 10, seed=3, epochs=1.5)
+    steps = [order[i] for i in range(len(order))]
+    assert sorted(sum(steps[:11], [])) == list(range(103)) and len(steps) == 17
+    assert [len(step) for step in steps[:11]] == [10] * 10 + [3]
+    assert [step for step in range(18) if order.ends_epoch(step)] == [11, 17]
+    assert steps[:6] != steps[11:] and steps[0] != TrainingOrder(103, 10, seed=4, epochs=1)[0]
+    # What numpy 2.4 gives; a run that is resumed goes on in this order.
+    expected = np.random.default_rng([3, 1]).permutation(103)[10:20]
+    assert steps[12] == expected.tolist()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -360,7 +305,7 @@ def test_ranks_share_every_step_in_as_many_micro_batches_each(world, tmp_path, s
     steps = [list(range(start, min(start + 9, 47))) for start in range(0, 47, 9)] + [[47]]
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
     everyone = [SimpleNamespace(rank=rank, world_size=size) for rank in range(size)]
-    shares = [list(data.Loader(encoded, steps, 2, 0, ranks)) for ranks in everyone]
+    shares = [list(data.load_steps(encoded, steps, 2, 0, ranks)) for ranks in everyone]
     for number, step in enumerate(steps):
         of_ranks = [share[number][1] for share in shares]
         assert {len(of_rank) for of_rank in of_ranks} == {-(-len(step) // (2 * size))}
@@ -414,7 +359,7 @@ def test_images_stay_with_their_posts_and_are_not_copied(
 
     monkeypatch.setattr(data, "collate", collate_received)
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
-    ((step, micro_batches),) = data.Loader(encoded, [list(range(12))], micro_batch, workers)
+    ((step, micro_batches),) = data.load_steps(encoded, [list(range(12))], micro_batch, workers)
     assert step == 1 and [post.id for post in micro_batches[0].skipped] == [records[6]["id"]]
     assert sorted(sum((batch.ids for batch in micro_batches), [])) == sorted(alone)
     for batch, pixel_values in zip(micro_batches, received, strict=True):
@@ -435,7 +380,7 @@ def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
     path.write_text("".join(map(to_line, records)), encoding="utf-8")
     encoded = data.EncodedPosts(data.Posts(path), make_encoder(tmp_path), with_answers=True)
     places = tokens = 0
-    for _, micro_batches in data.Loader(encoded, data.epoch_order(960, 32, 0, 0), micro_batch=4):
+    for _, micro_batches in data.load_steps(encoded, TrainingOrder(960, 32, 0, 1), micro_batch=4):
         for batch in micro_batches:
             for mask in (batch.prompt["attention_mask"], batch.plain.mask):
                 places, tokens = places + mask.numel(), tokens + int(mask.sum())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import EncodedPosts, Loader, Posts
+from data import EncodedPosts, Posts, load_steps
 from evaluate import UserError, read_jsonl
 from model import answer_loss, load, read_prompt
 from support.console import info, progress, read_json
@@ -108,11 +108,14 @@ def measure_direct(cell):
     model, encoder, _ = load(str(cell.folder / "last"))
     found = []
     with torch.no_grad():
-        for _, batches in Loader(EncodedPosts(posts, encoder, True), [chosen], 50):
+        for _, batches in load_steps(EncodedPosts(posts, encoder, True), [chosen], 50):
             for batch in batches:
                 prompt = read_prompt(model.eval(), batch.prompt)
                 first = model.lm_head(prompt.last_hidden[:, 0]).softmax(-1)  # (B, vocabulary)
-                p, loss = 1 - first[:, encoder.think[0]], answer_loss(model, prompt, batch.plain)
+                p, loss = (
+                    1 - first[:, encoder.tags["<think>"][0]],
+                    answer_loss(model, prompt, batch.plain),
+                )
                 n = batch.plain.mask.sum(1).float()  # (B,)
                 found.append(torch.stack([p, loss, torch.exp(-cell.gamma * n), n]))
     values = torch.cat(found, dim=1).mean(1).tolist()
