@@ -5,8 +5,7 @@ A record is one JSON object a line; other fields are kept and ignored:
     {"id": "D0wn", "text": "some tiny blue flowers", "image": "images/D0wn.jpg",
      "keyphrases": ["wildflower hour"], "cot": "The photo shows …"}
 
-`image` is relative to the JSONL file, or absolute, or null; `cot` is the reasoning without tags, or
-absent.
+`image` is relative to the JSONL file, absolute, or null; `cot` has no tags, and may be absent.
 """
 
 import math
@@ -74,10 +73,9 @@ def check_keyphrases(keyphrases, where):
 class Posts(IndexedLines):
     """The records of a JSONL file, read from disk one by one.
 
-    Opening reads the file once and checks every record, so that hundreds of thousands of posts open
-    in seconds; then `records.look_over` warns of what seems wrong. `names` says which of the
-    file's fields are ours ({"text": "caption"}). `with_image` and `without_cot` count posts,
-    `keyphrase_count` their keyphrases.
+    Opening reads the file once and checks every record; then `records.look_over` warns of what
+    seems wrong. `names` says which of the file's fields are ours ({"text": "caption"}).
+    `with_image` and `without_cot` count posts, `keyphrase_count` their keyphrases.
 
     Raises UserError naming the line and id of a record that can't be used, or has changed since.
     """
@@ -251,9 +249,8 @@ class Encoder:
 
     Posts and answers are data: a token's name written in them stays plain text. A tag is the
     tokenizer's own token where it has one. If the chat template itself opens <think>
-    (`opens_think`), y_c goes on from there, and y_s closes it first. The image placeholder is
-    expanded here, to one token for every merge_size² patches, because transformers' processor of
-    the Qwen-VL family needs torchvision.
+    (`opens_think`), y_c goes on from there, and y_s closes it first. Transformers' processor needs
+    torchvision, so the image placeholder is expanded here: a token for merge_size² patches.
 
     Raises UserError where the prompt or the chat template can't be used.
     """

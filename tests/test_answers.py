@@ -251,7 +251,7 @@ LETTERS = """
 ANYWHERE = """
     ' ’ - & / . , 、 ، _ # @ : ! ? % + * ( ) [ ] { } " | = ~ ^ $ · ・ — < > “ ” ‘ « » 「 」 『 』
     《 》 【 】 ` • – ＃ 。 ． ; ； ؛ \\ 1. 2. 2) 1、 ① ** ``` <|im_end|> <think> </answer
-    keyphrases: 关键词： [" "] \u200b \ufeff \0 \ud800
+    <|begin_of_box|> ◁/think▷ [THINK] keyphrases: 关键词： [" "] \u200b \ufeff \0 \ud800
 """
 ANYWHERE = [*ANYWHERE.split(), "- ", "\u2028", "\x85", "\t", "\n"]
 

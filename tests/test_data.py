@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import shutil
-from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,12 +16,10 @@ from PIL import Image
 
 import data
 from data import Encoder, EncoderOptions, Posts, TrainingOrder, load_image
-from evaluate import UserError, read_posts
+from evaluate import UserError
 from support import images
 from support.jsonl import to_line, write_atomic
 from tiny import qwen_tokenizer
-
-CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
 
 # ------------------------------------------------------------------------------------------ records
 
@@ -319,23 +315,6 @@ def test_images_stay_with_their_posts_and_are_not_copied(
             assert torch.equal(batch.prompt[name], expected)
         assert batch.prompt["pixel_values"] is pixel_values
         assert pixel_values.is_shared() == (workers > 0)
-
-
-@pytest.mark.skipif(not CMKP.exists(), reason="CMKP's posts are not here")
-def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
-    """Over text and answer tokens, with the default batch and micro-batch: under 10%."""
-    records = []
-    for line, post in islice(read_posts(CMKP), 960):
-        records.append({"id": str(line), "text": post["text"], "keyphrases": post["keyphrases"]})
-    path = tmp_path / "posts.jsonl"
-    path.write_text("".join(map(to_line, records)), encoding="utf-8")
-    encoded = data.EncodedPosts(data.Posts(path), make_encoder(tmp_path), with_answers=True)
-    places = tokens = 0
-    for _, micro_batches in data.load_steps(encoded, TrainingOrder(960, 32, 0, 1), micro_batch=4):
-        for batch in micro_batches:
-            for mask in (batch.prompt["attention_mask"], batch.plain.mask):
-                places, tokens = places + mask.numel(), tokens + int(mask.sum())
-    assert 0.02 < 1 - tokens / places < 0.10
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
