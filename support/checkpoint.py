@@ -77,6 +77,16 @@ def base_of(folder):
     return base
 
 
+def load_prompt_file(path, *fields):
+    """The prompt in a file, which must contain each of `fields`. Raises UserError."""
+    with reading(path, "a prompt is a UTF-8 text file"):
+        prompt = Path(path).read_text(encoding="utf-8")
+    for name in fields:
+        if name not in prompt:
+            raise UserError(f"{path}: the prompt has no {name} in it to say where that goes")
+    return prompt
+
+
 def read_own(folder):
     """What a model's folder, or an adapter's base, says of its inputs. Raises UserError.
 
@@ -85,8 +95,7 @@ def read_own(folder):
     own = read_own(base_of(folder)) if (folder / ADAPTER).is_file() else {}
     prompt, limits = folder / PROMPT_FILE, folder / ENCODER_FILE
     if prompt.is_file():
-        with reading(prompt, "a prompt is a UTF-8 text file"):
-            own["prompt"] = prompt.read_text(encoding="utf-8")
+        own["prompt"] = load_prompt_file(prompt)
     if limits.is_file():
         with reading(limits, f"it needs {' and '.join(LIMITS)}, whole numbers above 0"):
             values = read_json(limits)

@@ -269,7 +269,7 @@ def direct_answers(cell):
             first = model.lm_head(prompt.last_hidden[:, 0]).softmax(-1)  # (B, vocabulary)
             loss = answer_loss(model, prompt, batch.plain)
             law = torch.exp(-cell.gamma * batch.plain.mask.sum(1).float())
-            found.append(torch.stack([loss, 1 - first[:, encoder.think[0]], law]))
+            found.append(torch.stack([loss, 1 - first[:, encoder.tags["<think>"][0]], law]))
     return torch.cat(found, dim=1).mean(1).tolist()
 
 
