@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
-import evaluate
 import infer
 from data import EncodedPosts, Encoder, Posts
 from evaluate import UserError
@@ -28,14 +27,11 @@ from model import load
 from support import checkpoint
 from support.jsonl import JsonlWriter, to_line
 from test_data import make_encoder
+from test_resume import lines
 from tiny import train_alone, words
 from tools.posts import read_entries
 
 ROOT = Path(__file__).parent.parent
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def post(number, **fields):
@@ -205,30 +201,22 @@ def second(line):
 
 
 NO_KEYPHRASES = "line 2 (id 'b'): the field 'keyphrases' must be a list of at least one"
-FILES = {
-    "malformed": (second(b'{"id": "x", '), "line 2: not a line of JSON"),
+NOT_JSON = "posts.jsonl line {}: not a line of JSON"
+FILES = {  # what `read_jsonl` refuses, test_evaluate_files.py shows
+    "malformed": (second(b'{"id": "x", '), NOT_JSON.format(2)),
     "no text": (second(b'{"id": "b", "keyphrases": ["x"]}'), "line 2"),
     "wrong type": (second(b'{"id": "b", "text": ["x"], "keyphrases": ["x"]}'), "'text'"),
     "same id": (GOOD + GOOD, "'p0'"),
     "no keyphrases": (second(b'{"id": "b", "text": "x", "keyphrases": []}'), NO_KEYPHRASES),
     "gzip": (b"\x1f\x8b\x08" + GOOD, "not JSONL"),
-    "empty": (b"", "no posts"),
     "blank": (b"\n\r\n \n", "no posts"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "not JSONL"),
     "UTF-16, no mark": (GOOD.decode().encode("utf-16-le"), "line 1"),
-    "Latin-1": (second(b'{"id": "b", "text": "\xe9"}'), "line 2: not UTF-8"),
     "NUL": (second(bytes(99)), "line 2"),
     "CR only": (GOOD.replace(b"\n", b"\r"), "one whole JSON object a line"),
     "a list": (b"[" + GOOD.replace(b"\n", b", ") + b"{}]", "not JSONL"),
-    "many digits": (
-        second(b'{"id": "b", "n": ' + b"9" * 5000 + b"}"),
-        "line 2: not a line of JSON",
-    ),
-    "deep": (second(b"[" * 100_000), "line 2: not a line of JSON"),
     "deep text": (second(b'{"id": "b", "text": ' + b"[" * 900 + b"]" * 900 + b"}"), "'text'"),
-    "CSV": (b"id,text\np0,tickets\n", "not JSONL"),
-    "Parquet": (b"PAR1\xff\xd8", "not JSONL"),
-    "pretty": (json.dumps(post(0), indent=1).encode(), "line 1: not a line of JSON"),
+    "pretty": (json.dumps(post(0), indent=1).encode(), NOT_JSON.format(1)),
 }
 
 
@@ -239,9 +227,6 @@ def test_data_files_that_cannot_be_used(tmp_path, content, part):
     with pytest.raises(UserError) as error:
         Posts(path, for_training=True)
     assert "posts.jsonl" in str(error.value) and part in str(error.value)
-    if part != NO_KEYPHRASES:
-        with pytest.raises(UserError, match="posts.jsonl"):
-            evaluate.read_references(path)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +246,7 @@ def test_data_files_that_can_be_used(tmp_path, content):
     path.write_bytes(content)
     posts = Posts(path, for_training=True)
     assert [posts[index]["id"] for index in range(len(posts))] == ["p0", "p1", "p2"]
-    assert len(evaluate.read_references(path)) == 3 and len(read_entries(path)) == 3
+    assert len(read_entries(path)) == 3
 
 
 def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
@@ -316,12 +301,6 @@ def test_full_shared_memory_is_told(encoders, world, tmp_path, monkeypatch):
         read_all(Posts(path), encoders["toy"], [[0]], 1, workers=1)
 
 
-def test_posts_that_stay_together_cannot_be_split(tmp_path):
-    path = write(tmp_path / "posts.jsonl", *(post(number) for number in range(4)))
-    sizes = ["--test", 1, "--valid", 1, "--out", tmp_path / "x"]
-    told(run("-m tools.dataset split", path, *sizes), "not as asked", "test posts")
-
-
 # ------------------------------------------------------------------------------------ model folders
 
 
@@ -346,14 +325,14 @@ def in_shards(folder, last="model-2.safetensors"):
     (folder / "model.safetensors.index.json").write_text(index)
 
 
-def pickled_shard(folder):
-    in_shards(folder, "model-2.bin")
-    (folder / "model-2.bin").write_bytes(pickle.dumps(Evil()))
-
-
 def pickled(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+
+
+def pickled_shard(folder):
+    in_shards(folder, "model-2.bin")
+    (folder / "model-2.bin").write_bytes(pickle.dumps(Evil()))
 
 
 def with_code(name, **fields):
@@ -365,25 +344,12 @@ def with_code(name, **fields):
     return change
 
 
-def other_weights(change):
-    def apply(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors, sorted(tensors)[0])
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return apply
-
-
 def cut(name, size):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
 def replaced(name, content):
     return lambda folder: (folder / name).write_bytes(content)
-
-
-def removed(name):
-    return lambda folder: (folder / name).unlink()
 
 
 def edited(name, **fields):
@@ -395,9 +361,13 @@ def lost_shard(folder):
     (folder / "model-2.safetensors").unlink()
 
 
-def no_index(folder):
-    in_shards(folder)
-    (folder / "model.safetensors.index.json").write_bytes(b"[]")
+def other_weights(change):
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors, sorted(tensors)[0])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
 
 
 def smaller_weight(tensors, name):
@@ -431,29 +401,20 @@ LONG_LOOP = b"{% for i in range(999999999) %}x{% endfor %}"
 PROCESSOR = "preprocessor_config.json"
 TEMPLATE, WEIGHTS = "its chat template: can't be read", "its weights: can't be read"
 FOLDERS = {
-    "no weights": (removed("model.safetensors"), WEIGHTS),
     "a pickle": (pickled, WEIGHTS),
     "a pickled shard": (pickled_shard, "index.json: names files that are not safetensors"),
     "a lost shard": (lost_shard, WEIGHTS),
-    "no index": (no_index, "index.json: must hold a JSON object"),
-    "torn header": (cut("model.safetensors", 500), WEIGHTS),
     "torn data": (cut("model.safetensors", -9), WEIGHTS),
     "other shape": (other_weights(smaller_weight), "1 weight missing.*embed_tokens"),
     "a weight less": (other_weights(dict.pop), "2 weights missing"),
     "config a list": (replaced("config.json", b"[]"), "a JSON object"),
-    "config not UTF-8": (replaced("config.json", b"\xff{}"), "config.json: can't be read"),
     "bare config": (replaced("config.json", BARE), "config.json: no model of"),
-    "bad sizes": (
-        edited("config.json", text_config={"hidden_size": -5}),
-        WEIGHTS,
-    ),
     "another image token": (edited("config.json", image_token_id=2), "0 image placeholders"),
     "torn tokenizer": (cut("tokenizer.json", 9000), "its tokenizer"),
     "tokenizer of another model": (larger_vocabulary, "its tokenizer has 877 tokens"),
     "tokenizer with code": (WITH_CODE["tokenizer"], None),
     "processor with code": (WITH_CODE["processor"], "custom code"),
     "model with code": (WITH_CODE["model"], None),
-    "no processor": (removed(PROCESSOR), PROCESSOR),
     "processor torn": (cut(PROCESSOR, 40), PROCESSOR),
     "other patches": (edited(PROCESSOR, patch_size=16), "differ in values of a patch"),
     "patches of text": (edited(PROCESSOR, patch_size="x"), f"{PROCESSOR}: can't be read"),
@@ -556,18 +517,13 @@ def test_a_full_disk_under_the_log(world, tmp_path, monkeypatch):
         train_alone(*files, "--epochs 1 --workers 0")
 
 
-def test_results_that_cannot_be_printed(world, tmp_path):
+def test_results_that_cannot_be_printed(tmp_path):
     path = tmp_path / "posts.jsonl"
     path.write_bytes(GOOD)
-    for command in (
-        f"evaluate.py {path} {path}",
-        f"-m tools.dataset stats {path}",
-        f"-m tools.dataset check {path} --json",
-    ):
-        streams = dict(stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, *command.split()], stdout=full, **streams)
-        told(done, "the output: No space left")
+    command = [sys.executable, "evaluate.py", path, path]
+    with open("/dev/full", "w") as full:
+        streams = dict(stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        told(subprocess.run(command, **streams), "the output: No space left")
 
 
 @pytest.mark.parametrize("out", ["file/below", "/proc/nowhere/x", "fifo", "a" * 5000])
@@ -592,5 +548,3 @@ def test_a_file_is_not_written_over_itself(tmp_path):
     source.write_text("a<sep>b<sep>c.jpg\n")
     told(run("-m tools.dataset cmkp", source, "--out", source), "choose another --out")
     assert source.read_text() == "a<sep>b<sep>c.jpg\n"
-    source.write_text("")
-    told(run("-m tools.dataset cmkp", source, "--out", tmp_path / "out.jsonl"), "no posts")

@@ -29,7 +29,7 @@ def weights(run):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def timeless(run):
@@ -148,7 +148,7 @@ def test_a_run_killed_twice_and_asked_to_stop_is_the_run_left_alone(
     assert (run / "last").read_text() == "step-3\n"
 
     process = start("--resume")
-    wait_for(lambda: (run / ".step-9.partial").exists(), process)
+    wait_for(lambda: (run / ".partial").exists() and logged(9)(), process)
     process.kill()
     process.communicate()
     assert [folder.name for folder in checkpoint.list_checkpoints(run)][-1] in ("step-8", "step-9")
@@ -177,25 +177,41 @@ def test_checkpoints_in_mid_epoch_and_how_many_are_kept(train_on, world):
 
 def test_only_a_runs_own_checkpoints_are_listed_and_pruned(tmp_path):
     others = ("step-notes", "step-6-merged", "step-6-backup", "step-9.partial", ".step-9", "best-6")
-    for name in ("step-5", "step-6", ".step-7.partial", *others):
+    for name in ("step-5", "step-6", "step-10", *others):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "progress.json").write_text("{}")
-    (tmp_path / "last").write_text("step-6\n")
-    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path)] == ["step-5", "step-6"]
+    (tmp_path / "last").write_text("step-10\n")
+    (tmp_path / "best").write_text("step-5\n")
+    found = checkpoint.list_checkpoints(tmp_path)
+    assert [folder.name for folder in found] == ["step-5", "step-6", "step-10"]
     checkpoint.prune(tmp_path, keep=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"step-6", "last", *others}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"step-5", "step-10", "last", "best", *others}
+
+
+def test_a_best_checkpoint_that_is_not_there_is_dropped(train_on, world, capsys):
+    """Of a run that was copied without it."""
+    options = ["--valid", world / "valid.jsonl"]
+    run = train_on("run", *options)
+    (run / "best").write_text("step-8\n")
+    shutil.rmtree(run / "step-8", ignore_errors=True)
+    train_on("run", *options, "--resume")
+    assert f"{run}/best: dropped, as step-8 is not there" in capsys.readouterr().err
+    assert (run / "best").read_text() == "step-16\n"
 
 
 def test_a_second_signal_ends_everything():
-    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
-    with checkpoint.Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    with checkpoint.Stop() as stop, pytest.raises(KeyboardInterrupt), stop.at_once():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        with checkpoint.Stop() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.asked == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        with checkpoint.Stop() as stop, pytest.raises(KeyboardInterrupt), stop.at_once():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_killed_before_its_last_checkpoint_was_named(train_on):
@@ -225,8 +241,8 @@ def test_resuming_with_other_posts_or_settings(train_on, world, tmp_path):
 @pytest.mark.parametrize(
     "name, told",
     [
-        ("step-8/optimizer/*.safetensors", "step-8: can't resume from it"),
-        ("step-8/progress.json", "step-8: can't resume from it"),
+        ("step-8/optimizer/*.safetensors", "step-8: can't be read .*; remove it to resume from"),
+        ("step-8/progress.json", "step-8/progress.json: can't be read"),
         ("step-8/model.safetensors", "step-8: its weights: can't be read"),
         ("settings.json", "settings.json: can't be read"),
     ],
