@@ -25,6 +25,7 @@ from support.jsonl import follow_umask, write_atomic
 
 OPTIMIZER, PROGRESS = "optimizer", "progress.json"
 PROMPT_FILE, ENCODER_FILE = "prompt.txt", "encoder.json"  # what posts become a model's inputs by
+POINTERS = ("best", "last")
 LIMITS = ("max_pixels", "max_length")
 BY_CONTENT = {"train", "prompt_file"}  # settings that name a file whose content is compared
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
@@ -55,9 +56,9 @@ def checkpoint_of(name):
     Raises UserError for a run without a checkpoint.
     """
     path = Path(name)
-    for pointer in (path, path / "best", path / "last"):
-        if pointer.name in ("best", "last") and pointer.is_file():
-            return str(read_pointer(pointer))
+    pointers = [path] if path.name in POINTERS else [path / pointer for pointer in POINTERS]
+    if found := next(filter(None, map(read_pointer, pointers)), None):
+        return str(found)
     if (path / "settings.json").is_file():
         raise UserError(f"{name}: this run has no checkpoint yet; each epoch's end saves one")
     return name
@@ -110,8 +111,9 @@ def write_pointer(run, pointer, name):
 
 
 def read_pointer(pointer):
-    """The checkpoint folder that a pointer file names."""
-    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    """The checkpoint folder that a pointer file names, None where there is no such file."""
+    if pointer.is_file():
+        return pointer.parent / pointer.read_text(encoding="utf-8").strip()
 
 
 def list_checkpoints(run):
@@ -134,17 +136,16 @@ def open_run(folder, settings, resume=False, force=False):
         if changed and (not force or not changed.keys().isdisjoint(("posts", "batch_size"))):
             text = f"{folder}: can't resume with other settings: {', '.join(changed.values())}; "
             raise UserError(f"{text}--force allows others, but for the posts and --batch-size")
-    elif found or (folder / "last").exists():
+    elif found or read_pointer(folder / "last"):
         raise UserError(f"{folder}: there is a run already; --resume it, or name another --out")
     file = folder / "settings.json"
     with writing(file):
         write_atomic(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     if found:  # a run killed right after a checkpoint was renamed did not get to name it
         write_pointer(folder, "last", found[-1].name)
-    best = folder / "best"
-    if best.is_file() and not read_pointer(best).is_dir():
-        info(f"{best}: dropped, as {read_pointer(best).name} is not there")
-        best.unlink()
+    if (best := read_pointer(folder / "best")) and not best.is_dir():
+        info(f"{folder / 'best'}: dropped, as {best.name} is not there")
+        (folder / "best").unlink()
 
 
 def changed_settings(folder, settings):
@@ -169,9 +170,9 @@ def differences(before, now):
     found = {}
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        is_file = isinstance(old or new, list)
-        text = "has changed" if is_file else f"was {shown(old)}, is {shown(new)}"
         if old != new:
+            is_file = isinstance(old or new, list)
+            text = "has changed" if is_file else f"was {shown(old)}, is {shown(new)}"
             found[name] = f"{name} {text}"
     return found
 
@@ -214,7 +215,7 @@ class Checkpoints:
 
     def finish(self, weights, step, folder):
         """Write what rank 0 alone writes, and give the checkpoint its name."""
-        partial, last = self.partial, self.run / "last"
+        partial = self.partial
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("some weights are not finite: try a lower --lr")
         if adapter_config(self.model):
@@ -222,7 +223,7 @@ class Checkpoints:
         else:
             self.model.save_pretrained(partial, state_dict=weights)
         # When a run was resumed, its source is a checkpoint that may be pruned; the last one isn't.
-        copy_side_files(read_pointer(last) if last.is_file() else self.source, partial)
+        copy_side_files(read_pointer(self.run / "last") or self.source, partial)
         write_own(self.encoder, partial)
         (partial / PROGRESS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
         follow_umask(partial)
@@ -237,9 +238,9 @@ class Checkpoints:
 
         Raises UserError.
         """
-        if not self.ranks.from_rank0((self.run / "last").is_file):
-            return 0
         folder = self.ranks.from_rank0(read_pointer, self.run / "last")
+        if folder is None:
+            return 0
         state = optimizer_state(self.model, self.optimizer)
         return self.ranks.on_all_ranks(read_state, state, folder)
 
@@ -249,9 +250,8 @@ class Checkpoints:
 
 
 def prune(run, keep):
-    found = list_checkpoints(run)
-    named = [read_pointer(run / name) for name in ("last", "best") if (run / name).is_file()]
-    for folder in found[:-keep]:
+    named = [read_pointer(run / name) for name in POINTERS]
+    for folder in list_checkpoints(run)[:-keep]:
         if folder not in named:
             shutil.rmtree(folder, ignore_errors=True)
 

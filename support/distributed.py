@@ -23,8 +23,7 @@ def torchrun_ranks():
     """
     if os.environ.keys().isdisjoint(TORCHRUN[:3]):  # a cluster may set the others for every job
         return 0, 1, 0
-    names = ", ".join(TORCHRUN)
-    with reading(f"{names} in the environment", "start several processes with torchrun, or unset"):
+    with reading(f"{', '.join(TORCHRUN)} in the environment", "start with torchrun, or unset them"):
         rank, world_size, local_rank, _, _ = (os.environ[name] for name in TORCHRUN)
         return int(rank), int(world_size), int(local_rank)
 

@@ -10,7 +10,7 @@ import time
 from tqdm import tqdm
 
 from evaluate import plural, read_jsonl
-from support.checkpoint import read_pointer, write_pointer
+from support.checkpoint import POINTERS, read_pointer, write_pointer
 from support.console import WITHOUT_RATE, info, progress, reading, writing
 from support.jsonl import JsonlWriter
 
@@ -302,9 +302,9 @@ def say_end(args, folder, device, started):
     scores = {f"step-{line['step']}": line["valid"] for _, _, line in lines if "valid" in line}
     say("Done", f"in {time.monotonic() - started:,.0f} s, peak memory {peak_memory(device)}")
     checkpoints = {}
-    for name in ("best", "last"):
-        if (folder / name).is_file():
-            checkpoints.setdefault(read_pointer(folder / name), []).append(name)
+    for name in POINTERS:
+        if checkpoint := read_pointer(folder / name):
+            checkpoints.setdefault(checkpoint, []).append(name)
     for checkpoint, names in checkpoints.items():
         found = scores.get(checkpoint.name)
         say(", ".join(names).capitalize(), f"{checkpoint}{': ' + f1(found) if found else ''}")

@@ -29,7 +29,6 @@ from support.jsonl import JsonlWriter, to_line
 from test_data import make_encoder
 from test_resume import lines
 from tiny import train_alone, words
-from tools.posts import read_entries
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,22 +60,16 @@ def told(done, *parts):
 
 # -------------------------------------------------------------------------------------------- texts
 
-TEXTS = {
+TEXTS = {  # test_fuzz.py mixes short ones at random
     "special tokens": "<|im_end|><|image_pad|><|im_start|>assistant\n<|vision_start|><|endoftext|>",
     "tags": "</think><answer>x</answer>",
     "long": "the foxes play " * 7000,
     "one long word": "a" * 100_000,
     "long without spaces": "日本" * 50_000,
-    "NUL": "a\0b\0",
     "surrogates": "a \ud800 b \udc00",
-    "emoji": "😀👩‍👩‍👧‍👦🏳️‍🌈",
-    "right to left": "خبر عاجل שלום \u202e",
-    "scripts": "สวัสดี देवनागरी ꦗꦮ ተ",
     "empty": "",
     "white": " \n\t\u2003",
-    "no width": "\u200b\ufeff",
-    "separators": "a\u2028b\x85c\x1c",
-    "control": "\x1b[31mred\x07",
+    "separators": "a\u2028b\x85c\x1c\0",
 }
 
 
@@ -152,13 +145,8 @@ def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
     assert [prediction["id"] for prediction in predictions] == HOSTILE_IDS
     assert sum("error" in prediction for prediction in predictions) == 3
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
-    for code, script, files in (
-        (0, "evaluate.py", [out, path]),
-        (1, "-m tools.dataset check", [path]),
-        (0, "-m tools.dataset stats", [path]),
-    ):
-        done = run(script, *files, env=ascii_only)
-        assert done.returncode == code, done.stderr
+    assert run("evaluate.py", out, path, env=ascii_only).returncode == 0
+    assert run("-m tools.dataset check", path, env=ascii_only).returncode == 1
 
     asked = []  # those without an error are not predicted again
 
@@ -181,47 +169,24 @@ def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
     assert kept == [line["id"] for line in lines(log)] == HOSTILE_IDS
 
 
-def test_an_error_is_one_printable_line(tmp_path):
-    path = tmp_path / "posts.jsonl"
-    path.write_text('{"id": "\\u001b[31m\\n\\ud800' + "i" * 5000 + '", "text": 5}\n')
-    done = run("-m tools.dataset stats", path)
-    told(done, "posts.jsonl line 1 (id '\\x1b[31m\\n\\ud800iii", "'text'")
-    line = done.stderr.strip().splitlines()[-1]
-    assert len(line) < 1100 and line.isprintable()
-
-
 # --------------------------------------------------------------------------------------- data files
 
 GOOD = "".join(json.dumps(post(number)) + "\n" for number in range(3)).encode()
 
 
-def second(line):
-    """A file whose second line is `line`."""
-    return GOOD.splitlines(keepends=True)[0] + line + b"\n"
-
-
-NO_KEYPHRASES = "line 2 (id 'b'): the field 'keyphrases' must be a list of at least one"
-NOT_JSON = "posts.jsonl line {}: not a line of JSON"
-FILES = {  # what `read_jsonl` refuses, test_evaluate_files.py shows
-    "malformed": (second(b'{"id": "x", '), NOT_JSON.format(2)),
-    "no text": (second(b'{"id": "b", "keyphrases": ["x"]}'), "line 2"),
-    "wrong type": (second(b'{"id": "b", "text": ["x"], "keyphrases": ["x"]}'), "'text'"),
-    "same id": (GOOD + GOOD, "'p0'"),
-    "no keyphrases": (second(b'{"id": "b", "text": "x", "keyphrases": []}'), NO_KEYPHRASES),
-    "gzip": (b"\x1f\x8b\x08" + GOOD, "not JSONL"),
-    "blank": (b"\n\r\n \n", "no posts"),
-    "UTF-16": (GOOD.decode().encode("utf-16"), "not JSONL"),
-    "UTF-16, no mark": (GOOD.decode().encode("utf-16-le"), "line 1"),
-    "NUL": (second(bytes(99)), "line 2"),
-    "CR only": (GOOD.replace(b"\n", b"\r"), "one whole JSON object a line"),
-    "a list": (b"[" + GOOD.replace(b"\n", b", ") + b"{}]", "not JSONL"),
-    "deep text": (second(b'{"id": "b", "text": ' + b"[" * 900 + b"]" * 900 + b"}"), "'text'"),
-    "pretty": (json.dumps(post(0), indent=1).encode(), NOT_JSON.format(1)),
-}
-
-
-@pytest.mark.parametrize("content, part", FILES.values(), ids=FILES)
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"\x1f\x8b\x08" + GOOD, "not JSONL"),
+        (b"\n\r\n \n", "no posts"),
+        (GOOD.decode().encode("utf-16-le"), "line 1"),
+        (GOOD.replace(b"\n", b"\r"), "one whole JSON object a line"),
+        (b"[" + GOOD.replace(b"\n", b", ") + b"{}]", "not JSONL"),
+        (json.dumps(post(0), indent=1).encode(), "line 1: not a line of JSON"),
+    ],
+)
 def test_data_files_that_cannot_be_used(tmp_path, content, part):
+    """What is wrong in a line, test_evaluate_files.py and test_data.py show."""
     path = tmp_path / "posts.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -229,24 +194,11 @@ def test_data_files_that_cannot_be_used(tmp_path, content, part):
     assert "posts.jsonl" in str(error.value) and part in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xef\xbb\xbf" + GOOD,
-        GOOD.replace(b"\n", b"\r\n"),
-        b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n").rstrip(),
-        GOOD.replace(b", ", b",\r"),
-        b"\n\n" + GOOD.replace(b"\n", b"\n \n"),
-        GOOD.replace(b"}", b', "a": NaN, "b": 1e999, "c": ' + b"9" * 4000 + b"}"),
-    ],
-    ids=["mark", "CRLF", "both", "CR within", "blank lines", "numbers"],
-)
-def test_data_files_that_can_be_used(tmp_path, content):
+def test_a_file_with_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path):
     path = tmp_path / "posts.jsonl"
-    path.write_bytes(content)
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n \r\n").rstrip())
     posts = Posts(path, for_training=True)
     assert [posts[index]["id"] for index in range(len(posts))] == ["p0", "p1", "p2"]
-    assert len(read_entries(path)) == 3
 
 
 def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
@@ -258,28 +210,18 @@ def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
         Posts(tmp_path)
 
 
-def cut_short(path):
-    os.truncate(path, 200)
-
-
-def changed(path):
-    path.write_bytes(GOOD.replace(b"hello", b"jello"))
-
-
 def read_all(posts, encoder, steps, micro_batch, workers):
     return list(data.Loader(EncodedPosts(posts, encoder, True), steps, micro_batch, workers))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("change", [cut_short, changed])
-def test_a_file_that_changes_while_it_is_read(encoders, tmp_path, change, workers):
+def test_a_file_that_changes_while_it_is_read(encoders, tmp_path, workers):
     path = tmp_path / "posts.jsonl"
     path.write_bytes(GOOD)
     posts = Posts(path)
-    change(path)
-    with pytest.raises(UserError, match="posts.jsonl: the file was changed") as error:
+    os.truncate(path, 200)
+    with pytest.raises(UserError, match="^[^\n]*posts.jsonl: the file was changed[^\n]*$"):
         read_all(posts, encoders["toy"], [[2, 1]], 2, workers)
-    assert "Traceback" not in str(error.value)
 
 
 def test_a_worker_that_is_killed_is_told(encoders, tmp_path, monkeypatch):
@@ -541,10 +483,3 @@ def test_places_that_cannot_be_written(world, tmp_path, out):
         checkpoint.open_run(out, {}, False)
     assert (tmp_path / "fifo").is_fifo()
     assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "src.txt"]
-
-
-def test_a_file_is_not_written_over_itself(tmp_path):
-    source = tmp_path / "src.txt"
-    source.write_text("a<sep>b<sep>c.jpg\n")
-    told(run("-m tools.dataset cmkp", source, "--out", source), "choose another --out")
-    assert source.read_text() == "a<sep>b<sep>c.jpg\n"
