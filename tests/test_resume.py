@@ -71,29 +71,24 @@ def whole(world, options, tmp_path_factory):
     return out
 
 
-def stop_call(number, error):
-    """A function's decorator: its call of that number raises an error instead."""
+def stop_call(number, function):
+    """A function whose call of that number is interrupted instead."""
+    calls = []
 
-    def decorate(function):
-        calls = []
+    def called(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
 
-        def called(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == number:
-                raise error
-            return function(*args, **kwargs)
-
-        return called
-
-    return decorate
+    return called
 
 
 STOPS = {
-    "after the first save": (checkpoint.Checkpoints, "prune", 1, KeyboardInterrupt()),
-    "before a later save": (checkpoint.Checkpoints, "save", 4, KeyboardInterrupt()),
-    "in a save": (checkpoint, "write_state", 3, OSError(28, "No space left on device")),
-    "in the first validation": (train, "predict_and_score", 1, KeyboardInterrupt()),
-    "in the last validation": (train, "predict_and_score", 2, KeyboardInterrupt()),
+    "after the first save": (checkpoint.Checkpoints, "prune", 1),
+    "before a later save": (checkpoint.Checkpoints, "save", 4),
+    "in the first validation": (train, "predict_and_score", 1),
+    "in the last validation": (train, "predict_and_score", 2),
 }
 
 
@@ -102,10 +97,9 @@ def test_an_interrupted_run_resumes_to_the_whole_one(
     train_on, whole, options, monkeypatch, tmp_path, stop
 ):
     """Lines after the last checkpoint, and torn ones, are dropped and written anew."""
-    owner, name, number, error = STOPS[stop]
-    monkeypatch.setattr(owner, name, stop_call(number, error)(getattr(owner, name)))
-    message = "No space left.*--resume" if stop == "in a save" else None
-    with pytest.raises((KeyboardInterrupt, UserError), match=message):
+    owner, name, number = STOPS[stop]
+    monkeypatch.setattr(owner, name, stop_call(number, getattr(owner, name)))
+    with pytest.raises(KeyboardInterrupt):
         train_on("run", *options)
     monkeypatch.undo()
     run = tmp_path / "run"
