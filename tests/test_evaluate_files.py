@@ -270,9 +270,8 @@ def test_failed_posts_are_told_and_score_as_wrong(files, tmp_path, script):
     assert json.loads(out) == score([{"keyphrases": []}, *PREDICTIONS[1:]], POSTS)
 
 
-BAD = ["", "\n\n", "no separator", "a<sep>b<sep>c<sep>d", "\ufeff", "\udcff\udcfe", "[1]", "{}"]
-BAD += ['{"id": 1}', "{", '{"id"', '[{"id": "a"}]', '{"a":' * 9999]
-BAD += ['{"id": "\\ud800", "text": "", "keyphrases": ["\\ud800"]}']
+BAD = ["", "\n\n", "no separator", "a<sep>b<sep>c<sep>d", "\ufeff", "\udcff\udcfe", "{", "[1]"]
+BAD += ['{"id": 1}', '{"id": "\\ud800", "text": "", "keyphrases": ["\\ud800"]}']
 
 
 @pytest.mark.parametrize("content", BAD)

@@ -62,7 +62,7 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
         f"{posts}: 32 posts, 27 with an image, 25 with reasoning, {phrases / 32:.1f} keyphrases "
         "a post"
     )
-    assert header["Validation"].startswith(f"{valid}: 8 posts, all with an image, all with")
+    assert header["Validation"].startswith(f"{valid}: 8 posts, 8 with an image, 8 with reasoning")
     assert header["Validation"].endswith("; the first 4 are used")
     from safetensors import safe_open
 
@@ -121,6 +121,8 @@ def test_an_evaluation_that_is_not_the_best_and_one_without_unseen_keyphrases(tm
     from support.distributed import Ranks
 
     row, order = train.MODES["dynamic"], TrainingOrder(25, 10, 0, 3)
+    for step in (3, 7):
+        (tmp_path / f"step-{step}").mkdir()
     with Ranks("cpu") as ranks, TrainingLog(args, row, tmp_path, order, 0, ranks) as log:
         log.add_evaluation(3, scores)
         scores["unseen"]["posts"] = scores["unreadable"] = 0
@@ -163,9 +165,7 @@ def test_gen_cot_says_what_it_sends_where(world, tmp_path, monkeypatch, capsys):
         args = ["--out", out, "--model", "teacher", "--base-url", server.url, "--workers", "3"]
         call(monkeypatch, gen_cot, *map(str, [data, *args]))
     header = paragraphs(capsys.readouterr().err.replace("\r", "\n"))
-    assert header["Posts     "].startswith(
-        f"{data}: 8 posts, all with an image, all with reasoning"
-    )
+    assert header["Posts     "].startswith(f"{data}: 8 posts, 8 with an image, 8 with reasoning")
     assert header["Model     "] == f"teacher at {server.url}/chat/completions, 3 requests at a time"
     assert header["Writes    "] == str(out)
 
