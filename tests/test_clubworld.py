@@ -255,9 +255,9 @@ def test_weights_follow_the_seed_and_an_image_has_nine_tokens(toy, tokenizer, tm
     differ = {name for name in first if first[name] != other[name]}
     assert differ == {"model.safetensors", "toy.json"}
     config = AutoConfig.from_pretrained(toy)
-    for name in ("image", "video", "vision_start", "vision_end"):
-        token = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
-        assert getattr(config, f"{name}_token_id") == tokenizer.convert_tokens_to_ids(token)
+    for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+        found = getattr(config, f"{name.removesuffix('_pad')}_token_id")
+        assert found == tokenizer.convert_tokens_to_ids(f"<|{name}|>")
     for part in (config, config.text_config):
         ids = part.eos_token_id, part.pad_token_id
         assert ids == (tokenizer.eos_token_id, tokenizer.pad_token_id)
