@@ -74,9 +74,7 @@ def random_posts(args):
     """
     from bench_step import build
 
-    options = {"shape": "small", "layers": None, "vocabulary": None, "weights": "float32"}
-    model, _ = build(argparse.Namespace(device="cpu", **options))
-    draw, samples = random.Random(0), []
+    model, draw, samples = build("small"), random.Random(0), []
     lengths = [SHORT, LONG] * ((args.posts or 64) // 2)
     draw.shuffle(lengths)
     for index, length in enumerate(lengths):
