@@ -71,7 +71,6 @@ def parse_args():
     add("--ways", default="abcd", help="which of the four")
     add("--modes", nargs="*", choices=MODES, default=MODES, help="modes whose memory is measured")
     add("--rounds", type=positive_int, default=7, help="steps of each way, after one to warm up")
-    add("--threads", type=positive_int, default=2, help="torch's threads on a CPU")
     add("--device", default="cpu", help="cpu or cuda; on cuda under bf16 autocast")
     dtype_help = "bfloat16 halves the memory of weights, gradients and AdamW's state"
     add("--weights", choices=["float32", "bfloat16"], default="float32", help=dtype_help)
@@ -277,7 +276,6 @@ def print_table(seconds, busy, memory, tokens, flops, peak):
 
 def main():
     args = parse_args()
-    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
     if args.memory_of:
         return print_memory(args)
@@ -288,7 +286,9 @@ def main():
     batch = random_batch(args, model)
     if args.profile:
         return print_profile(make_step("c", model, optimizer, batch), args.device)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        name = torch.cuda.get_device_name()
     weights = sum(weight.numel() for weight in model.parameters())
     print(
         f"{args.shape}, {weights / 1e6:.0f} million weights in {args.weights}, {name}; "
