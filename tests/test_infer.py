@@ -38,6 +38,12 @@ def thinker(world, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def taught(world, thinker):
+    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
+    return vlm, encoder, data.Posts(world / "test.jsonl")
+
+
 def batch_of(encoder, posts, indices):
     dataset = data.EncodedPosts(posts, encoder, with_answers=False)
     return data.collate([dataset[index] for index in indices], encoder)
@@ -61,10 +67,9 @@ def test_batched_generation_equals_transformers_own_on_each_post_alone(toy, monk
         assert text == encoder.tokenizer.decode(own, skip_special_tokens=True)
 
 
-def test_generation_after_a_training_step_and_the_reverse(thinker, world):
+def test_generation_after_a_training_step_and_the_reverse(taught):
     """The model remembers position offsets between calls; a stale one must not reach the next."""
-    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
-    posts = data.Posts(world / "test.jsonl")
+    vlm, encoder, posts = taught
     batch = batch_of(encoder, posts, range(4))
     before = generate(vlm, encoder, batch, max_new_tokens=6)
     dataset = data.EncodedPosts(posts, encoder, with_answers=True)
@@ -75,9 +80,9 @@ def test_generation_after_a_training_step_and_the_reverse(thinker, world):
     assert torch.equal(step(one)[0], loss)
 
 
-def test_think_always_and_never(thinker, world):
-    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
-    batch = batch_of(encoder, data.Posts(world / "test.jsonl"), range(8))
+def test_think_always_and_never(taught):
+    vlm, encoder, posts = taught
+    batch = batch_of(encoder, posts, range(8))
     auto = generate(vlm, encoder, batch)
     assert all(text.startswith("<think>") for text, _, _ in auto)
     assert generate(vlm, encoder, batch, think="always") == auto
@@ -96,14 +101,9 @@ def test_plain_transformers_with_autoprocessor_answers_as_infer_does(thinker, wo
     assert infer_file("--data", world / "test.jsonl", "--model", thinker, "--out", out) == 0
     processor = AutoProcessor.from_pretrained(folder)
     vlm = AutoModelForImageTextToText.from_pretrained(folder)
-    prompt = (Path(folder) / "prompt.txt").read_text(encoding="utf-8")
-    posts = data.Posts(world / "test.jsonl")
-    for index, prediction in enumerate(lines(out)):
-        record = posts[index]
-        content = [
-            {"type": "image", "image": Image.open(posts.image_path(record))},
-            {"type": "text", "text": prompt.replace("{text}", record["text"])},
-        ]
+    for record, prediction in zip(lines(world / "test.jsonl"), lines(out), strict=True):
+        image, text = Image.open(world / record["image"]), record["text"]  # the toy's prompt
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
         options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
         messages = [{"role": "user", "content": content}]
         inputs = processor.apply_chat_template(messages, tokenize=True, **options)
@@ -212,7 +212,7 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch, cap
 
 
 def test_predictions_come_as_they_end_and_before_all_posts_are_read(
-    world, thinker, tmp_path, encoded
+    world, thinker, taught, tmp_path, encoded
 ):
     """Posts are sorted by the lengths of their prompts in windows of 32, and slots are refilled."""
     posts, records = write_posts(world / "train.jsonl", tmp_path, lost=7)
@@ -228,10 +228,10 @@ def test_predictions_come_as_they_end_and_before_all_posts_are_read(
     assert [p["id"] for p in found] != ids
     errors = [p for p in found if "error" in p]
     assert [p["id"] for p in errors] == [ids[7]] and "no such file" in errors[0]["error"]
-    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
-    outputs = {p["id"]: (p["output"], p["tokens"], "cut" not in p) for p in found}
+    vlm, encoder, _ = taught
+    (third,) = [p for p in found if p["id"] == ids[3]]
     alone = generate(vlm, encoder, batch_of(encoder, data.Posts(posts), [3]), max_new_tokens=40)
-    assert [outputs[ids[3]]] == alone
+    assert [(third["output"], third["tokens"], "cut" not in third)] == alone
 
 
 def test_an_unreadable_post_is_recorded_and_tried_again(world, tmp_path):
