@@ -1,4 +1,4 @@
-"""What a run shows: header, bar, validation, end, the word on the toy; the page of transcripts."""
+"""What a run shows: header, bar, validation, end, the word on the toy."""
 
 import io
 import json
@@ -13,7 +13,6 @@ from tqdm import tqdm
 import evaluate
 import gen_cot
 import infer
-import make_transcripts
 import train
 from data import Posts, TrainingOrder
 from support.checkpoint import read_pointer
@@ -191,24 +190,3 @@ def test_the_toy_says_that_it_is_one(world, train_on, tmp_path, monkeypatch, cap
         files = ["--data", posts, "--out", tmp_path / f"{told}.preds", "--model", world / "toy"]
         assert call(monkeypatch, infer, *words(*files, "--workers 0 --max-new-tokens 2")) == 0
         assert capsys.readouterr().err.count("knows only the club world") == told
-
-
-# ------------------------------------------------------------------------------------- transcripts
-
-
-def shape(text):
-    """A transcript without its figures, bars and line breaks, and without the machine's name."""
-    text = re.sub(r"Device .*", "", text)
-    text = re.sub(r"peak memory .*", "", text)
-    text = re.sub(r"\s+|\(best\s*\)", "", text)
-    return re.sub(r"\|[█▏▎▍▌▋▊▉]*\|", "||", re.sub(r"\d[\d.,:]*[kM]?", "0", text))
-
-
-def test_the_transcripts_in_the_docs_are_what_runs_show(tmp_path):
-    page = make_transcripts.PAGE.read_text(encoding="utf-8")
-    documented = dict(re.findall(r"## ([^\n]*)\n\n```text\n(.*?)\n```\n", page, re.DOTALL))
-    found = make_transcripts.transcripts(tmp_path)
-    assert list(documented) == list(found)
-    for title, shown in found.items():
-        assert shape(documented[title]) == shape("\n".join(shown)), title
-        assert max(map(len, shown)) <= 80
