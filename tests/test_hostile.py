@@ -267,7 +267,7 @@ def test_data_files_that_can_be_used(tmp_path, content):
 def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
     os.mkfifo(tmp_path / "posts.jsonl")
     for path in (tmp_path / "posts.jsonl", tmp_path):
-        with pytest.raises(UserError, match="not a regular file"):
+        with pytest.raises(UserError, match="no such file, or not a regular one"):
             Posts(path)
 
 
