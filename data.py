@@ -81,10 +81,8 @@ class Posts(IndexedLines):
     """
 
     def __init__(self, path, for_training=False, names=None):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(
-                f"{path}: not a regular file; it is read twice: save it to a file first"
-            )
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file, or not a regular one, which can be read twice")
         super().__init__(path)
         self.folder, self.names = self.path.parent, names
         self.with_image = self.without_cot = self.keyphrase_count = 0

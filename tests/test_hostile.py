@@ -205,7 +205,7 @@ def test_a_file_with_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_pat
 def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
     os.mkfifo(tmp_path / "posts.jsonl")
     for path in (tmp_path / "posts.jsonl", tmp_path):
-        with pytest.raises(UserError, match="not a regular file"):
+        with pytest.raises(UserError, match="no such file, or not a regular one"):
             Posts(path)
 
 
