@@ -5,34 +5,23 @@ A record is one JSON object a line; other fields are kept and ignored:
     {"id": "D0wn", "text": "some tiny blue flowers", "image": "images/D0wn.jpg",
      "keyphrases": ["wildflower hour"], "cot": "The photo shows …"}
 
-`image` is relative to the JSONL file, or absolute, or null; `cot` is the reasoning without tags, or
-absent.
+`image` is relative to the JSONL file, absolute, or null; `cot` has no tags, and may be absent.
 """
 
 import math
 import os
 import re
 import signal
-from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from evaluate import BYTE_ORDER_MARK, UserError, parse_line, read_lines, shown
-from support.checkpoint import ENCODER_FILE, read_own
-from support.console import info, positive_int, reading, reading_progress, whole_number
-from support.images import MAX_PIXELS, Unreadable, fit, load_image
+from evaluate import UserError, parse_line, read_jsonl, shown
+from support.checkpoint import load_prompt_file, read_own
+from support.console import positive_int, reading_progress, whole_number
+from support.images import MAX_PIXELS, Unreadable, load_image, patches
 from support.jsonl import IndexedLines
-from support.phrases import WORDS_ONLY, split_keyphrases
-from support.records import (
-    add_map_option,
-    check_file,
-    look_over,
-    problem,
-    renamed,
-    wrong_field,
-)
+from support.phrases import CHAT_TOKEN, TAG, TURN_TOKEN, WORDS_ONLY, split_keyphrases
+from support.records import add_map_option, look_over, problem, renamed, wrong_field
 
 if TYPE_CHECKING:
     import torch
@@ -41,92 +30,65 @@ MAX_LENGTH = 4096  # default, in tokens
 
 # ---------------------------------------------------------------------------------------- records
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-NOT_IN_KEYPHRASE = re.compile(r"[;；؛\n\r]|</?(?:think|answer)>", re.IGNORECASE)
-FIELD_TYPES = (
-    ("text", str, "a string (empty if there is none)"),
-    ("image", str | None, "one file name or null"),
-    ("cot", str | None, "a string or null"),
-)
-
 
 def check_record(record, where, for_training=False, names=None):
-    """Raise UserError, its text beginning with `where`, unless `record` is a usable post.
-
-    It has the attributes `kind` and `hint` (see `support.records.problem`).
-    """
-    identity = record.get("id")
-    if not isinstance(identity, str) or not identity:
-        raise wrong_field(where, record, names, "id", "a string that is not empty")
-    where = f"{where} (id {shown(identity)})"
-    for name, kind, must in FIELD_TYPES:
-        if not isinstance(record.get(name), kind):
-            raise wrong_field(where, record, names, name, must)
-    keyphrases = record.get("keyphrases", [])
-    if not isinstance(keyphrases, list) or not all(isinstance(item, str) for item in keyphrases):
-        raise wrong_field(where, record, names, "keyphrases", "a list of strings")
-    if not for_training:
-        return
-    if not keyphrases:
-        raise wrong_field(where, record, names, "keyphrases", "a list of at least one to train on")
-    check_keyphrases(keyphrases, where)
-    cot = record.get("cot") or ""
-    if ("<" in cot or "＜" in cot) and (TAG.search(cot) or CHAT_TOKEN.search(cot)):
-        raise problem(where, "'cot' is the reasoning alone", "remove the tags from it")
+    """Raise UserError, as `support.records.problem` makes it, unless `record` is a usable post."""
+    where = f"{where} (id {shown(record.get('id'))})"
+    keyphrases, cot = record.get("keyphrases", []), record.get("cot")
+    are_strings = isinstance(keyphrases, list) and all(isinstance(item, str) for item in keyphrases)
+    usable = {
+        "id": isinstance(record.get("id"), str) and record["id"],
+        "text": isinstance(record.get("text"), str),
+        "image": isinstance(record.get("image"), str | None),
+        "keyphrases": are_strings and (keyphrases or not for_training),
+        "cot": isinstance(cot, str | None),
+    }
+    for name in usable:
+        if not usable[name]:
+            raise wrong_field(where, record, names, name)
+    if for_training:
+        check_keyphrases(keyphrases, where)
+        if cot and (TAG.search(cot) or CHAT_TOKEN.search(cot)):
+            kind = "'cot' is the reasoning alone"
+            raise problem(where, kind, f"{kind}; remove the tags from it")
 
 
 def check_keyphrases(keyphrases, where):
     """Raise UserError unless `parse_answer` returns the keyphrases from their answer."""
-    seen = set()
-    for phrase in keyphrases:
-        if not phrase.strip() or NOT_IN_KEYPHRASE.search(phrase):
-            kind = "is empty or holds a semicolon, line break or tag"
-            raise wrong_keyphrase(where, phrase, kind, "split or remove it")
-        folded = " ".join(phrase.split()).casefold()
-        if folded in seen:
-            raise wrong_keyphrase(where, phrase, "is there twice", "keep only one")
-        seen.add(folded)
-    answer = plain_answer(keyphrases)
-    if WORDS_ONLY.fullmatch(answer):
-        return
-    phrases, found = [" ".join(phrase.split()) for phrase in keyphrases], parse_answer(answer)[0]
-    if found != phrases:
-        lost = next((phrase for phrase in phrases if phrase not in found), phrases[0])
-        kind = "begins with a hash sign" if lost[0] in "#＃" else "would be lost"
-        hint = f"the answer {shown(answer)} is read as {shown('; '.join(found))}; remove quotes, "
-        hint += "hash signs, brackets, bullets, numbers or labels from it"
-        raise wrong_keyphrase(where, lost, kind, hint)
-
-
-def wrong_keyphrase(where, phrase, kind, hint):
-    """The UserError for a keyphrase that can't be used."""
-    hint = f"{hint}, or let --map keyphrases=keyphrases do so"
-    return problem(where, f"a keyphrase {kind}", hint, f"the keyphrase {shown(phrase)} {kind}")
+    phrases, joined = [" ".join(phrase.split()) for phrase in keyphrases], "".join(keyphrases)
+    found, _ = parse_answer(plain_answer(keyphrases))
+    # A line break would become a space, but may separate two keyphrases.
+    if found != phrases or "\n" in joined or "\r" in joined:
+        lost = next((phrase for phrase in keyphrases if phrase not in found), keyphrases[0])
+        raise problem(
+            where,
+            "a keyphrase would be lost",
+            f"the keyphrase {shown(lost)} would be lost: the answer is read as "
+            f"{shown('; '.join(found))}; remove repetitions, semicolons, line breaks, tags, "
+            "quotes, hash signs, brackets, bullets, numbers or labels, or let --map "
+            "keyphrases=keyphrases do so",
+        )
 
 
 class Posts(IndexedLines):
     """The records of a JSONL file, read from disk one by one.
 
-    Opening reads the file once and checks every record, so that hundreds of thousands of posts open
-    in seconds; then `records.look_over` warns of what seems wrong. `names` says which of the
-    file's fields are ours ({"text": "caption"}). `with_image` and `without_cot` count posts,
-    `keyphrase_count` their keyphrases.
+    Opening reads the file once and checks every record; then `records.look_over` warns of what
+    seems wrong. `names` says which of the file's fields are ours ({"text": "caption"}).
+    `with_image` and `without_cot` count posts, `keyphrase_count` their keyphrases.
 
     Raises UserError naming the line and id of a record that can't be used, or has changed since.
     """
 
     def __init__(self, path, for_training=False, names=None):
-        check_file(path)
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file, or not a regular one, which can be read twice")
         super().__init__(path)
-        self.folder, self.names = self.path.parent, names or {}
+        self.folder, self.names = self.path.parent, names
         self.with_image = self.without_cot = self.keyphrase_count = 0
         first_lines = {}  # hash of an id -> its line: a tenth of the memory of the ids themselves
-        for line, offset, raw in reading_progress(read_lines(path), path):
-            if not raw.removeprefix(BYTE_ORDER_MARK).strip():
-                continue
-            record = parse_line(path, line, raw)
-            if names:
-                record = renamed(record, names)
+        for line, offset, record in reading_progress(read_jsonl(path), path):
+            record = renamed(record, names)
             check_record(record, f"{path} line {line}", for_training, names)
             first = first_lines.setdefault(hash(record["id"]), line)
             if first != line:
@@ -143,14 +105,10 @@ class Posts(IndexedLines):
             raise UserError(f"{path}: no posts in it")
         look_over(self, for_training)
 
-    def original(self, index):
-        """The record as the file has it."""
-        return parse_line(self.path, self.lines[index], self.raw(index))
-
     def __getitem__(self, index):
         """The record as a dict."""
-        record = self.original(index)
-        return renamed(record, self.names) if self.names else record
+        record = parse_line(self.path, self.lines[index], self.raw(index))
+        return renamed(record, self.names)
 
     def image_path(self, record):
         """Where the record's image is, or None for a text-only post."""
@@ -164,29 +122,17 @@ def has_cot(record):
 
 def relative_path(path, folder):
     """`path`, which begins with a resolved folder, as a record of a file in `folder` writes it."""
-    try:
-        return os.path.relpath(path, os.path.realpath(folder))  # `..` would leave a linked folder
-    except ValueError:  # another drive of Windows
-        return path
+    return os.path.relpath(path, os.path.realpath(folder))  # `..` would leave a linked folder
 
 
 # ---------------------------------------------------------------------------- prompts and answers
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 PROMPT = (
     "Predict the keyphrases (hashtags) that sum up this social media post and its image. Write them"
     " separated by semicolons, the most fitting first. If the post needs reasoning, reason first"
     " inside <think></think>, then give the keyphrases inside <answer></answer>.\n\nPost: {text}"
 )
-
-
-def load_prompt_file(path, *fields):
-    """The prompt in a file, which must contain each of `fields`. Raises UserError."""
-    with reading(path, "a prompt is a UTF-8 text file"):
-        prompt = Path(path).read_text(encoding="utf-8")
-    for name in fields:
-        if name not in prompt:
-            raise UserError(f"{path}: the prompt has no {name} in it to say where that goes")
-    return prompt
 
 
 def fill_prompt(prompt, **values):
@@ -202,27 +148,14 @@ def plain_answer(keyphrases):
     """
     phrases = [" ".join(phrase.split()) for phrase in keyphrases]
     answer = "; ".join(phrases)
-    if WORDS_ONLY.fullmatch(answer) or parse_answer(answer)[0] == phrases:
-        return answer
-    return f"{answer};" if parse_answer(f"{answer};")[0] == phrases else answer
+    if parse_answer(answer)[0] != phrases and parse_answer(f"{answer};")[0] == phrases:
+        return f"{answer};"
+    return answer
 
 
 def cot_answer(cot, keyphrases):
     """y_c, the answer that reasons first: `<think>…</think><answer>keyphrase 1; …</answer>`."""
     return f"<think>{cot.strip()}</think><answer>{plain_answer(keyphrases)}</answer>"
-
-
-# Models also write tags in capitals, in full-width letters, translated, or without the last `>`.
-TAG = re.compile(
-    r"[<＜]([/／]?)(?:(think|thinking|思考|ｔｈｉｎｋ)|(?:answers?|答案|ａｎｓｗｅｒ))(?:\s*[>＞]|\b)",
-    re.IGNORECASE,
-)
-# Tokens of chat formats that some servers and tokenizers leave in the text.
-CHAT_TOKEN = re.compile(
-    r"<\|(?:im_start\|>|start_header_id\|>)\s*assistant\b|<start_of_turn>\s*model\b"
-    r"|<[|｜][^<>]{1,40}[|｜]>|</?s>|<(?:bos|eos|eod|pad|end_of_turn|end_of_utterance)>",
-    re.IGNORECASE,
-)
 
 
 def parse_answer(output):
@@ -233,7 +166,10 @@ def parse_answer(output):
     where it is blank. A </think> without its <think> ends reasoning, too: some chat templates write
     the <think> themselves.
     """
-    output = next(filter(str.strip, CHAT_TOKEN.split(output)), "").rstrip()
+    if WORDS_ONLY.fullmatch(output):  # so that a file's keyphrases are checked in no time
+        return split_keyphrases(output), None
+    turns = (CHAT_TOKEN.sub("", turn) for turn in TURN_TOKEN.split(output))
+    output = next(filter(str.strip, turns), "").rstrip()
     head, bracket, tail = output.rpartition("<")
     whole = (head + tag for tag in TAGS if tag.startswith(bracket + tail.lower()))
     output = next(whole, output)  # a tag at the end may be cut off
@@ -270,8 +206,7 @@ def make_prediction(identity, output, tokens, cut):
 
 def failed_prediction(identity, error):
     """The prediction for a post that has none; `error` says why."""
-    nothing = {"keyphrases": [], "think": None, "output": "", "tokens": 0}
-    return {"id": identity, **nothing, "error": error}
+    return make_prediction(identity, "", 0, cut=False) | {"error": error}
 
 
 # ------------------------------------------------------------------------- from posts to token ids
@@ -288,10 +223,6 @@ class Sample:
     plain: list[int] | None = None
     cot: list[int] | None = None
     truncated: bool = False
-
-    def length(self):
-        """Tokens of the prompt and the longer of its answers, if it has any."""
-        return len(self.prompt) + len(self.cot or self.plain or [])
 
 
 @dataclass
@@ -316,9 +247,8 @@ class Encoder:
 
     Posts and answers are data: a token's name written in them stays plain text. A tag is the
     tokenizer's own token where it has one. If the chat template itself opens <think>
-    (`opens_think`), y_c goes on from there, and y_s closes it first. The image placeholder is
-    expanded here, to one token for every merge_size² patches, because transformers' processor of
-    the Qwen-VL family needs torchvision.
+    (`opens_think`), y_c goes on from there, and y_s closes it first. Transformers' processor needs
+    torchvision, so the image placeholder is expanded here: a token for merge_size² patches.
 
     Raises UserError where the prompt or the chat template can't be used.
     """
@@ -333,33 +263,39 @@ class Encoder:
             edge: int(min(image_processor.size[edge], self.max_pixels))
             for edge in ("shortest_edge", "longest_edge")
         }
-        self.token_side = image_processor.patch_size * image_processor.merge_size
         added = tokenizer.added_tokens_decoder
         special = {number for number, token in added.items() if token.special}
         # Only tokens that are marked as special can be kept out of plain text.
         tokenizer.add_tokens([*added.values()], special_tokens=True)
         own = {token.content: [number] for number, token in added.items()}
         self.tags = {tag: own.get(tag) or self.plain_ids(tag) for tag in TAGS}
-        self.think = self.tags["<think>"]
         self.left_out = special.difference(*self.tags.values())
-        self.frames = {has_image: self._frame(has_image) for has_image in (True, False)}
-        before_answer = self._apply_template([{"type": "text", "text": "."}])
-        self.opens_think = before_answer.rstrip().endswith("<think>")
         pad = tokenizer.pad_token_id
         self.pad = pad if pad is not None else tokenizer.eos_token_id
+        self.frames = {has_image: self._frame(has_image) for has_image in (True, False)}
         self._check_room()
-        self.end_of_turn = self._end_of_turn()
+        self.opens_think = self._render(".").rstrip().endswith("<think>")
+        mark = "\uf8ffANSWER\uf8ff"
+        after_answer = self._render(".", mark).partition(mark)[2]
+        self.end_of_turn = self.template_ids(after_answer)[0]  # `<|im_end|>` for Qwen
+
+    def plain_tokens(self, text, **options):
+        """The tokenizer's encoding of `text`, in which nothing counts as an added token."""
+        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8
+        options |= {"add_special_tokens": False, "split_special_tokens": True}
+        return self.tokenizer(text, **options)
 
     def plain_ids(self, text):
         """Token ids of `text`, in which nothing counts as an added token."""
-        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return self.plain_tokens(text).input_ids
 
     def template_ids(self, text):
         """Token ids of a part of the chat template, its added tokens included."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _apply_template(self, content, answer=None):
+    def _render(self, text, answer=None, has_image=False):
+        """The chat template around a post and its answer, or up to where the answer begins."""
+        content = [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
         turns = [{"role": "user", "content": content}]
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
@@ -374,9 +310,8 @@ class Encoder:
         tokenizer that joins a space to the word behind it must see both.
         """
         mark = "\uf8ffPOST\uf8ff"
-        content = [{"type": "image"}] if has_image else []
-        content.append({"type": "text", "text": self.prompt.replace("{text}", mark)})
-        before, _, after = self._apply_template(content).partition(mark)
+        rendered = self._render(self.prompt.replace("{text}", mark), has_image=has_image)
+        before, _, after = rendered.partition(mark)
         tokens = self.tokenizer.added_tokens_decoder.values()
         special = re.compile("|".join(re.escape(token.content) for token in tokens))
         start = max((match.end() for match in special.finditer(before)), default=0)
@@ -394,21 +329,14 @@ class Encoder:
                 "not 1; is the template the model's own?"
             )
         prompt = len(head) - 1 + len(self.plain_ids(before + after)) + len(tail)
-        image = self.size["longest_edge"] // self.token_side**2
-        if not image:
-            least = f"{self.token_side} x {self.token_side} pixels"
-            raise UserError(f"--max-pixels {self.max_pixels} is less than a token's {least}")
-        if prompt + image >= self.max_length:
+        side = self.image_processor.patch_size * self.image_processor.merge_size
+        image = self.size["longest_edge"] // side**2
+        if not image or prompt + image >= self.max_length:
             raise UserError(
-                f"--max-length {self.max_length} leaves no room for a post's text: the prompt takes"
-                f" {prompt} tokens and an image up to {image}; raise it, or lower --max-pixels"
+                f"--max-length {self.max_length} and --max-pixels {self.max_pixels} leave no room "
+                f"for an image and a post's text: the prompt takes {prompt} tokens, an image up to "
+                f"{image} ({side} x {side} pixels each)"
             )
-
-    def _end_of_turn(self):
-        """The token with which the chat format ends an answer: `<|im_end|>` for Qwen."""
-        mark = "\uf8ffANSWER\uf8ff"
-        after = self._apply_template([{"type": "text", "text": "."}], mark).partition(mark)[2]
-        return self.template_ids(after)[0]
 
     def prompt_ids(self, text, image_tokens):
         """(token ids of image + prompt, whether `text` was truncated to keep to max_length)."""
@@ -416,20 +344,15 @@ class Encoder:
         if image_tokens:
             place = head.index(self.image_token_id)
             head = head[:place] + [self.image_token_id] * image_tokens + head[place + 1 :]
-        ids, whole = head + self.plain_ids(before + text + after) + tail, text
-        # More than once where the cut changes how the end of the text is tokenized.
-        while text and (excess := len(ids) - self.max_length) > 0:
-            encoded = self.tokenizer(
-                text,
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_offsets_mapping=True,
-            )
-            starts = [start for start, _ in encoded.offset_mapping]
-            keep = min(starts[-excess], len(text) - 1) if excess < len(starts) else 0
-            text = text[:keep]
+        whole = text
+        while True:  # more than twice where the cut changes how the end of the text is tokenized
             ids = head + self.plain_ids(before + text + after) + tail
-        return ids, text != whole
+            excess = len(ids) - self.max_length
+            if excess <= 0 or not text:
+                return ids, text != whole
+            offsets = self.plain_tokens(text, return_offsets_mapping=True).offset_mapping
+            keep = offsets[-excess][0] if excess < len(offsets) else 0
+            text = text[: min(keep, len(text) - 1)]
 
     def answer_ids(self, answer):
         """Token ids of an answer, as it goes on from the prompt, and its end of turn.
@@ -446,18 +369,13 @@ class Encoder:
     def start(self, think):
         """How --think begins an answer: (the tokens that it begins with, a first token to ban).
 
-        The chat template may have opened <think> already: then "always" only must not close it at
-        once, and "never" closes it.
+        Where the chat template has opened <think>, "always" only must not close it at once, and
+        "never" closes it.
         """
-        if think == "always":
-            return (
-                ([], self.tags["</think>"][0]) if self.opens_think else (self.tags["<think>"], None)
-            )
-        if think == "never":
-            return (
-                (self.tags["</think>"], None) if self.opens_think else ([], self.tags["<think>"][0])
-            )
-        return [], None
+        tag = self.tags["</think>" if self.opens_think else "<think>"]
+        if think == "auto":
+            return [], None
+        return ([], tag[0]) if (think == "always") == self.opens_think else (tag, None)
 
     def decode(self, ids):
         """The text of an answer's token ids; of the special tokens only the tags are in it.
@@ -468,28 +386,15 @@ class Encoder:
         text = self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
         return "<think>" + text if self.opens_think else text
 
-    def image_patches(self, picture):
-        """(pixel_values, image_grid_thw) of a PIL image within the model's limits of size."""
-        process, most = self.image_processor, self.size["longest_edge"]
-        # To resize a picture to its own size takes longer than to read its pixels.
-        fits = self.size["shortest_edge"] <= math.prod(picture.size) <= most
-        fits = fits and not any(edge % self.token_side for edge in picture.size)
-        image = process([picture], size=self.size, do_resize=not fits, return_tensors="pt")
-        if int(image["image_grid_thw"].prod()) * process.patch_size**2 > most:
-            # The processor makes a picture that is thin, or has to grow, larger than it may be.
-            picture = fit(picture, most, self.token_side)
-            image = process([picture], do_resize=False, return_tensors="pt")
-        return image["pixel_values"], image["image_grid_thw"]
-
     def encode(self, record, image_path, with_answers):
         """The record as a Sample. Raises Unreadable."""
         pixel_values = grid = None
         image_tokens = 0
         if image_path is not None:
-            pixel_values, grid = self.image_patches(load_image(image_path, self.max_pixels))
+            picture = load_image(image_path, self.max_pixels)
+            pixel_values, grid = patches(picture, self.image_processor, self.size)
             image_tokens = int(grid.prod()) // self.image_processor.merge_size**2
-        text = record["text"].strip().encode("utf-8", "replace").decode("utf-8")
-        prompt, truncated = self.prompt_ids(text, image_tokens)
+        prompt, truncated = self.prompt_ids(record["text"].strip(), image_tokens)
         sample = Sample(record["id"], prompt, pixel_values, grid, truncated=truncated)
         if with_answers:
             sample.plain = self.answer_ids(plain_answer(record["keyphrases"]))
@@ -515,27 +420,29 @@ class EncodedPosts:
 # ---------------------------------------------------------------------------------------- batches
 
 
-@dataclass
-class Targets:
-    """Target tokens, padded on the right: `ids` and `mask` (1 at answer tokens), both (B, T).
+def padded(lists, pad, left=False):
+    """Lists of token ids as `ids` and `mask` (1 at the tokens), both (B, T) with T at least 3.
 
-    T is 3 at least: a model reads all but the last, and kernels that read a single token, as
+    A model reads all of a target but the last token, and kernels that read a single token, as
     generation does, may have no backward (Qwen3.5).
     """
+    import torch
+
+    ids = torch.full((len(lists), max(3, *map(len, lists))), pad)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(lists):
+        place = slice(-len(tokens), None) if left else slice(len(tokens))
+        ids[row, place] = torch.tensor(tokens)
+        mask[row, place] = 1
+    return ids, mask
+
+
+@dataclass
+class Targets:
+    """Target tokens, padded on the right: `ids` and `mask` (1 at answer tokens), both (B, T)."""
 
     ids: "torch.Tensor"
     mask: "torch.Tensor"
-
-    @classmethod
-    def pad(cls, lists, pad):
-        import torch
-
-        ids = torch.full((len(lists), max(3, *map(len, lists))), pad)
-        mask = torch.zeros_like(ids)
-        for i, tokens in enumerate(lists):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            mask[i, : len(tokens)] = 1
-        return cls(ids, mask)
 
     def to(self, device):
         return Targets(*(x.to(device, non_blocking=True) for x in (self.ids, self.mask)))
@@ -597,14 +504,10 @@ def collate(samples, encoder, pixel_values=None):
 
     ids = [sample.id for sample in samples]
     if not samples:
-        placeholder = [*encoder.think, encoder.end_of_turn]
+        placeholder = [*encoder.tags["<think>"], encoder.end_of_turn]
         samples = [Sample("", encoder.prompt_ids("", 0)[0], plain=placeholder)]
-    width = max(len(sample.prompt) for sample in samples)
-    input_ids = torch.full((len(samples), width), encoder.pad)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, sample in enumerate(samples):
-        input_ids[row, width - len(sample.prompt) :] = torch.tensor(sample.prompt)
-        attention_mask[row, width - len(sample.prompt) :] = 1
+    prompts = [sample.prompt for sample in samples]
+    input_ids, attention_mask = padded(prompts, encoder.pad, left=True)
     prompt = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -615,8 +518,8 @@ def collate(samples, encoder, pixel_values=None):
         prompt["image_grid_thw"] = torch.cat(grids)
     plain = cot = with_cot = None
     if samples[0].plain is not None:
-        plain = Targets.pad([sample.plain for sample in samples], encoder.pad)
-        cot = Targets.pad([sample.cot or sample.plain for sample in samples], encoder.pad)
+        plain = Targets(*padded([sample.plain for sample in samples], encoder.pad))
+        cot = Targets(*padded([sample.cot or sample.plain for sample in samples], encoder.pad))
         with_cot = torch.tensor([sample.cot is not None for sample in samples])
     return Batch(ids, prompt, plain, cot, with_cot, sum(sample.truncated for sample in samples))
 
@@ -629,23 +532,14 @@ def concat_images(samples):
     return torch.cat(images) if images else None
 
 
-@lru_cache(1)
-def epoch_order(count, batch_size, seed, epoch):
-    """The steps of an epoch: lists of `batch_size` indices in an order set by (seed, epoch)."""
-    import numpy as np
-
-    order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
-
-
 class TrainingOrder:
     """The posts of every step of a run: item i, from 0, has the `batch_size` indices of step i + 1.
 
-    Each epoch has an order of its own; the last one may be a part of one.
+    Each epoch has an order of its own, set by (seed, epoch); the last one may be a part of one.
     """
 
     def __init__(self, count, batch_size, seed, epochs):
-        self.count, self.settings = count, (count, batch_size, seed)
+        self.count, self.batch_size, self.seed = count, batch_size, seed
         self.epoch_steps = math.ceil(count / batch_size)
         # Rounded before: 1.1 * 100, which is above 110 in binary, gives 110.
         self.steps = max(1, math.ceil(round(epochs * self.epoch_steps, 6)))
@@ -654,8 +548,11 @@ class TrainingOrder:
         return self.steps
 
     def __getitem__(self, i):
-        epoch, index = divmod(i, self.epoch_steps)
-        return epoch_order(*self.settings, epoch)[index]
+        import numpy as np
+
+        epoch, step = divmod(i, self.epoch_steps)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        return order[step * self.batch_size :][: self.batch_size].tolist()
 
     def ends_epoch(self, step):
         """Whether an epoch, or the run, ends after so many steps."""
@@ -669,7 +566,7 @@ def by_length(samples, parts):
     the micro-batches decide nothing but how much is padded.
     """
     if parts > 1:
-        samples = sorted(samples, key=Sample.length)
+        samples = sorted(samples, key=lambda x: len(x.prompt) + len(x.cot or x.plain or []))
     edges = [len(samples) * part // parts for part in range(parts + 1)]
     return [samples[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]
 
@@ -707,7 +604,7 @@ def share_images(samples):
     """Take the samples' images out of them, into one tensor for the main process to read.
 
     One tensor a micro-batch: each one that passes between processes costs time and an open file.
-    The images of a post are 10 MB at 512 tokens, so only the worker copies them. Raises UserError.
+    The images of a post are 10 MB at 512 tokens, so only the worker copies them.
     """
     from torch.utils.data import get_worker_info
 
@@ -715,67 +612,52 @@ def share_images(samples):
     for sample in samples:
         sample.pixel_values = None
     if pixel_values is not None and get_worker_info() is not None:
-        try:
-            pixel_values.share_memory_()
-        except RuntimeError as error:  # raised later, it would leave the main process waiting
-            raise UserError(
-                f"the images that --workers prepare do not fit into shared memory ({error}): give "
-                "it more room (docker --shm-size), or try fewer --workers (0: none)"
-            ) from None
+        pixel_values.share_memory_()  # an error after this would leave the main process waiting
     return pixel_values
 
 
-class Loader:
-    """Yields (step, micro-batches) of the steps after the first `start`; workers encode posts.
+def load_steps(dataset, order, micro_batch, workers=0, ranks=None, start=0):
+    """Yield (step, micro-batches) of the steps after the first `start`; workers encode posts.
 
     dataset: an EncodedPosts; order: the lists of indices of all steps, which count from 1; ranks:
         the Ranks that share each step, if there are any.
 
     Raises UserError where a record has changed, or the system kills a worker.
     """
+    from torch.utils.data import DataLoader
 
-    def __init__(self, dataset, order, micro_batch, workers=0, ranks=None, start=0):
-        from torch.utils.data import DataLoader
-
-        self.encoder, self.start = dataset.encoder, start
-        self.steps = DataLoader(
-            Steps(dataset, order, micro_batch, ranks),
-            sampler=range(start, len(order)),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=ignore_signals,
-        )
-
-    def __iter__(self):
-        with closing(self._items()) as steps:  # after an error the workers end at once
-            for step, item in enumerate(steps, self.start + 1):
-                if isinstance(item, UserError):
-                    raise item
-                micro_batches, skipped = item
-                batches = [
-                    collate(samples, self.encoder, images) for samples, images in micro_batches
-                ]
-                batches[0].skipped = skipped
-                yield step, batches
-
-    def _items(self):
-        try:
-            yield from self.steps
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):  # an error of the worker's own
-                raise
-            raise UserError(
-                "the system killed a process that reads the posts, perhaps because memory ran out; "
-                "try fewer --workers (0: the main process reads)"
-            ) from None
+    steps = DataLoader(
+        Steps(dataset, order, micro_batch, ranks),
+        sampler=range(start, len(order)),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=ignore_signals,
+    )
+    try:
+        for step, item in enumerate(steps, start + 1):
+            if isinstance(item, UserError):
+                raise item
+            micro_batches, skipped = item
+            batches = [
+                collate(samples, dataset.encoder, images) for samples, images in micro_batches
+            ]
+            batches[0].skipped = skipped
+            yield step, batches
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid|shared memory", str(error)):
+            raise
+        raise UserError(
+            "a process that prepares the posts was killed, perhaps as memory ran out, or found no "
+            "room in shared memory (docker --shm-size); try fewer --workers (0: none)"
+        ) from None
 
 
 def prompt_loader(posts, indices, encoder, batch_size, workers):
-    """A Loader of some posts' prompts, sorted by length within a few batches at a time."""
+    """`load_steps` for some posts' prompts, sorted by length within a few batches at a time."""
     size = max(1, 32 // batch_size) * batch_size
     steps = [indices[start : start + size] for start in range(0, len(indices), size)]
-    return Loader(EncodedPosts(posts, encoder, with_answers=False), steps, batch_size, workers)
+    return load_steps(EncodedPosts(posts, encoder, with_answers=False), steps, batch_size, workers)
 
 
 def ignore_signals(_):
@@ -795,34 +677,22 @@ def add_reading_options(parser):
     add = parser.add_argument
     add_map_option(add)
     add("--prompt-file", help="the prompt, with {text} where the post goes (default: the model's)")
-    pixels_help = "larger images are scaled down; a token is 28 x 28 pixels (Qwen3: 32 x 32)"
-    model_s = "(default: the model's own, else"
-    add("--max-pixels", type=positive_int, help=f"{pixels_help} {model_s} {MAX_PIXELS})")
-    length_help = "tokens of a prompt; a longer post's text is truncated"
-    add("--max-length", type=positive_int, help=f"{length_help} {model_s} {MAX_LENGTH})")
+    pixels_help = f"scale larger images down (default: the model's own, else {MAX_PIXELS})"
+    add("--max-pixels", type=positive_int, help=pixels_help)
+    length_help = f"truncate texts to prompts of N tokens (default: the model's, else {MAX_LENGTH})"
+    add("--max-length", type=positive_int, metavar="N", help=length_help)
     add("--max-new-tokens", type=positive_int, default=512, help="tokens of an answer at most")
     add("--workers", type=whole_number(0, 1024), default=2, help="processes that prepare images")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
 
 
-def own_options(folder):
-    """The EncoderOptions of a model's folder, with defaults for what it lacks. Raises UserError."""
-    return EncoderOptions(**read_own(folder))
-
-
 def resolve_options(args, folder):
     """The EncoderOptions of a script: what `args` give, else what the model's folder has.
 
-    --max-pixels and --max-length are set in `args`, too; one that is given and is not the folder's
-    is mentioned. Raises UserError.
+    --max-pixels and --max-length are set in `args`, too. Raises UserError.
     """
-    own = own_options(folder)
-    for name in ("max_pixels", "max_length"):
-        given, default = getattr(args, name), getattr(own, name)
-        if given is None:
-            setattr(args, name, default)
-        elif given != default and (Path(folder) / ENCODER_FILE).is_file():
-            flag = "--" + name.replace("_", "-")
-            info(f"{flag} {given} is used instead of the model's own, {default}")
+    own = EncoderOptions(**read_own(folder))
+    args.max_pixels = args.max_pixels or own.max_pixels
+    args.max_length = args.max_length or own.max_length
     prompt = load_prompt_file(args.prompt_file, "{text}") if args.prompt_file else own.prompt
     return EncoderOptions(prompt, args.max_pixels, args.max_length)

@@ -118,7 +118,8 @@ def parse_line(path, number, raw):
         record = json.loads(text, object_pairs_hook=without_doubles)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where}: not a line of JSON ({error}); one whole JSON object a line is needed"
+            f"{where}: not a line of JSON ({error}); one whole JSON object a line is needed: "
+            "python -m tools.dataset import makes it of other files"
         ) from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON object is needed, not {shown(record)}")

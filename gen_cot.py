@@ -12,7 +12,6 @@ one go, with the reason and the last reply, to a file beside --out, train_cot.fa
 
 import asyncio
 import contextlib
-import copy
 import json
 import os
 import re
@@ -24,21 +23,22 @@ from pathlib import Path
 
 import data
 from evaluate import CJK, UserError, non_negative_int, normalize, plural, run
-from support.client import (
-    OPENAI,
-    Client,
-    Failed,
-    add_server_options,
-    chat_request,
-    endpoint,
-    without_query,
+from support.client import Client, Failed, add_server_options, chat_request, endpoint
+from support.console import (
+    WITHOUT_RATE,
+    ArgumentParser,
+    info,
+    number,
+    positive_int,
+    progress,
+    writing,
 )
-from support.console import WITHOUT_RATE, ArgumentParser, info, positive_int, progress, writing
 from support.images import MAX_PIXELS, Unreadable, image_url
 from support.jsonl import JsonlWriter, locked, read_settings, write_settings
-from support.log import say_output, say_posts, say_server
+from support.log import say_output, say_posts, say_server, say_stopped
 from support.records import add_map_option
 
+OPENAI = "https://api.openai.com/v1"
 PROMPT = """\
 You help to make training data for a model that predicts the keyphrases (hashtags) of a social \
 media post from its text and its image. Below are a post and the keyphrases that its author \
@@ -71,12 +71,8 @@ ground truth / as instructed
 给定的关键词 / 所给的关键词 / 给出的关键词 / 提供的关键词 / 给定的标签 / 提供的标签 / 标准答案
 """
 KEYPHRASE = r"(?:keyphrase|key phrase|keyword|hash ?tag|tag)s?"
-GIVE_AWAY = re.compile(
-    "|".join(
-        re.escape(phrase).replace(r"\#", KEYPHRASE)
-        for phrase in re.split(r" / |\n", GIVE_AWAYS.strip())
-    )
-)
+PHRASES = map(re.escape, re.split(r" / |\n", GIVE_AWAYS.strip()))
+GIVE_AWAY = re.compile("|".join(PHRASES).replace(r"\#", KEYPHRASE))
 
 # ------------------------------------------------------------------------------ accepting a reply
 
@@ -145,11 +141,9 @@ class Results:
         self.posts, self.out = posts, Path(out)
         failed = self.out.parent / f"{self.out.stem}.failed.jsonl"
         for path in (self.out, failed):
-            if path.exists() and not path.is_file():
-                kind = "a folder" if path.is_dir() else "not a file on a disk"
-                raise UserError(f"{path}: {kind}; --out is the file that the posts go to")
-            if path.resolve() == posts.path.resolve():
-                raise UserError(f"{path}: the input itself; choose another --out")
+            if path.exists() and not path.is_file() or path.resolve() == posts.path.resolve():
+                reason = "is the input itself, or no file on a disk"
+                raise UserError(f"{path}: {reason}; choose another --out")
         self.good = JsonlWriter(self.out, len(posts))
         self.failed = JsonlWriter(failed, len(posts))
         self.words = array("L")  # lengths of the reasonings
@@ -163,21 +157,17 @@ class Results:
         files = [file.path for file in (self.good, self.failed) if file.path.exists()]
         if not any(path.stat().st_size for path in files):
             return
-        before = [old for old in read_settings(self.out, list) if isinstance(old, dict)]
+        before = read_settings(self.out, list)
         if teacher not in before and not mix:
-            new = [
-                name for name in teacher if teacher[name] not in [old.get(name) for old in before]
-            ]
-            other = f"another {' and '.join(new) or 'teacher or prompt'}"
             raise UserError(
-                f"{self.out}: was made with {other if before else 'an unknown teacher'}; choose "
-                "another --out, or allow both in one with --mix"
+                f"{self.out}: was made with another teacher, prompt or --request; choose another "
+                "--out, or allow both in one with --mix"
             )
         self.teachers = before + [teacher] * (teacher not in before)
         index_of = {hash(self.posts[index]["id"]): index for index in range(len(self.posts))}
         for line, offset, record in self.good.read():
             index = index_of.get(hash(str(record.get("id"))))
-            self.check(line, record, self.posts[index] if index is not None else {})
+            self.check(line, record, None if index is None else self.posts[index])
             if index not in self.good:
                 self.good.offsets[index] = offset
                 self.words.append(count_words(record["cot"]))
@@ -188,20 +178,14 @@ class Results:
 
     def check(self, line, record, post):
         """Raise UserError unless a record of --out is the post with its reasoning."""
-        where = f"{self.out} line {line} (id {record.get('id')})"
-        if any(record.get(field) != post.get(field) for field in ("id", "text", "keyphrases")):
+        fields = ("id", "text", "keyphrases")
+        same = post and all(record.get(field) == post[field] for field in fields)
+        if not same or not data.has_cot(record):
             raise UserError(
-                f"{where}: {self.posts.path} has no such post, or it was changed; choose another "
-                "--out, or remove this line"
+                f"{self.out} line {line} (id {record.get('id')}): not a post of {self.posts.path} "
+                "with its reasoning, or the post was changed; choose another --out, or remove this "
+                "line"
             )
-        if not data.has_cot(record):
-            raise UserError(
-                f"{where}: has no reasoning; was this file made by gen_cot.py? Choose another --out"
-            )
-
-    def save_settings(self):
-        with writing(self.out):
-            write_settings(self.out, self.teachers)
 
     def add(self, index, record, failed):
         """Write a post with its reasoning, or with the Failed that it met. Raises UserError."""
@@ -221,11 +205,6 @@ class Results:
             self.failed.sort()
             if not self.failed.path.stat().st_size:
                 self.failed.path.unlink()
-
-    def reasons(self):
-        """How many posts failed for each kind of reason, a Counter."""
-        reasons = (json.loads(line).get("reason", "unknown") for _, line in self.failed.lines())
-        return Counter(Failed(reason).kind for reason in reasons)
 
     def moved(self, record):
         """The record for a file in the folder of --out: its image's path is relative to that."""
@@ -273,84 +252,56 @@ def write_reasoning(args, first_wait=2):
     posts = data.Posts(args.data, for_training=True, names=args.map)
     fields = ("{text}", "{keyphrases}")
     prompt = data.load_prompt_file(args.prompt_file, *fields) if args.prompt_file else PROMPT
-    results = Results(posts, args.out)
+    teacher = {"teacher": args.model, "prompt": prompt}
+    teacher |= {"request": args.request} if args.request else {}
+    results, client = Results(posts, args.out), None
     with contextlib.nullcontext() if args.dry_run else locked(args.out):
-        teacher = {"teacher": args.model, "prompt": prompt}
-        results.load(teacher | ({"request": args.request} if args.request else {}), args.mix)
+        results.load(teacher, args.mix)
         asked = range(min(len(posts), args.limit or len(posts)))
-        done = sum(index in results.good for index in asked)
-        skipped = 0 if args.retry_failed else sum(index in results.failed for index in asked)
-        todo = (
-            index
-            for index in asked
-            if index not in results.good and (args.retry_failed or index not in results.failed)
-        )
+        todo = [index for index in asked if index not in results.good]
+        done = len(asked) - len(todo)
+        if not args.retry_failed:
+            todo = [index for index in todo if index not in results.failed]
+        failures = skipped = len(asked) - done - len(todo)
         if args.dry_run:
-            return dry_run(
-                args, posts, prompt, todo, f"{plural(done, 'post')} done, {skipped} failed before"
-            )
-        if replaced := len(posts) - posts.without_cot:
-            info(
-                f"{plural(replaced, 'post')} of {args.data} have reasoning already; {args.out} "
-                "gets the teacher's instead"
-            )
-        client = None
-        if done + skipped < len(asked):
-            workers = min(args.workers, len(asked))
-            client = Client(args.base_url, args, workers, first_wait)
+            before = f"{plural(done, 'post')} done, {skipped} failed before"
+            return dry_run(args, posts, prompt, todo, before)
+        if todo:
+            client = Client(args.base_url, args, min(args.workers, len(asked)), first_wait)
             client.answered = done > 0
             say_posts(posts)
             say_server(args.model, client)
             say_output(args.out, done, skipped)
-            results.save_settings()
-            ask = partial(reason, client, posts, prompt, args)
-            ask_teacher(args, client, results, client.each(ask, todo), (len(asked), done, skipped))
+            with writing(args.out):
+                write_settings(args.out, results.teachers)
+            answers = client.each(partial(reason, client, posts, prompt, args), todo)
+            bar = progress(None, len(asked), initial=done + skipped, bar_format=WITHOUT_RATE)
+            with say_stopped(results.good), bar, contextlib.closing(answers):
+                for index, record, failed in answers:
+                    results.add(index, results.moved(record) | {"teacher": args.model}, failed)
+                    failures += failed is not None
+                    tokens = bar.format_sizeof(client.prompt_tokens + client.reply_tokens)
+                    speed = f"{client.rate():.1f} requests/s, {tokens} tokens"
+                    bar.set_postfix_str(f"{failures} failed, {speed}", refresh=False)
+                    bar.update()
         results.sort()
     return summary(args, results, asked, skipped, client)
 
 
-def ask_teacher(args, client, results, answers, counts):
-    """Write what `reason` gives for each post; counts: posts in all, done, and failed before."""
-    total, done, failures = counts
-    bar = progress(None, total, initial=done + failures, bar_format=WITHOUT_RATE)
-    with bar, contextlib.closing(answers):
-        try:
-            for index, record, failed in answers:
-                results.add(index, results.moved(record) | {"teacher": args.model}, failed)
-                failures += failed is not None
-                done += failed is None
-                bar.set_postfix_str(
-                    f"{failures} failed, {client.rate():.1f} requests/s, "
-                    f"{bar.format_sizeof(client.prompt_tokens + client.reply_tokens)} tokens",
-                    refresh=False,
-                )
-                bar.update()
-        except KeyboardInterrupt:
-            bar.close()
-            info(
-                f"stopped: {args.out} has {done} of {plural(total, 'post')}; the same command goes "
-                "on from there"
-            )
-            raise
-
-
 def dry_run(args, posts, prompt, todo, before):
     """Print the first request that would be sent, without its image, and count those to come."""
-    first, count = None, 0
     for index in todo:
-        count += 1
-        if first is None:
-            with contextlib.suppress(Unreadable):
-                first = request_for(posts, posts[index], prompt, args)
-    if first:
-        shown = copy.deepcopy(first)
-        content = shown["messages"][0]["content"]
-        if isinstance(content, list):
-            image = content[0]["image_url"]
-            image["url"] = f"data:image/jpeg;base64,… ({len(image['url']):,} characters)"
-        print(f"POST {without_query(endpoint(args.base_url))}")
-        print(json.dumps(shown, indent=2, ensure_ascii=False).encode("utf-8", "replace").decode())
-    print(f"{plural(count, 'request')} to come ({before}); more where a reply is asked for again")
+        with contextlib.suppress(Unreadable):  # a post that fails, without a request
+            request = request_for(posts, posts[index], prompt, args)
+            content = request["messages"][0]["content"]
+            if isinstance(content, list):
+                image = content[0]["image_url"]
+                image["url"] = f"data:image/jpeg;base64,… ({len(image['url']):,} characters)"
+            print(f"POST {endpoint(args.base_url).partition('?')[0]}")  # a key may follow `?`
+            print(json.dumps(request, indent=2, ensure_ascii=False))
+            break
+    requests = plural(len(todo), "request")
+    print(f"{requests} to come ({before}); more where a reply is asked for again")
 
 
 def summary(args, results, asked, skipped, client):
@@ -367,7 +318,8 @@ def summary(args, results, asked, skipped, client):
         )
     if done == len(asked):
         return 0
-    kinds = results.reasons()
+    reasons = (json.loads(line).get("reason", "unknown") for _, line in results.failed.lines())
+    kinds = Counter(reason.partition(":")[0] for reason in reasons)
     reasons = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     info(f"{results.failed.path}: {plural(kinds.total(), 'post')} failed: {reasons}")
     if skipped:
@@ -388,13 +340,10 @@ def parse_args(arguments=None):
     add("--limit", type=positive_int, help="use only the first N posts of FILE", metavar="N")
     add("--prompt-file", help="another instruction, with {text} and {keyphrases} in it")
     add("--max-pixels", type=positive_int, default=MAX_PIXELS, help="scale larger images down")
-    add("--temperature", type=float, help="the teacher's; without it the server's default")
-    add(
-        "--max-new-tokens",
-        type=non_negative_int,
-        default=1024,
-        help="cut a reply off after this many tokens; 0 sends no limit",
-    )
+    temperature = number("a number from 0 to 2", lambda x: 0 <= x <= 2)
+    add("--temperature", type=temperature, help="the teacher's; without it the server's default")
+    tokens_help = "cut a reply off after this many tokens; 0 sends no limit"
+    add("--max-new-tokens", type=non_negative_int, default=1024, help=tokens_help)
     add("--min-words", type=non_negative_int, default=10, help="reject shorter reasoning")
     add("--max-words", type=positive_int, default=250, help="reject longer reasoning")
     add("--retry-failed", action="store_true", help="ask again for posts that failed before")
@@ -403,8 +352,6 @@ def parse_args(arguments=None):
     args = parser.parse_args(arguments)
     if args.min_words > args.max_words:
         parser.error("--min-words is more than --max-words")
-    if args.temperature is not None and not 0 <= args.temperature <= 2:
-        parser.error("--temperature must be between 0 and 2")
     args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     return args
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from data import Encoder, failed_prediction, make_prediction, own_options
+from data import Encoder, EncoderOptions, failed_prediction, make_prediction
 from evaluate import UserError, plural
 from support.adapters import ADAPTER, adapter_config, inject_adapter, read_adapter
-from support.checkpoint import base_of, find_model, full_tensor
+from support.checkpoint import base_of, find_model, full_tensor, read_own
 from support.console import hide_loading_report, read_json, reading
 from support.decoding import AnswerCache, Generation, Greedy, continue_cache
 from support.distributed import compute_dtype, parameters_and_buffers
@@ -191,7 +191,7 @@ def read_prompts(model, batches, greedy):
 
 
 def predict(model, encoder, loader, think="auto", max_new_tokens=512):
-    """Yield a prediction for every post of a `data.Loader` without answers, as they are made.
+    """Yield a prediction for every post of `data.load_steps` without answers, as they are made.
 
     See `data.make_prediction`; where the image could not be read it has "error" and no keyphrases.
     """
@@ -261,7 +261,7 @@ def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
 
 def make_encoder(folder, config, tokenizer, image_processor, options=None):
     """The Encoder of a model; without `options` it is as the folder has it. Raises UserError."""
-    settings = config.image_token_id, options or own_options(folder)
+    settings = config.image_token_id, options or EncoderOptions(**read_own(folder))
     with reading(f"{folder}: its chat template", COPY):  # a program of its own
         try:
             return Encoder(tokenizer, image_processor, *settings)

@@ -193,7 +193,7 @@ def train(args, ranks):
     order = data.TrainingOrder(len(posts), args.batch_size, args.seed, args.epochs)
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
     start = checkpoints.restore()
-    loader = data.Loader(encoded, order, args.micro_batch, args.workers, ranks, start)
+    loader = data.load_steps(encoded, order, args.micro_batch, args.workers, ranks, start)
 
     def validate(step):
         if valid and order.ends_epoch(step) and step > log.evaluated:

@@ -5,7 +5,7 @@
     out/run/step-600/            a model folder in Hugging Face layout, and what resuming needs
     out/run/last, out/run/best   small files that name a checkpoint
 
-A checkpoint is written to a hidden folder and then renamed: it is whole or not there at all.
+A checkpoint is written to out/run/.partial, which is then renamed: it is whole or not there at all.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from support.jsonl import follow_umask, write_atomic
 
 OPTIMIZER, PROGRESS = "optimizer", "progress.json"
 PROMPT_FILE, ENCODER_FILE = "prompt.txt", "encoder.json"  # what posts become a model's inputs by
+POINTERS = ("best", "last")
 LIMITS = ("max_pixels", "max_length")
 BY_CONTENT = {"train", "prompt_file"}  # settings that name a file whose content is compared
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
@@ -55,9 +56,9 @@ def checkpoint_of(name):
     Raises UserError for a run without a checkpoint.
     """
     path = Path(name)
-    for pointer in (path, path / "best", path / "last"):
-        if pointer.name in ("best", "last") and pointer.is_file():
-            return str(read_pointer(pointer))
+    pointers = [path] if path.name in POINTERS else [path / pointer for pointer in POINTERS]
+    if found := next(filter(None, map(read_pointer, pointers)), None):
+        return str(found)
     if (path / "settings.json").is_file():
         raise UserError(f"{name}: this run has no checkpoint yet; each epoch's end saves one")
     return name
@@ -77,6 +78,16 @@ def base_of(folder):
     return base
 
 
+def load_prompt_file(path, *fields):
+    """The prompt in a file, which must contain each of `fields`. Raises UserError."""
+    with reading(path, "a prompt is a UTF-8 text file"):
+        prompt = Path(path).read_text(encoding="utf-8")
+    for name in fields:
+        if name not in prompt:
+            raise UserError(f"{path}: the prompt has no {name} in it to say where that goes")
+    return prompt
+
+
 def read_own(folder):
     """What a model's folder, or an adapter's base, says of its inputs. Raises UserError.
 
@@ -85,8 +96,7 @@ def read_own(folder):
     own = read_own(base_of(folder)) if (folder / ADAPTER).is_file() else {}
     prompt, limits = folder / PROMPT_FILE, folder / ENCODER_FILE
     if prompt.is_file():
-        with reading(prompt, "a prompt is a UTF-8 text file"):
-            own["prompt"] = prompt.read_text(encoding="utf-8")
+        own["prompt"] = load_prompt_file(prompt)
     if limits.is_file():
         with reading(limits, f"it needs {' and '.join(LIMITS)}, whole numbers above 0"):
             values = read_json(limits)
@@ -110,19 +120,15 @@ def write_pointer(run, pointer, name):
 
 
 def read_pointer(pointer):
-    """The checkpoint folder that a pointer file names."""
-    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
-
-
-def step_of(folder):
-    """The N of a folder step-N, None for any other, which is the user's own."""
-    found = re.fullmatch("step-([0-9]+)", folder.name)
-    return found and int(found[1])
+    """The checkpoint folder that a pointer file names, None where there is no such file."""
+    if pointer.is_file():
+        return pointer.parent / pointer.read_text(encoding="utf-8").strip()
 
 
 def list_checkpoints(run):
-    """A run's whole checkpoints, the oldest first."""
-    return sorted(filter(step_of, (file.parent for file in run.glob(f"*/{PROGRESS}"))), key=step_of)
+    """A run's checkpoints, its folders step-N, the oldest first; all others are the user's own."""
+    found = (folder for folder in run.glob("step-*") if re.fullmatch("step-[0-9]+", folder.name))
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def open_run(folder, settings, resume=False, force=False):
@@ -133,22 +139,22 @@ def open_run(folder, settings, resume=False, force=False):
     an epoch means nothing without them.
     """
     folder = Path(folder)
-    file = folder / "settings.json"
+    found = list_checkpoints(folder)
     if resume:
         changed = changed_settings(folder, settings)
-        differences = ", ".join(changed.values())
         if changed and (not force or not changed.keys().isdisjoint(("posts", "batch_size"))):
-            hint = "" if force else "; --force resumes all the same"
-            raise UserError(f"{folder}: can't resume with other settings: {differences}{hint}")
-        if changed:
-            info(f"{folder}: resuming with other settings: {differences}")
-    elif (folder / "last").exists() or list_checkpoints(folder):
+            text = f"{folder}: can't resume with other settings: {', '.join(changed.values())}; "
+            raise UserError(f"{text}--force allows others, but for the posts and --batch-size")
+    elif found or read_pointer(folder / "last"):
         raise UserError(f"{folder}: there is a run already; --resume it, or name another --out")
+    file = folder / "settings.json"
     with writing(file):
         write_atomic(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-    # A run killed right after a checkpoint was renamed did not get to name it.
-    if resume and (found := list_checkpoints(folder)):
+    if found:  # a run killed right after a checkpoint was renamed did not get to name it
         write_pointer(folder, "last", found[-1].name)
+    if (best := read_pointer(folder / "best")) and not best.is_dir():
+        info(f"{folder / 'best'}: dropped, as {best.name} is not there")
+        (folder / "best").unlink()
 
 
 def changed_settings(folder, settings):
@@ -173,9 +179,9 @@ def differences(before, now):
     found = {}
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        is_file = isinstance(old or new, list)
-        text = "has changed" if is_file else f"was {shown(old)}, is {shown(new)}"
         if old != new:
+            is_file = isinstance(old or new, list)
+            text = "has changed" if is_file else f"was {shown(old)}, is {shown(new)}"
             found[name] = f"{name} {text}"
     return found
 
@@ -193,6 +199,7 @@ class Checkpoints:
     def __init__(self, run, model, optimizer, encoder, source, ranks):
         self.run, self.model, self.optimizer = run, model, optimizer
         self.encoder, self.source, self.ranks = encoder, source, ranks
+        self.partial = run / ".partial"
 
     def save(self, step):
         """Save run/step-N and let `last` name it; on all ranks.
@@ -201,24 +208,23 @@ class Checkpoints:
         state, which any number of ranks can read. Raises UserError, with the last checkpoint
         untouched, if a weight is not finite or the disk is full.
         """
-        folder, partial = self.run / f"step-{step}", self.run / f".step-{step}.partial"
-        if self.ranks.from_rank0((folder / PROGRESS).is_file):
-            return  # --save-every and the end of an epoch may fall together
+        folder = self.run / f"step-{step}"
         self.ranks.info(f"saving {folder} …")
         try:
-            self.ranks.on_rank0(shutil.rmtree, partial, ignore_errors=True)
+            self.ranks.on_rank0(shutil.rmtree, self.partial, ignore_errors=True)
             state = optimizer_state(self.model, self.optimizer)
-            self.ranks.on_all_ranks(write_state, state, partial / OPTIMIZER)
-            weights = full_state_dict(self.model, keep=self.ranks.rank == 0)
-            self.ranks.on_rank0(self.finish, weights, step, partial, folder)
+            self.ranks.on_all_ranks(write_state, state, self.partial / OPTIMIZER)
+            weights = full_state_dict(self.model, sharded=self.ranks.engine == "fsdp")
+            self.ranks.on_rank0(self.finish, weights, step, folder)
         except Exception as error:  # safetensors raises an error of its own for a full disk
             if self.ranks.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(self.partial, ignore_errors=True)
             text = f"{folder}: the checkpoint could not be saved ({first_line(error)}); "
             raise self.ranks.error(f"{text}the last one is kept, for --resume") from error
 
-    def finish(self, weights, step, partial, folder):
+    def finish(self, weights, step, folder):
         """Write what rank 0 alone writes, and give the checkpoint its name."""
+        partial = self.partial
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("some weights are not finite: try a lower --lr")
         if adapter_config(self.model):
@@ -226,8 +232,7 @@ class Checkpoints:
         else:
             self.model.save_pretrained(partial, state_dict=weights)
         # When a run was resumed, its source is a checkpoint that may be pruned; the last one isn't.
-        last = self.run / "last"
-        copy_side_files(read_pointer(last) if last.is_file() else self.source, partial)
+        copy_side_files(read_pointer(self.run / "last") or self.source, partial)
         write_own(self.encoder, partial)
         (partial / PROGRESS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
         follow_umask(partial)
@@ -238,22 +243,15 @@ class Checkpoints:
         write_pointer(self.run, "last", folder.name)
 
     def restore(self):
-        """Read the last checkpoint's optimizer state; returns its step, 0 where there is none."""
-        from torch.distributed import checkpoint
+        """Read the last checkpoint's optimizer state; returns its step, 0 where there is none.
 
-        if not self.ranks.from_rank0((self.run / "last").is_file):
-            return 0
+        Raises UserError.
+        """
         folder = self.ranks.from_rank0(read_pointer, self.run / "last")
-        try:
-            with plain_errors():
-                checkpoint.load(
-                    optimizer_state(self.model, self.optimizer),
-                    storage_reader=checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER)),
-                )
-            return self.ranks.from_rank0(lambda: read_json(folder / PROGRESS)["step"])
-        except Exception as error:
-            text = f"{folder}: can't resume from it ({first_line(error)}); "
-            raise self.ranks.error(f"{text}remove it to resume from the one before") from error
+        if folder is None:
+            return 0
+        state = optimizer_state(self.model, self.optimizer)
+        return self.ranks.on_all_ranks(read_state, state, folder)
 
     def prune(self, keep):
         """Remove all checkpoints but the newest `keep` and those that `last` and `best` name."""
@@ -261,11 +259,9 @@ class Checkpoints:
 
 
 def prune(run, keep):
-    kept = {folder.name for folder in list_checkpoints(run)[-keep:]}
-    kept |= {read_pointer(run / name).name for name in ("last", "best") if (run / name).is_file()}
-    for folder in run.iterdir():
-        ours = re.fullmatch(r"step-[0-9]+|\.step-[0-9]+\.partial", folder.name)
-        if ours and folder.name not in kept:
+    named = [read_pointer(run / name) for name in POINTERS]
+    for folder in list_checkpoints(run)[:-keep]:
+        if folder not in named:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -277,29 +273,23 @@ def copy_side_files(source, folder):
             shutil.copyfile(file, folder / file.name)
 
 
-def is_sharded(tensor):
-    return hasattr(tensor, "full_tensor")
-
-
 def full_tensor(tensor):
     """The whole tensor, on every rank; of a sharded one all ranks must ask for it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def full_state_dict(model, keep):
-    """The state dict of full tensors, or of an adapter's, where `keep` is true; else {}.
+def full_state_dict(model, sharded):
+    """The state dict of full tensors, or of an adapter's.
 
-    Sharded ones are gathered one by one into the CPU's memory. A tied tensor stays one.
+    Sharded ones are gathered one by one into the memory of rank 0's CPU; the other ranks get none.
     """
-    adapter, gathered, result = adapter_config(model), {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if adapter and not tensor.requires_grad:
-            continue
-        if id(tensor) not in gathered:
-            value = full_tensor(tensor.detach())
-            gathered[id(tensor)] = (value.cpu() if is_sharded(tensor) else value) if keep else None
-        result[name] = gathered[id(tensor)]
-    return result if keep else {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = {"cpu_offload": sharded, "ignore_frozen_params": bool(adapter_config(model))}
+    options = StateDictOptions(full_state_dict=True, **options)
+    weights = get_model_state_dict(model, options=options)
+    # A tied tensor, once gathered, is two.
+    return {name: weights[name] for name in weights if name not in model.all_tied_weights_keys}
 
 
 def optimizer_state(model, optimizer):
@@ -327,6 +317,17 @@ def write_state(state, folder):
         checkpoint.save(state, storage_writer=writer)
 
 
+def read_state(state, folder):
+    """Read what `write_state` wrote to a checkpoint into `state`; returns the checkpoint's step."""
+    from torch.distributed import checkpoint
+
+    reader = checkpoint.HuggingFaceStorageReader(str(folder / OPTIMIZER))
+    with reading(folder, "remove it to resume from the one before"):
+        with plain_errors():
+            checkpoint.load(state, storage_reader=reader)
+        return read_json(folder / PROGRESS)["step"]
+
+
 @contextlib.contextmanager
 def plain_errors():
     """Unwrap what torch.distributed.checkpoint raises: its own error is no Exception."""
@@ -342,11 +343,11 @@ def plain_errors():
 class Stop:
     """The first SIGTERM or SIGINT sets `asked`; the loop checks it after each step.
 
-    A context manager. A second signal, or one inside `at_once()`, raises KeyboardInterrupt.
+    A context manager. A second signal, or one inside `at_once()`, ends the process.
     """
 
     def __init__(self):
-        self.asked, self.can_wait = None, True  # the signal's number; whether a step is under way
+        self.asked = None  # the signal's number
 
     def __enter__(self):
         signals = (signal.SIGTERM, signal.SIGINT)
@@ -358,18 +359,15 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        again, self.asked = self.asked, number
-        if again or not self.can_wait:
-            raise KeyboardInterrupt
+        self.asked = number
+        self.__exit__()
 
     @contextlib.contextmanager
     def at_once(self):
         """In this block nothing can be lost, so that a signal ends it at once."""
-        self.can_wait = False
-        try:
-            yield
-        finally:
-            self.can_wait = True
+        self.__exit__()
+        yield
+        self.__enter__()
 
     def leave(self, text, ranks):
         """Print `text` and exit with the code of the signal."""

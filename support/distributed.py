@@ -5,39 +5,27 @@ import os
 import sys
 import traceback
 from datetime import timedelta
-from functools import cached_property
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from evaluate import UserError
-from support.checkpoint import is_sharded
-from support.console import first_line, info
+from support.console import first_line, info, reading
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def torchrun_ranks():
     """(rank, world_size, rank on this machine) by torchrun's variables; (0, 1, 0) without them.
 
-    Raises UserError where some are missing, or contradict each other.
+    Raises UserError where some of them are missing.
     """
-    found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    if found.keys().isdisjoint(TORCHRUN[:3]):  # a cluster may set the others for every job
+    if os.environ.keys().isdisjoint(TORCHRUN[:3]):  # a cluster may set the others for every job
         return 0, 1, 0
-    try:
-        rank, world_size, local_rank, port = (int(found[name]) for name in TORCHRUN[:4])
-        right = 0 < port < 2**16 and 0 <= local_rank <= rank < world_size
-    except (KeyError, ValueError):
-        right = False
-    if not right or "MASTER_ADDR" not in found:
-        settings = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise UserError(
-            f"{settings} in the environment: {', '.join(TORCHRUN)} must be set together; start "
-            "several processes with torchrun, or unset these variables for one process"
-        )
-    return rank, world_size, local_rank
+    with reading(f"{', '.join(TORCHRUN)} in the environment", "start with torchrun, or unset them"):
+        rank, world_size, local_rank, _, _ = (os.environ[name] for name in TORCHRUN)
+        return int(rank), int(world_size), int(local_rank)
 
 
 def compute_dtype(device):
@@ -47,23 +35,17 @@ def compute_dtype(device):
     return torch.float32
 
 
-def pick_device(name, quiet=False):
+def pick_device(name):
     """The torch.device called `name`; `auto` is cuda where there is one, else cpu.
 
-    A GPU without bfloat16 is mentioned unless `quiet`. Raises UserError.
+    Raises UserError.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with reading(f"--device {name}", "try auto or cpu"):
         device = torch.device(name)
         torch.empty(1, device=device)
-    except Exception as error:  # torch raises a different error for each reason
-        reason = first_line(error)
-        raise UserError(f"--device {name}: not available ({reason}); try auto or cpu") from None
-    if device.type == "cuda" and compute_dtype(device) == torch.float32 and not quiet:
-        gpu = torch.cuda.get_device_name(device)
-        info(f"{gpu}: no bfloat16; computing in float32, which takes more memory and time")
-    return device
+        return device
 
 
 class AlreadyReported(UserError):
@@ -81,28 +63,24 @@ class Ranks:
         self.rank, self.world_size, local_rank = torchrun_ranks()
         self.parallel, self.engine, self.ddp = parallel, None, None
         self.distributed = self.world_size > 1
-        self.device_name = device
+        if self.distributed and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{local_rank}"
+        self.device = pick_device(device)
         if self.distributed:
             self.info(f"waiting for {self.world_size} ranks …")
-            self.meet(local_rank)
+            self.meet()
 
-    def meet(self, local_rank):
+    def meet(self):
         """Join the other ranks. Raises UserError."""
-        if self.device_name in ("auto", "cuda") and torch.cuda.is_available():
-            self.device_name = f"cuda:{local_rank}"
+        backend = "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+            backend = "nccl"
         try:  # rank 0 may write a large checkpoint while the others wait
             torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
         except Exception as error:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"{place}: ranks can't meet there ({first_line(error)})") from None
-
-    @cached_property
-    def device(self):
-        """This process's torch.device. Raises UserError."""
-        return pick_device(self.device_name, quiet=self.rank > 0)
 
     def __enter__(self):
         return self
@@ -202,9 +180,13 @@ class Ranks:
         """
         if not self.distributed:
             return training_step.to(self.device)
-        parameters = training_step.parameters()
-        state = (16 * p.numel() if p.requires_grad else p.nbytes for p in parameters)
-        auto = "fsdp" if self.any(not self.fits(sum(state))) else "ddp"
+        large = False
+        if self.device.type == "cuda":
+            parameters = training_step.parameters()
+            state = (16 * p.numel() if p.requires_grad else p.nbytes for p in parameters)
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            large = sum(state) > memory / 2
+        auto = "fsdp" if self.any(large) else "ddp"
         self.engine = auto if self.parallel == "auto" else self.parallel
         run_all_layers(training_step)
         values = [tensor.detach() for tensor in parameters_and_buffers(training_step)]
@@ -219,11 +201,6 @@ class Ranks:
                 training_step, gradient_as_bucket_view=True, init_sync=False
             )
         return training_step
-
-    def fits(self, size):
-        """Whether `size` bytes take at most half of a GPU's memory."""
-        cuda = self.device.type == "cuda"
-        return not cuda or size <= torch.cuda.get_device_properties(self.device).total_memory / 2
 
     def on_device(self, micro_batches):
         """Yield a step's micro-batches on the device; of a single process none without a post.
@@ -300,7 +277,7 @@ def shard(training_step, device):
 def broadcast(tensor, value):
     """Give a tensor, sharded or not, rank 0's `value`."""
     with torch.no_grad():
-        if is_sharded(tensor):
+        if isinstance(tensor, DTensor):
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
             tensor.to_local().copy_(value.to_local())
         else:

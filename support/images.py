@@ -11,7 +11,6 @@ MOST_PIXELS = 64_000_000  # of a decoded image: about 1 GB of memory, and 4 s
 LONGEST_SIDE = 200  # times the shorter one; image processors refuse thinner pictures
 TOKEN_SIDE = 28  # pixels of one image token's side (Qwen2-VL, Qwen2.5-VL)
 MAX_PIXELS = 512 * TOKEN_SIDE * TOKEN_SIDE
-NO_FILE = "no such file"
 
 
 class Unreadable(Exception):
@@ -25,10 +24,10 @@ def load_image(path, max_pixels):
     The image processor does the rest of the scaling, with the model's own resampling. Raises
     Unreadable.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if not os.path.isfile(path):  # reading a FIFO would block for ever
-        raise Unreadable("not a regular file" if os.path.exists(path) else NO_FILE)
+        raise Unreadable("not a regular file" if os.path.exists(path) else "no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; errors still raise
@@ -45,10 +44,9 @@ def load_image(path, max_pixels):
                 image = to_rgb(ImageOps.exif_transpose(image))
     except Unreadable:
         raise
-    except UnidentifiedImageError:
-        raise Unreadable(f"not a readable image ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's plugins raise all kinds of errors for a broken file
-        raise Unreadable(f"not a readable image: {type(error).__name__}: {error}") from None
+        formats, kind = ", ".join(FORMATS), type(error).__name__
+        raise Unreadable(f"not a readable image ({formats}): {kind}: {error}") from None
     longest = LONGEST_SIDE * min(image.size)
     if max(image.size) > longest:
         image = image.resize((min(image.width, longest), min(image.height, longest)))
@@ -63,7 +61,7 @@ def to_rgb(image):
         import numpy as np
 
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -76,12 +74,11 @@ def check_depth(image):
     White is 255 in 8 bits, and 65,535 in a PNG of 16. A transparent colour, which a PNG without a
     palette may have, is known in 8 bits only.
     """
-    depth, png = image.tile[0].args if image.tile else None, image.format == "PNG"
+    png = image.format == "PNG"
+    other_scale = image.mode in ("I", "F") or image.mode.startswith("I;16") and not png
     coloured = png and image.mode != "P" and "transparency" in image.info
-    if image.mode in ("I", "F") or image.mode.startswith("I;16") and not png:
-        raise Unreadable(f"its pixels have mode {image.mode}; save it as 8-bit")
-    if coloured and depth not in ("L", "RGB"):
-        raise Unreadable("a transparent colour that is not in 8 bits; save it as 8-bit")
+    if other_scale or coloured and image.tile[0].args not in ("L", "RGB"):
+        raise Unreadable(f"its pixels (mode {image.mode}) are not in 8 bits; save it as 8-bit")
 
 
 def fit(image, max_pixels, side=TOKEN_SIDE):
@@ -92,6 +89,16 @@ def fit(image, max_pixels, side=TOKEN_SIDE):
     most = max(1, max_pixels // side**2)  # of a thin picture, which is at least one token wide
     size = [min(most, max(1, int(length / shrink / side))) * side for length in image.size]
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def patches(picture, process, size):
+    """(pixel_values, image_grid_thw) of a PIL image, whose pixels are within a processor's size."""
+    most, side = size["longest_edge"], process.patch_size * process.merge_size
+    image = process([picture], size=size, do_resize=True, return_tensors="pt")
+    if int(image["image_grid_thw"].prod()) * process.patch_size**2 > most:
+        # The processor makes a picture that is thin, or has to grow, larger than it may be.
+        image = process([fit(picture, most, side)], do_resize=False, return_tensors="pt")
+    return image["pixel_values"], image["image_grid_thw"]
 
 
 def image_url(path, max_pixels):

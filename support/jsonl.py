@@ -12,8 +12,6 @@ from pathlib import Path
 from evaluate import UserError, parse_line, read_lines
 from support.console import reading, writing
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of some network folders
-
 
 def to_line(record):
     """A record as one line of JSONL; a lone surrogate, which has no UTF-8, is escaped."""
@@ -36,12 +34,11 @@ def write_atomic(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            error.filename = str(path)
+    except OSError as error:
+        error.filename = str(path)
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_settings(out, settings):
@@ -73,44 +70,44 @@ def locked(path):
     UserError naming the process that holds the lock, or why the folder can't be written.
     """
     path = Path(path)
-    lock_path = path.with_name(f".{path.name}.lock")
     with writing(path):
-        file = open_lock(lock_path, path)
+        file = open_lock(path)
     try:
         yield
     finally:
         if file is not None:
-            lock_path.unlink(missing_ok=True)
+            Path(file.name).unlink(missing_ok=True)
             file.close()
 
 
-def open_lock(lock_path, path):
+def open_lock(path):
     """The locked file, None where there are no locks. Raises UserError if another run has it."""
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    while True:
-        file = open(lock_path, "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            text = f"{path}: another run is writing to it ({file.read()}); wait for it, or name "
-            raise UserError(f"{text}another --out") from None
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                return None
-            raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
-                break
-        file.close()  # its holder removed it after we had opened it
+    file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        text = f"{path}: another run is writing to it ({file.read()}); wait for it, or name "
+        raise UserError(f"{text}another --out") from None
+    except OSError:  # some network folders have no locks
+        return None
+    if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed it after we had opened it
+        return open_lock(path)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     os.register_at_fork(after_in_child=file.close)  # a worker may outlive the run, not its lock
     return file
+
+
+def size_and_time(file):
+    """What tells that a file, a path or a descriptor, was changed."""
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns
 
 
 class IndexedLines:
@@ -123,24 +120,15 @@ class IndexedLines:
     def __init__(self, path):
         self.path = Path(path)
         self.offsets, self.lines = array("Q"), array("Q")
-        self.state = self.size_and_time(self.path)
+        self.state = size_and_time(self.path)
 
     def __len__(self):
         return len(self.offsets)
 
-    def size_and_time(self, file):
-        """What tells that a file, a path or a descriptor, was changed. Raises UserError."""
-        with reading(self.path, "every machine of a run must see it"):
-            state = os.stat(file)
-        return state.st_size, state.st_mtime_ns
-
     def raw(self, index):
         """The bytes of a line. Raises UserError where the file has changed."""
-        with (
-            reading(self.path, "every machine of a run must see it"),
-            open(self.path, "rb") as file,
-        ):
-            if self.size_and_time(file.fileno()) != self.state:
+        with reading(self.path, "each machine of a run must see it"), open(self.path, "rb") as file:
+            if size_and_time(file.fileno()) != self.state:
                 raise UserError(
                     f"{self.path}: the file was changed while it was in use; start again (copies "
                     "on several machines need the same time, as cp -p gives them)"

@@ -7,13 +7,16 @@ import shutil
 import textwrap
 import time
 
+from tqdm import tqdm
+
 from evaluate import plural, read_jsonl
-from support.checkpoint import read_pointer, step_of, write_pointer
+from support.checkpoint import POINTERS, read_pointer, write_pointer
 from support.console import WITHOUT_RATE, info, progress, reading, writing
 from support.jsonl import JsonlWriter
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
 REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None}
+SUMS = ("samples", "loss", "plain_loss", "use_cot", "truncated", "tokens")  # of a step
 NO_ROOM = "the last checkpoint is kept: make room and continue with --resume"
 
 
@@ -25,11 +28,14 @@ class TrainingLog(contextlib.ExitStack):
     """
 
     def __init__(self, args, mode, folder, order, step, ranks):
+        import torch
+
         super().__init__()
         self.args, self.mode, self.folder = args, mode, folder
         self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
-        self.choices, self.writers, self.board, self.sums = [], {}, None, None
+        self.choices, self.writers, self.board = [], {}, None
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
         kept = ranks.from_rank0(self.open_files, step)
         self.skipped = {line["id"] for line in kept["skipped.jsonl"]}
         for line in kept["log.jsonl"]:
@@ -38,10 +44,9 @@ class TrainingLog(contextlib.ExitStack):
             self.board = ranks.on_rank0(tensorboard_writer(), str(folder), purge_step=step + 1)
         ranks.on_rank0(say_steps, args, mode, folder, step, len(order))
         options = {"initial": step, "bar_format": WITHOUT_RATE, "disable": ranks.rank > 0}
-        self.bar = progress(None, len(order), **options)
+        self.bar = self.enter_context(progress(None, len(order), **options))
         for opened in filter(None, (*self.writers.values(), self.board)):
             self.callback(opened.close)
-        self.callback(self.bar.close)
 
     def open_files(self, step):
         """Open the files and drop what is after `step`; returns {name: lines to remember}."""
@@ -80,27 +85,23 @@ class TrainingLog(contextlib.ExitStack):
         targets = torch.where(use_cot, cot_tokens, plain_tokens)
         if self.mode.trains == "both":
             targets = plain_tokens + cot_tokens
-        values = {
-            "samples": count,
-            "loss": loss.detach().sum(),
-            "plain_loss": plain.detach().sum(),
-            "use_cot": use_cot.sum(),
-            "truncated": batch.truncated,
-            "tokens": batch.prompt["attention_mask"][:count].sum() + targets.sum(),
-        }
-        # One tensor that stays on the device: to read a value would wait for the GPU.
-        tensors = [torch.as_tensor(value, device=loss.device) for value in values.values()]
-        self.names, sums = list(values), torch.stack(tensors).double()
-        self.sums = sums if self.sums is None else self.sums + sums
+        values = (
+            count,
+            loss.detach().sum(),
+            plain.detach().sum(),
+            use_cot.sum(),
+            batch.truncated,
+            batch.prompt["attention_mask"][:count].sum() + targets.sum(),
+        )
+        # They stay on the device: to read a value would wait for the GPU.
+        self.sums += torch.stack([torch.as_tensor(value, device=loss.device) for value in values])
         if self.args.log_choices:
             self.choices.append((batch.ids, plain, use_cot))
 
     def end_step(self, step, lr, norm, micro_batches):
         """Write the step's line. Raises UserError once more than 1% of the posts were skipped."""
-        sums = {"samples": 0}
-        if self.sums is not None:  # one rank has no micro-batch where no image can be read
-            sums = dict(zip(self.names, self.ranks.all_reduce(self.sums), strict=True))
-        if samples := sums["samples"]:
+        sums = dict(zip(SUMS, self.ranks.all_reduce(self.sums), strict=True))
+        if samples := sums["samples"]:  # none where no image can be read
             seconds = time.perf_counter() - self.started
             line = {
                 "step": step,
@@ -124,7 +125,7 @@ class TrainingLog(contextlib.ExitStack):
             text = bar_text(line["loss"], line["cot_share"], line["tokens"] / seconds)
             self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        self.sums = None
+        self.sums.zero_()
         skipped = [post for batch in micro_batches for post in batch.skipped]
         if self.ranks.any(skipped):
             self.add_skipped(step, self.ranks.all_gather(skipped))
@@ -170,14 +171,12 @@ class TrainingLog(contextlib.ExitStack):
                     self.write_scalars(step, values, f"valid/{name}")
 
     def remember(self, line):
-        """Remember a line of the log that is an evaluation."""
-        self.evaluated = line["step"]
+        """Remember an evaluation, a line of the log; `best` names one whose checkpoint is there."""
+        self.evaluated = step = line["step"]
         f1 = line["valid"]["all"]["F1@1"]
-        if f1 > self.best[0]:
-            self.best = f1, line["step"]
-        best = f"step-{self.best[1]}"
-        if self.ranks.rank == 0 and (self.folder / best).is_dir():
-            write_pointer(self.folder, "best", best)
+        if self.ranks.rank == 0 and f1 > self.best[0] and (self.folder / f"step-{step}").is_dir():
+            self.best = f1, step
+            write_pointer(self.folder, "best", f"step-{step}")
 
 
 def number_or_none(value):
@@ -205,18 +204,13 @@ def say(label, text):
 def say_posts(posts, label="Posts", most=None):
     """How many posts there are, and what they have; the first `most` are used."""
     count = len(posts)
-    reasoning = some(count - posts.without_cot, count)
     note = f"; the first {most:,} are used" if most and most < count else ""
     say(
         label,
-        f"{posts.path}: {plural(count, 'post')}, {some(posts.with_image, count)} with an image, "
-        f"{reasoning} with reasoning, {posts.keyphrase_count / count:.1f} keyphrases a post{note}",
+        f"{posts.path}: {plural(count, 'post')}, {posts.with_image:,} with an image, "
+        f"{count - posts.without_cot:,} with reasoning, "
+        f"{posts.keyphrase_count / count:.1f} keyphrases a post{note}",
     )
-
-
-def some(part, whole):
-    """`all`, `none`, or how many."""
-    return "all" if part == whole else f"{part:,}" if part else "none"
 
 
 def say_model(name, model, ranks=None):
@@ -227,18 +221,17 @@ def say_model(name, model, ranks=None):
 
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, needed in sizes if needed)
-    device, weights = model.device, str(model.dtype).removeprefix("torch.")
-    cuda = device.type == "cuda"
-    where = [torch.cuda.get_device_name(device) if cuda else device.type.upper(), weights]
+    device, cuda = model.device, model.device.type == "cuda"
     text = f"{name}: {short(total)} parameters"
+    where = torch.cuda.get_device_name(device) if cuda else device.type.upper()
+    where += f", {str(model.dtype).removeprefix('torch.')}"
     if ranks:
         text += f", {'all' if trained == total else short(trained)} of them trained"
-        if cuda and compute_dtype(device) == torch.bfloat16:
-            where.append("bfloat16 autocast")
-        engine = f" ({ranks.engine})" if ranks.engine else ""
-        where.append(plural(ranks.world_size, "rank") + engine)
+        where += ", bfloat16 autocast" * (compute_dtype(device) == torch.bfloat16)
+        where += f", {plural(ranks.world_size, 'rank')}"
+        where += f" ({ranks.engine})" if ranks.engine else ""
     say("Model", text)
-    say("Device", ", ".join(where))
+    say("Device", where)
 
 
 def short(number):
@@ -284,8 +277,7 @@ def say_stopped(writer):
 
 def bar_text(loss, cot_share, speed):
     """The figures of a training bar: with counts and times they fit 80 columns."""
-    unit = next((unit for unit in ((1e6, "M"), (1e3, "k")) if speed >= unit[0]), (1, ""))
-    return f"loss {loss:.3f}, CoT {cot_share:.0%}, {speed / unit[0]:.3g}{unit[1]} tokens/s"
+    return f"loss {loss:.3f}, CoT {cot_share:.0%}, {tqdm.format_sizeof(speed)} tokens/s"
 
 
 def f1(scores):
@@ -307,14 +299,14 @@ def say_evaluation(epoch, step, scores, best):
 def say_end(args, folder, device, started):
     """What a run that `started` (time.monotonic) took, its checkpoints, and three commands."""
     lines = read_jsonl(folder / "log.jsonl")
-    scores = {line["step"]: line["valid"] for _, _, line in lines if "valid" in line}
+    scores = {f"step-{line['step']}": line["valid"] for _, _, line in lines if "valid" in line}
     say("Done", f"in {time.monotonic() - started:,.0f} s, peak memory {peak_memory(device)}")
     checkpoints = {}
-    for name in ("best", "last"):
-        if (folder / name).is_file():
-            checkpoints.setdefault(read_pointer(folder / name), []).append(name)
+    for name in POINTERS:
+        if checkpoint := read_pointer(folder / name):
+            checkpoints.setdefault(checkpoint, []).append(name)
     for checkpoint, names in checkpoints.items():
-        found = scores.get(step_of(checkpoint))
+        found = scores.get(checkpoint.name)
         say(", ".join(names).capitalize(), f"{checkpoint}{': ' + f1(found) if found else ''}")
     posts, predictions = args.test or args.valid or "test.jsonl", folder / "preds.jsonl"
     command("Predict", "infer.py --data", posts, "--out", predictions, "--model", folder)

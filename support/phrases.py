@@ -1,4 +1,6 @@
-"""The phrases of a list that a language model wrote, without what it decorated the list with.
+"""What stands in a model's reply: tags, tokens of chat formats, and the phrases of a list.
+
+`split_keyphrases` drops what a list is decorated with:
 
 `1. **foxes** 2. **kit**`, `["foxes", "kit"]`, `Tags: #foxes #kit` and `「foxes」「kit」` are the
 phrases foxes and kit; `2. bundesliga`, `c#`, `#1 fan` and `u.s.` are phrases as they stand.
@@ -7,7 +9,27 @@ phrases foxes and kit; `2. bundesliga`, `c#`, `#1 fan` and `u.s.` are phrases as
 import json
 import re
 
-# Most answers hold nothing that could be decoration; they need not be parsed to be checked.
+# Models also write tags in capitals, in other letters and brackets, translated, or without the `>`.
+TAG = re.compile(
+    r"[<＜◁[](?:(?<!\[)|(?=/?(?-i:THINK)\]))([/／]?)"  # [THINK] in capitals only
+    r"(?:((?:seed:)?think(?:ing)?|thought|reasoning|思考|ｔｈｉｎｋ)|answers?|答案|ａｎｓｗｅｒ)"
+    r"(?:\s*[>＞▷\]]|\b)",
+    re.IGNORECASE,
+)
+# Tokens of chat formats that some servers and tokenizers leave in the text: those that begin or end
+# a turn, and any others, such as <|begin_of_box|>.
+TURN_TOKEN = re.compile(
+    r"<(?:\|(?:im_start|start_header_id)\||start_of_turn)>(?:\s*(?:assistant|model)\b)?"
+    r"|<[|｜](?:im_end|eo[mts]\w{0,3}|end(?:[_▁]?of[_▁]?(?:text|sentence|turn|utterance))?"
+    r"|return|call|user|assistant|system|observation)[|｜]>"
+    r"|</s>|<(?:(?:seed:)?eos|eod|end_of_turn|end_of_utterance)>",
+    re.IGNORECASE,
+)
+CHAT_TOKEN = re.compile(
+    TURN_TOKEN.pattern + r"|<[|｜][^<>]{1,40}[|｜]>|<s>|<(?:(?:seed:)?bos|pad)>", re.IGNORECASE
+)
+
+# Most answers hold nothing that could be decoration. To check those of a data set takes a fifth.
 WORDS_ONLY = re.compile(r"[^\W_①-⑳❶-❿]+(?:(?:;? |[-'’&])[^\W_①-⑳❶-❿]+)*")
 NAME = (
     r"key[ -]?phrases?|key[ -]?words?|hash[ -]?tags?|关键[词字]|关键短语|關鍵[詞字]|标签|標籤"
@@ -41,6 +63,8 @@ def split_keyphrases(text):
     decorates a list is dropped: code fences, JSON, a label, numbers in sequence, bullets, hash
     signs, quotes, the period of a sentence, and repetitions.
     """
+    if WORDS_ONLY.fullmatch(text):
+        return distinct(text.split("; "))
     text = re.sub(r"```(?:\w*(?=\s*[\r\n])|json)?", "\n", text)
     text = re.sub(r"(?<!\w)\*\*([^*\n]+)\*\*(?!\w)", r"\1", text).strip()
     if strings := json_strings(text):
@@ -58,17 +82,23 @@ def split_keyphrases(text):
     if len(parts) > 1 and all(re.match(r"[-*–—+](?!\d)", part) for part in parts):
         parts = [part[1:] for part in parts]
     sentences = all(part.endswith((".", "。")) for part in parts)
-    phrases = {}
+    phrases = []
     for number, part in enumerate(parts, start=1):
         ends_sentence = not exact and (sentences or number == len(parts))
         if ends_sentence and not ABBREVIATION.search(part):
             part = part.rstrip(".。 ")
         for tags in re.split(rf" (?={HASH}\w)", part):
             for phrase in re.split(HASH, tags) if re.match(HASH, tags) else [tags]:
-                phrase = undecorated(phrase)
-                if phrase:
-                    phrases.setdefault(phrase.casefold(), phrase)
-    return list(phrases.values())
+                phrases.append(undecorated(phrase))
+    return distinct(filter(None, phrases))
+
+
+def distinct(phrases):
+    """The phrases without those that an earlier one equals in any case."""
+    first = {}
+    for phrase in phrases:
+        first.setdefault(phrase.casefold(), phrase)
+    return list(first.values())
 
 
 def without_numbers(text):

@@ -4,19 +4,33 @@ import argparse
 import html
 import os
 
-from evaluate import BYTE_ORDER_MARK, UserError, one_line, read_jsonl, read_lines, shown
+from evaluate import UserError, one_line, read_jsonl, shown
 from support.console import info
 from support.phrases import split_keyphrases
 
-FIELDS = ("id", "text", "image", "keyphrases", "cot")
+FIELDS = {  # what a record's fields must be
+    "id": "a string that is not empty",
+    "text": "a string (empty if there is none)",
+    "image": "one file name or null",
+    "keyphrases": "a list of strings, at least one to train on",
+    "cot": "a string or null",
+}
 TRIED = 200  # posts whose images are looked for before a run
 
 
-def problem(where, kind, hint="", what=None):
-    """A UserError about a record: `what` is wrong with it, a `kind` that many share, what to do."""
-    error = UserError(f"{where}: {what or kind}" + (f"; {hint}" if hint else ""))
-    error.kind, error.hint, error.what = kind, hint, what or kind
+def problem(where, kind, told):
+    """A UserError about a record: what is `told` of it, and the `kind` that many records share."""
+    error = UserError(f"{where}: {told}")
+    error.kind, error.told = kind, told
     return error
+
+
+def wrong_field(where, record, names, field):
+    """The UserError for a field that isn't what it must be."""
+    kind = f"the field {(names or {}).get(field, field)!r} must be {FIELDS[field]}"
+    told = f"{kind}, not {shown(record.get(field))}; the record has {', '.join(record)}; "
+    told += f"--map {field}=NAME names the right one, python -m tools.dataset import converts all"
+    return problem(where, kind, told)
 
 
 def parse_map(text):
@@ -26,8 +40,8 @@ def parse_map(text):
         ours, _, theirs = (side.strip() for side in part.partition("="))
         if ours not in FIELDS or not theirs or ours in names:
             raise argparse.ArgumentTypeError(
-                f"{shown(part)} must be OURS=THEIRS, such as text=caption, each of ours (id, text, "
-                "image, keyphrases, cot) at most once"
+                f"{shown(part)} must be OURS=THEIRS, such as text=caption, each of ours "
+                f"({', '.join(FIELDS)}) at most once"
             )
         names[ours] = theirs
     return names
@@ -44,6 +58,8 @@ def renamed(record, names):
 
     A record without their name keeps ours, so that files of both kinds can be read together.
     """
+    if not names:
+        return record
     found = {ours: converted(ours, record[name]) for ours, name in names.items() if name in record}
     return {name: record[name] for name in record if name not in names.values()} | found
 
@@ -67,37 +83,7 @@ def converted(field, value):
 def mapped_keyphrases(path, names=None):
     """Iterate over the keyphrases of a training file. Raises UserError."""
     for _, _, record in read_jsonl(path):
-        yield from renamed(record, names or {})["keyphrases"]
-
-
-def wrong_field(where, record, names, field, must):
-    """The UserError for a field that isn't what it `must` be."""
-    theirs = (names or {}).get(field, field)
-    label = f"the field {theirs!r}" + (f" of --map {field}={theirs}" if theirs != field else "")
-    hint = f"the record has {', '.join(record) or 'no field'}; --map {field}=NAME names the right "
-    hint += "one and converts it where it can"
-    if field not in record:
-        return problem(where, f"{label} is missing; it must be {must}", hint)
-    kind = f"{label} must be {must}"
-    return problem(where, kind, hint, f"{kind}, not {shown(record[field])}")
-
-
-def check_file(path, cmkp=False):
-    """Raise UserError unless a regular file may hold JSONL, or, with `cmkp`, CMKP's text."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(f"{path}: not a regular file; it is read twice: save it to a file first")
-    lines = read_lines(path)
-    filled = (raw.removeprefix(BYTE_ORDER_MARK).strip() for _, _, raw in lines)
-    head = next(filter(None, filled), b"{")
-    lines.close()
-    if not head.startswith(b"{") and not (cmkp and b"<sep>" in head):
-        hint = f"python -m tools.dataset import {path} --out posts.jsonl makes it of other forms"
-        raise UserError(f"{path}: not JSONL, which is one JSON object a line; {hint}")
-
-
-def warn(text):
-    """Print a warning, which may have parts of a record in it, as one line on stderr."""
-    info(f"warning: {one_line(text)}")
+        yield from renamed(record, names)["keyphrases"]
 
 
 def look_over(posts, for_training):
@@ -105,16 +91,18 @@ def look_over(posts, for_training):
 
     Raises UserError where none of the images tried is there; before inference that is a warning.
     """
-    if not posts.with_image:
-        has = f"the first has {', '.join(posts.original(0))}"
-        warn(f"{posts.path}: no post has an 'image'; {has}; --map image=NAME names it")
     records = (posts[index] for index in range(0, len(posts), -(-len(posts) // TRIED)))
     images = [record["image"] for record in records if record.get("image")]
-    if images and not any(os.path.isfile(posts.folder / image) for image in images):
+    if not posts.with_image:
+        has = f"the first has {', '.join(posts[0])}"
+        text = f"{posts.path}: no post has an 'image'; {has}; --map image=NAME names it"
+    elif images and not any(os.path.isfile(posts.folder / image) for image in images):
         text = (
             f"{posts.path}: the image {shown(images[0])} is not there, nor is that of another post "
             f"({len(images)} tried); paths to image files begin at {posts.folder}"
         )
         if for_training and 100 * posts.with_image > len(posts):  # more than training may skip
             raise UserError(text)
-        warn(text)
+    else:
+        return
+    info(f"warning: {one_line(text)}")

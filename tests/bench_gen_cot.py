@@ -80,20 +80,19 @@ def stages(posts, count=100):
 
 def main():
     what, counts = sys.argv[1], list(map(int, sys.argv[2:]))
-    for count in counts or ([1000] if what == "speed" else [1000, 100_000]):
+    wait, workers, usual = {"speed": ("0.1", 32, [1000]), "memory": ("0", 16, [1000, 100_000])}[
+        what
+    ]
+    for count in counts or usual:
         with tempfile.TemporaryDirectory() as folder:
             posts = write_posts(Path(folder), count, images=40, size=(28, 28))
             for image in Path(folder).glob("*.jpg") if what == "speed" else ():
                 photo(image)
-            server = subprocess.Popen(
-                [sys.executable, ROOT / "tests" / "server.py", "0.1" if what == "speed" else "0"],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+            command = [sys.executable, ROOT / "tests" / "server.py", wait]
+            server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             try:
-                seconds, cpu, memory = gen_cot(
-                    posts, server.stdout.readline().strip(), 32 if what == "speed" else 16
-                )
+                address = server.stdout.readline().strip()
+                seconds, cpu, memory = gen_cot(posts, address, workers)
             finally:
                 server.kill()
                 server.wait()

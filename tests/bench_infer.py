@@ -29,7 +29,7 @@ from support.checkpoint import checkpoint_of  # noqa: E402
 from support.console import HelpFormatter, positive_int, progress  # noqa: E402
 from support.decoding import Greedy  # noqa: E402
 
-SHORT, LONG = 4, 120  # tokens of an answer with --random
+SHORT, LONG = 4, 120  # tokens of an answer with --random; no answer is longer
 
 
 def parse_args():
@@ -40,9 +40,7 @@ def parse_args():
     add("--random", action="store_true", help="a larger model with random weights instead")
     add("--posts", type=positive_int, help="the first N posts only")
     add("--batch-size", type=positive_int, default=8, help="posts of a batch")
-    add("--max-new-tokens", type=positive_int, default=LONG, help="tokens of an answer at most")
     add("--rounds", type=positive_int, default=3, help="runs of each way")
-    add("--threads", type=positive_int, default=1, help="torch's threads on a CPU")
     return parser.parse_args()
 
 
@@ -74,9 +72,7 @@ def random_posts(args):
     """
     from bench_step import build
 
-    options = {"shape": "small", "layers": None, "vocabulary": None, "weights": "float32"}
-    model, _ = build(argparse.Namespace(device="cpu", **options))
-    draw, samples = random.Random(0), []
+    model, draw, samples = build("small"), random.Random(0), []
     lengths = [SHORT, LONG] * ((args.posts or 64) // 2)
     draw.shuffle(lengths)
     for index, length in enumerate(lengths):
@@ -116,7 +112,7 @@ def plain(model, encoder, samples, args):
             **batch.prompt,
             do_sample=False,
             repetition_penalty=1.0,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=LONG,
             eos_token_id=encoder.end_of_turn,
             pad_token_id=encoder.pad,
             stopping_criteria=[stop],
@@ -137,13 +133,12 @@ def ours(model, encoder, samples, args):
             for chunk in data.by_length(posts, -(-len(posts) // args.batch_size)):
                 yield data.collate(chunk, encoder)
 
-    options = {"max_new_tokens": args.max_new_tokens}
-    return dict(model_file.write_answers(model, encoder, batches(), **options))
+    return dict(model_file.write_answers(model, encoder, batches(), max_new_tokens=LONG))
 
 
 def main():
     args = parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     model, encoder, samples = random_posts(args) if args.random else trained(args)
     model.eval()
     if args.random:
@@ -158,7 +153,7 @@ def main():
         assert equal == len(samples), f"{way.__name__}: only {equal} answers equal plain's"
     lengths = [tokens for _, tokens, _ in expected.values()]
     print(
-        f"{len(samples)} posts, batches of {args.batch_size}, {args.threads} threads; answers of "
+        f"{len(samples)} posts, batches of {args.batch_size}, one thread; answers of "
         f"{statistics.mean(lengths):.1f} tokens on average; all equal in {args.rounds} rounds"
     )
     for way, times in seconds.items():

@@ -7,7 +7,6 @@ tokens); the model is a pause of 200 ms a step. Steps without the pause show wha
 at most.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import data  # noqa: E402
-from support.console import HelpFormatter, positive_int  # noqa: E402
+from support.console import ArgumentParser, positive_int  # noqa: E402
 from support.jsonl import to_line  # noqa: E402
 from tiny import qwen_tokenizer  # noqa: E402
 
@@ -47,7 +46,7 @@ def measure(encoded, batch_size, seconds, args):
     They are means, since workers that can't keep up deliver in bursts.
     """
     order = np.arange(args.steps * batch_size).reshape(args.steps, batch_size) % POSTS
-    loader, waited = data.Loader(encoded, order.tolist(), batch_size, args.workers), []
+    loader, waited = data.load_steps(encoded, order.tolist(), batch_size, args.workers), []
     times = [time.perf_counter()]
     for batches in loader:
         waited.append(time.perf_counter() - times[-1])
@@ -60,9 +59,9 @@ def measure(encoded, batch_size, seconds, args):
 def main():
     from transformers import Qwen2VLImageProcessorPil as ImageProcessor
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add, sizes = parser.add_argument, [1, 2, 4, 8]
-    add("--batch-size", type=positive_int, nargs="+", default=sizes, help="posts a step")
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--batch-size", type=positive_int, nargs="+", default=[1, 2, 4, 8], help="posts a step")
     add("--workers", type=positive_int, default=2, help="processes that prepare images")
     add("--model-seconds", type=float, default=0.2, help="time of the model in a step")
     add("--steps", type=positive_int, default=40, help="steps measured; more than 5")

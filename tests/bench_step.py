@@ -35,23 +35,19 @@ from torch.nn.functional import cross_entropy
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from data import Batch, Targets  # noqa: E402
-from support.console import (  # noqa: E402
-    HelpFormatter,
-    fraction,
-    hide_loading_report,
-    positive_int,
-    progress,
-)
+from support.console import HelpFormatter, fraction, positive_int, progress, read_json  # noqa: E402
 from tiny import literal  # noqa: E402
 from tools.cost import PEAKS, Flops, Lengths  # noqa: E402
+from tools.memory import SHAPES  # noqa: E402
 from train import MODES, TrainingStep  # noqa: E402
 
-# Vocabulary, tied; hidden, layers, heads, kv heads, mlp; vision hidden, depth, heads, mlp.
-SHAPES = {
-    "small": (151936, True, 256, 8, 4, 2, 1376, 128, 8, 4, 344),
-    "3b": (151936, True, 2048, 36, 16, 2, 11008, 1280, 32, 16, 3420),
-    "7b": (152064, False, 3584, 28, 28, 4, 18944, 1280, 32, 16, 3420),
-}
+# The shape "small" has these instead of 3B's.
+SMALL_TEXT = dict(hidden_size=256, intermediate_size=1376, num_hidden_layers=8)
+SMALL_TEXT |= dict(num_attention_heads=4, num_key_value_heads=2)
+SMALL_TEXT["rope_parameters"] = {"rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+SMALL_VISION = dict(
+    hidden_size=128, intermediate_size=344, depth=8, num_heads=4, out_hidden_size=256
+)
 WAYS = {
     "a": "two passes, logits everywhere",
     "b": "two passes, logits at answers",
@@ -63,9 +59,9 @@ WAYS = {
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="small", help="size; 3b and 7b are Qwen2.5-VL's")
+    shapes = ["small", "3b", "7b"]
+    add("--shape", choices=shapes, default="small", help="size; 3b and 7b are Qwen2.5-VL's")
     add("--layers", type=positive_int, help="at most this many layers in each tower")
-    add("--vocabulary", type=positive_int, help="another size of the vocabulary")
     add("--posts", type=positive_int, default=4, help="posts in the step")
     add("--image", type=positive_int, default=256, help="image tokens a post, a square number")
     add("--prompt", type=positive_int, default=356, help="prompt tokens a post, image included")
@@ -75,61 +71,37 @@ def parse_args():
     add("--ways", default="abcd", help="which of the four")
     add("--modes", nargs="*", choices=MODES, default=MODES, help="modes whose memory is measured")
     add("--rounds", type=positive_int, default=7, help="steps of each way, after one to warm up")
-    add("--threads", type=positive_int, default=2, help="torch's threads on a CPU")
     add("--device", default="cpu", help="cpu or cuda; on cuda under bf16 autocast")
-    add(
-        "--weights",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="bfloat16 halves the memory of weights, gradients and AdamW's state",
-    )
+    dtype_help = "bfloat16 halves the memory of weights, gradients and AdamW's state"
+    add("--weights", choices=["float32", "bfloat16"], default="float32", help=dtype_help)
     add("--profile", action="store_true", help="only show c's ten slowest operators")
     add("--memory-of", choices=[*WAYS, *MODES], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def build(args):
-    """(model, optimizer): random weights, and a learning rate of 0, so that they stay the same."""
+def build(shape, layers=None, dtype=torch.float32, device="cpu"):
+    """A model with random weights of at most `layers` layers in each tower."""
     import transformers
 
-    hide_loading_report()
-    vocabulary, tied, hidden, layers, heads, kv_heads, mlp, v_hidden, v_depth, v_heads, v_mlp = (
-        SHAPES[args.shape]
-    )
-    layers, v_depth = min(layers, args.layers or layers), min(v_depth, args.layers or v_depth)
-    eighth = hidden // heads // 16
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=args.vocabulary or vocabulary,
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            rms_norm_eps=1e-6,
-            bos_token_id=None,
-            eos_token_id=None,
-            rope_parameters=rope | {"mrope_section": [2 * eighth, 3 * eighth, 3 * eighth]},
-        ),
-        vision_config=dict(
-            depth=v_depth,
-            hidden_size=v_hidden,
-            num_heads=v_heads,
-            intermediate_size=v_mlp,
-            out_hidden_size=hidden,
-            fullatt_block_indexes=list(range(7, v_depth, 8)) or [v_depth - 1],
-        ),
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
-        tie_word_embeddings=tied,
-    )
+    size = "7B" if shape == "7b" else "3B"
+    fields = read_json(SHAPES)["models"][f"Qwen/Qwen2.5-VL-{size}-Instruct"]
+    if shape == "small":
+        fields["text_config"] |= SMALL_TEXT
+        fields["vision_config"] |= SMALL_VISION
+    marks = dict(image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8)
+    config = transformers.AutoConfig.for_model(**fields, **marks)
+    text, vision = config.text_config, config.vision_config
+    text.num_hidden_layers = min(text.num_hidden_layers, layers or text.num_hidden_layers)
+    vision.depth = min(vision.depth, layers or vision.depth)
+    vision.fullatt_block_indexes = list(range(7, vision.depth, 8)) or [vision.depth - 1]
     torch.manual_seed(0)
-    dtype = getattr(torch, args.weights)
-    with torch.device(args.device):
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype).train()
+    with torch.device(device):
+        return transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype).train()
+
+
+def build_with_optimizer(args):
+    """(model, optimizer) of a learning rate of 0, so that the weights stay the same."""
+    model = build(args.shape, args.layers, getattr(torch, args.weights), args.device)
     return model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
@@ -244,7 +216,7 @@ def peak_memory(way):
 
 
 def print_memory(args):
-    model, optimizer = build(args)
+    model, optimizer = build_with_optimizer(args)
     step = make_step(args.memory_of, model, optimizer, random_batch(args, model))
     for _ in range(2):
         step()
@@ -257,26 +229,11 @@ def print_memory(args):
 
 
 def print_profile(step, device):
-    from torch.profiler import ProfilerActivity, profile
-
     step()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=activities) as profiled:
+    with torch.profiler.profile() as profiled:  # of the CPU, and of a GPU where there is one
         step()
-
-    def spent(event):
-        return event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-
-    # A kernel's time is that of the operator that started it.
-    events = profiled.key_averages()
-    operators = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    operators = sorted(operators, key=spent, reverse=True)
-    total = sum(map(spent, operators))
-    print(f"one step of c: {total / 1e3:.0f} ms\n")
-    print("| operator | calls | ms | share |\n|---|---|---|---|")
-    for event in operators[:10]:
-        ms, share = f"{spent(event) / 1e3:.1f}", f"{spent(event) / total:.1%}"
-        print(f"| {event.key[:60]} | {event.count} | {ms} | {share} |")
+    spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    print(profiled.key_averages().table(sort_by=spent, row_limit=10, max_name_column_width=60))
 
 
 def time_in_turns(steps, rounds, device):
@@ -319,18 +276,19 @@ def print_table(seconds, busy, memory, tokens, flops, peak):
 
 def main():
     args = parse_args()
-    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
     if args.memory_of:
         return print_memory(args)
     # Before anything is made here: on Linux, a process's peak begins with its parent's.
     ways = [] if args.profile else [*args.ways, *args.modes]
     memory = {way: peak_memory(way) for way in progress(ways, len(ways), "memory", "process")}
-    model, optimizer = build(args)
+    model, optimizer = build_with_optimizer(args)
     batch = random_batch(args, model)
     if args.profile:
         return print_profile(make_step("c", model, optimizer, batch), args.device)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        name = torch.cuda.get_device_name()
     weights = sum(weight.numel() for weight in model.parameters())
     print(
         f"{args.shape}, {weights / 1e6:.0f} million weights in {args.weights}, {name}; "

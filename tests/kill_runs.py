@@ -78,10 +78,8 @@ def wait_for(condition, process):
 
 def saving(out, since):
     """Whether a save begun after `since` is under way, or was cut."""
-    for folder in out.glob(".step-*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            if folder.stat().st_mtime > since:
-                return True
+    with contextlib.suppress(FileNotFoundError):
+        return (out / ".partial").stat().st_mtime > since
     return False
 
 

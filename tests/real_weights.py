@@ -130,29 +130,25 @@ def make(args):
     test.write_text("".join(map("".join, parts)), encoding="utf-8")
 
 
-def run_in_bf16(args):
+def run_in_bf16(command):
+    """Run a script, train.py or infer.py, with its arguments."""
     from support import distributed
 
     distributed.compute_dtype = lambda device: torch.bfloat16  # before the scripts import it
-    sys.argv = [str(ROOT / args.script), *args.arguments]
+    sys.argv = [str(ROOT / command[0]), *command[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def main():
+    if sys.argv[1:2] == ["bf16"]:
+        return run_in_bf16(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("make", help="write the model and the posts")
-    command.set_defaults(function=make)
-    command.add_argument("gguf", type=Path, help="SmolLM2-135M-Instruct")
-    command.add_argument("train", type=Path, help="CMKP's valid_src.txt")
-    command.add_argument("test", type=Path, help="CMKP's test_src.txt")
-    command.add_argument("--out", type=Path, default=Path("out/real"), help="folder to write")
-    command = commands.add_parser("bf16", help="run train.py or infer.py as on a GPU")
-    command.set_defaults(function=run_in_bf16)
-    command.add_argument("script", help="train.py or infer.py")
-    command.add_argument("arguments", nargs=argparse.REMAINDER)
-    args = parser.parse_args()
-    args.function(args)
+    parser.add_argument("command", choices=["make", "bf16"])
+    parser.add_argument("gguf", type=Path, help="SmolLM2-135M-Instruct")
+    parser.add_argument("train", type=Path, help="CMKP's valid_src.txt")
+    parser.add_argument("test", type=Path, help="CMKP's test_src.txt")
+    parser.add_argument("--out", type=Path, default=Path("out/real"), help="folder to write")
+    make(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data import NOT_IN_KEYPHRASE, TAG, TAGS, check_record, cot_answer, parse_answer, plain_answer
+from data import TAG, TAGS, check_record, cot_answer, parse_answer, plain_answer
 from evaluate import UserError, read_jsonl, read_posts, reasoned
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -65,6 +65,18 @@ def refusal(keyphrases, cot=None):
         ("<think>why</think><answer>foxes; kit<", PAIR, "why"),
         ("<think>why</think><answer\nfoxes; kit</answer", PAIR, "why"),
         ("<think>why</thi", [], "why"),
+        ("a; b</answer>", ["a", "b"], None),
+        # other models' own tags
+        ("◁think▷why; so◁/think▷<answer>foxes; kit</answer>", PAIR, "why; so"),
+        ("[THINK]why[/THINK]foxes; kit", PAIR, "why"),
+        ("<thought>\nwhy</thought>\nfoxes; kit", PAIR, "why"),
+        ("<seed:think>why</seed:think>foxes; kit<seed:eos>", PAIR, "why"),
+        ("<reasoning>why</reasoning><answer>foxes; kit</answer>", PAIR, "why"),
+        ("foxes [think]; <3 kit", ["foxes [think]", "<3 kit"], None),
+        # tokens of a chat format within them: only those that begin or end a turn end the answer
+        ("<think>why<|im_end|>", [], "why"),
+        ("<think>a<|ref|>b</think><answer><|begin_of_box|>foxes; kit<|end_of_box|>", PAIR, "ab"),
+        ("<answer><|begin_of_box|>foxes<|end_of_box|>; <pad>kit</answer>", PAIR, None),
     ],
 )
 def test_tags_in_any_order(reply, keyphrases, think):
@@ -76,6 +88,7 @@ CHAT_FORMATS = """
     <|start_header_id|>assistant<|end_header_id|>\\n\\n{}<|eot_id|> / {}<eos> / <｜Assistant｜>{}
     <start_of_turn>model\\n{}<end_of_turn> / {}<｜end▁of▁sentence｜> / <|assistant|>\\n{}<|end|>
     {}<|im_end|>\\n<|im_start|>user\\nAnother post<|im_end|> / {}<|return|>
+    <s> <|im_start|>{}<|eot|>zzz / <|begin_of_text|>{}<|end_of_text|>zzz / <|system|>{}<|user|>zzz
 """
 
 
@@ -126,6 +139,9 @@ def test_decoration_is_dropped(line):
 @pytest.mark.parametrize(
     "reply, keyphrases",
     [
+        ("red, white; blue", ["red, white", "blue"]),
+        ("aa; AA; aa ;  aa", ["aa"]),
+        ("花见、春天，樱樱", ["花见", "春天", "樱樱"]),
         ("#世界杯# #足球#", ["世界杯", "足球"]),
         ("#世界杯#阿根廷夺冠", ["世界杯", "阿根廷夺冠"]),
         ("#618#；#11.11#", ["618", "11.11"]),
@@ -194,33 +210,36 @@ def test_an_answer_ends_with_a_semicolon_only_where_it_must(keyphrases, answer):
 
 
 @pytest.mark.parametrize(
-    "keyphrases, lost, words",
+    "keyphrases, lost",
     [
-        (["foxes", "“heroes”"], "“heroes”", "would be lost"),
-        (["#foxes", "kit"], "#foxes", "hash signs"),
-        (["x", "- foxes"], "- foxes", "bullets"),
-        (["1. bundesliga", "2. bundesliga"], "1. bundesliga", "numbers"),
-        (["keyphrases: foxes"], "keyphrases: foxes", "labels"),
-        (["《三体》"], "《三体》", "quotes"),
-        (["kit,"], "kit,", "would be lost"),
-        (["a <|im_end|>"], "a <|im_end|>", "would be lost"),
-        (["＜think＞"], "＜think＞", "would be lost"),
-        (["Kit", "x", "kit"], "kit", "there twice"),
-        (["a; b"], "a; b", "semicolon"),
-        (["a\nb"], "a\\nb", "line break"),
-        (["a</THINK>"], "a</THINK>", "tag"),
-        ([" \u3000"], " \\u3000", "empty"),
+        (["foxes", "“heroes”"], "“heroes”"),
+        (["#foxes", "kit"], "#foxes"),
+        (["x", "- foxes"], "- foxes"),
+        (["1. bundesliga", "2. bundesliga"], "1. bundesliga"),
+        (["keyphrases: foxes"], "keyphrases: foxes"),
+        (["《三体》"], "《三体》"),
+        (["kit,"], "kit,"),
+        (["a <|im_end|>"], "a <|im_end|>"),
+        (["a <|begin_of_box|>"], "a <|begin_of_box|>"),
+        (["＜think＞"], "＜think＞"),
+        (["◁think▷"], "◁think▷"),
+        (["Kit", "x", "kit"], "kit"),
+        (["a; b"], "a; b"),
+        (["x", "a\nb"], "a\\nb"),
+        (["a\rb"], "a\\rb"),
+        (["a</THINK>"], "a</THINK>"),
+        (["x", " \u3000"], " \\u3000"),
     ],
 )
-def test_what_cant_be_read_back_is_refused_by_name(keyphrases, lost, words):
+def test_what_cant_be_read_back_is_refused_by_name(keyphrases, lost):
     reason = refusal(keyphrases)
-    assert f"posts.jsonl line 1 (id 'a'): the keyphrase '{lost}'" in reason and words in reason
+    assert f"posts.jsonl line 1 (id 'a'): the keyphrase '{lost}' would be lost" in reason
     assert "\n" not in reason
     check_record(post(keyphrases), "line 1")  # a post to predict may have it
 
 
 def test_reasoning_that_would_end_early_is_refused():
-    for cot in ("a <Think> b", "so</THINK>", "why<|im_end|>", "＜answer＞", "a</s>"):
+    for cot in ("a <Think> b", "so</THINK>", "why<|im_end|>", "＜answer＞", "a</s>", "[THINK]"):
         assert "'cot' is the reasoning alone" in refusal(["x"], cot)
     assert refusal(["x"], "a < b, <3, <number>, answer > think") is None
 
@@ -232,7 +251,7 @@ LETTERS = """
 ANYWHERE = """
     ' ’ - & / . , 、 ، _ # @ : ! ? % + * ( ) [ ] { } " | = ~ ^ $ · ・ — < > “ ” ‘ « » 「 」 『 』
     《 》 【 】 ` • – ＃ 。 ． ; ； ؛ \\ 1. 2. 2) 1、 ① ** ``` <|im_end|> <think> </answer
-    keyphrases: 关键词： [" "] \u200b \ufeff \0 \ud800
+    <|begin_of_box|> ◁/think▷ [THINK] keyphrases: 关键词： [" "] \u200b \ufeff \0 \ud800
 """
 ANYWHERE = [*ANYWHERE.split(), "- ", "\u2028", "\x85", "\t", "\n"]
 
@@ -379,7 +398,7 @@ def test_replies_cut_and_shuffled_at_random_give_no_tags():
         keyphrases, think = parse_answer("".join(pieces)[: draw.randint(1, 300)])
         for phrase in [*keyphrases, think or "x"]:
             assert phrase.strip() and not TAG.search(phrase)
-        assert not any(NOT_IN_KEYPHRASE.search(phrase) for phrase in keyphrases)
+        assert not re.search(r"[;；؛\n\r]", "".join(keyphrases))
         assert len({phrase.casefold() for phrase in keyphrases}) == len(keyphrases)
 
 

@@ -4,6 +4,7 @@ import email.utils
 import json
 import threading
 import time
+from collections import Counter
 
 import pytest
 
@@ -12,8 +13,7 @@ from evaluate import UserError
 from server import (
     ANSWERS,
     CERTIFICATE,
-    FAILING,
-    PASSING,
+    DROP,
     REASONING,
     Raw,
     Server,
@@ -35,17 +35,12 @@ def reasons(posts):
     return {int(record["id"].removeprefix("post-")): record["reason"] for record in failed}
 
 
-def limited(server_log, most, seconds, refusal, reply=right):
-    """A reply to at most `most` requests in each window of `seconds`; the others get `refusal`."""
-    started, counts, lock = time.monotonic(), {}, threading.Lock()
-
-    def answer(request, tries):
-        with lock:
-            window = int((time.monotonic() - started) / seconds)
-            counts[window] = counts.get(window, 0) + 1
-            return reply(request) if counts[window] <= most else refusal
-
-    return answer
+def run_process(posts, url, **environment):
+    """gen_cot.py as a process: (exit code, stderr)."""
+    arguments = [posts, "--out", "cot.jsonl", "--model", "m", "--base-url", url]
+    process = python(*arguments, "--max-retries", 0, cwd=posts.parent, **environment)
+    _, told = process.communicate(timeout=60)
+    return process.returncode, told
 
 
 # ----------------------------------------------------------------------------------- addresses
@@ -58,7 +53,6 @@ def limited(server_log, most, seconds, refusal, reply=right):
         ("http://localhost:8000", "http://localhost:8000/v1/chat/completions"),
         ("http://localhost:8000/v1/", "http://localhost:8000/v1/chat/completions"),
         ("https://a.example/api/v3", "https://a.example/api/v3/chat/completions"),
-        ("https://a.example/v1beta/openai/", "https://a.example/v1beta/openai/chat/completions"),
         ("https://a.example/x/chat/completions?v=2", "https://a.example/x/chat/completions?v=2"),
         ("https://a.example/x?api-version=2", "https://a.example/x/chat/completions?api-version=2"),
         ("http://[::1]:8000/v1#top", "http://[::1]:8000/v1/chat/completions"),
@@ -72,19 +66,18 @@ def test_addresses(base_url, address):
     "base_url",
     [
         "localhost:8000/v1",
-        "htp://a/v1",
         "http://",
         "http://me:word@host/v1",
-        "http://host:port/v1",
+        "http://host:0/v1",
         "http://host:99999/v1",
         "http://[::1/v1",
-        "http://a b/v1",
+        "http://host\n/v1",
     ],
 )
 def test_addresses_that_are_none(base_url):
-    with pytest.raises(UserError, match="--base-url") as told:
+    with pytest.raises(UserError, match="--base-url: takes an address like") as told:
         client.endpoint(base_url)
-    assert "me:word" not in str(told.value)
+    assert "word" not in str(told.value).replace("password", "")
 
 
 def test_the_address_in_the_environment(tmp_path, monkeypatch):
@@ -98,7 +91,7 @@ def test_the_address_in_the_environment(tmp_path, monkeypatch):
     assert len(server.log) == len(other.log) == 2
     assert server.log[0][1][":path"] == "/v1/chat/completions"
     monkeypatch.setenv("OPENAI_BASE_URL", "")
-    assert gen_cot.parse_args(arguments).base_url == client.OPENAI
+    assert gen_cot.parse_args(arguments).base_url == gen_cot.OPENAI
 
 
 # --------------------------------------------------------------------------------- rate limits
@@ -106,24 +99,39 @@ def test_the_address_in_the_environment(tmp_path, monkeypatch):
 
 def test_a_rate_limit_slows_the_run_down_and_does_not_count_as_a_try(tmp_path, capsys):
     """60 posts at 20 a second, no Retry-After, no further tries: nothing is lost, little wasted."""
-    posts = write_posts(tmp_path, 60)
-    with Server(limited(None, 20, 1, error(429, "20 requests a minute"))) as server:
+    posts, started, taken = write_posts(tmp_path, 60), time.monotonic(), Counter()
+    together = threading.Barrier(16)  # a limit that all workers meet at once counts as one
+
+    def reply(request, tries):
+        if number(request) < 16 and tries == 0:
+            together.wait(60)
+            return error(429, "20 requests a second")
+        second = int(time.monotonic() - started)
+        taken[second] += 1
+        return right(request) if taken[second] <= 20 else error(429, "20 requests a second")
+
+    with Server(reply) as server:
         assert gen(posts, server, "--max-retries", 0, "--workers", 16, wait=0.05) == 0
     assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
-    assert len(server.log) < 60 + 60
+    assert len(server.log) < 60 + 60 and time.monotonic() - started < 30
     told = capsys.readouterr().err
-    assert told.count("rate limit: 429 20 requests a minute; the run slows down") == 1
+    assert told.count("rate limit: 429 20 requests a second; the run slows down") == 1
 
 
-def test_retry_after_is_a_number_or_a_date():
-    now = time.time()
-    assert client.retry_after({}) is None and client.retry_after({"retry-after": "soon"}) is None
-    assert client.retry_after({"retry-after": "2.5"}) == 2.5
-    date = email.utils.formatdate(now + 30, usegmt=True)
-    for text in (date, date.removesuffix(" GMT")):  # without a zone it is UTC
-        assert 28 < client.retry_after({"retry-after": text}) <= 30
-    past = email.utils.formatdate(now - 30, usegmt=True)
-    assert client.retry_after({"retry-after": past}) == 0
+def test_retry_after_is_a_number_or_a_date(monkeypatch):
+    def asked(value):
+        return client.retry_after({"retry-after": value})
+
+    assert client.retry_after({}) is None and asked("soon") is None
+    assert asked("2.5") == 2.5 and asked("999999") == client.LONGEST_RETRY_AFTER
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "JST-9")
+        time.tzset()
+        for text in (date, date.removesuffix(" GMT")):  # without a zone it is UTC
+            assert 28 < asked(text) <= 30
+    time.tzset()
+    assert asked(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
 
 
 def test_a_rate_limit_holds_all_requests_back_for_as_long_as_it_says(tmp_path):
@@ -142,27 +150,42 @@ def test_a_rate_limit_holds_all_requests_back_for_as_long_as_it_says(tmp_path):
     assert sum(wait >= 0.75 for wait in waits) > 15
 
 
-def test_a_rate_limit_that_never_ends_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "PATIENCE", 0.5)
-    posts = write_posts(tmp_path, 20)
-    with (
-        Server(lambda *_: error(429, "no")) as server,
-        pytest.raises(UserError, match=r"rate limit: 429 no \(for 0 minutes\); when this is fixed"),
-    ):
-        gen(posts, server)
-
-
 # ------------------------------------------------------------------------------------ verdicts
 
 
-def test_a_run_of_which_the_first_posts_are_all_refused_stops_after_a_handful(tmp_path):
-    posts = write_posts(tmp_path, 300)
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        (error(400, "no such field: messages"), "refused: 400 no such field: messages"),
+        (error(500, "broken"), "server error: 500 broken (2 tries)"),
+        (Raw(500, "[1]"), "server error: 500 no word why (2 tries)"),
+    ]
+    + [
+        (Raw(200, body), "malformed reply: not the JSON of a chat completion (2 tries)")
+        for body in ("null", b"\xff\xfe", "[" * 100_000)
+    ],
+)
+def test_a_server_that_answers_none_of_the_first_posts_stops_the_run(tmp_path, answer, reason):
+    posts = write_posts(tmp_path, 100)
+    with Server(lambda *_: answer) as server, pytest.raises(UserError) as told:
+        gen(posts, server, "--workers", 4, "--max-retries", 1)
+    assert f": {reason} (no reply for 5 posts in a row); check the server" in str(told.value)
+    assert set(reasons(posts).values()) == {reason} and 4 <= len(reasons(posts)) < 10
+    with Server() as server:
+        assert gen(posts, server, "--retry-failed") == 0
+    assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
+    assert not (tmp_path / "cot.failed.jsonl").exists()
+
+
+def test_a_server_that_breaks_stops_the_run_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "GIVE_UP_AFTER", 20)
+    posts = write_posts(tmp_path, 100)
     with (
-        Server(lambda *_: error(400, "no such field: messages")) as server,
-        pytest.raises(UserError, match="no reply for [5-9] posts in a row, the last: refused: 400"),
+        Server(lambda request, _: right(request) if number(request) < 10 else DROP) as server,
+        pytest.raises(UserError, match=r"no connection: .* \(no reply for 20 posts in a row\)"),
     ):
-        gen(posts, server, "--workers", 4)
-    assert len(server.log) <= 9 and 4 <= len(reasons(posts)) <= 8
+        gen(posts, server, "--workers", 4, "--max-retries", 0)
+    assert len(lines(tmp_path / "cot.jsonl")) == 10 and 19 <= len(reasons(posts)) < 24
 
 
 def test_refusals_after_replies_of_an_earlier_run_do_not_stop_the_run(tmp_path):
@@ -176,38 +199,14 @@ def test_refusals_after_replies_of_an_earlier_run_do_not_stop_the_run(tmp_path):
     assert set(reasons(posts)) == set(range(10, 50))
 
 
-@pytest.mark.parametrize("name", FAILING)
-def test_what_concerns_one_post_alone_is_not_asked_again(tmp_path, name):
-    posts = write_posts(tmp_path, 8)
-    answer, reason = FAILING[name]
-    with Server(
-        lambda request, _: answer(request) if number(request) == 0 else right(request)
-    ) as server:
-        assert gen(posts, server, "--workers", 1) == 1
-    assert len(server.log) == 8 and len(lines(tmp_path / "cot.jsonl")) == 7
-    assert reasons(posts)[0].startswith(reason)
-
-
-@pytest.mark.parametrize("name", PASSING)
-def test_what_is_temporary_is_tried_again(tmp_path, name):
-    posts = write_posts(tmp_path, 4)
-    answer, _ = PASSING[name]
-    with Server(lambda request, tries: right(request) if tries else answer(request)) as server:
-        assert gen(posts, server) == 0
-    assert len(server.log) == 8
-
-
 @pytest.mark.parametrize(
     "answer, told",
     [
-        (error(401, "Incorrect API key"), "401 Incorrect.*; it wants a key: put it in OPENAI_API"),
-        (
-            error(404, "No such model"),
-            "404 No such.*--base-url, and whether it has a model teacher",
-        ),
-        (error(429, "Quota", code="insufficient_quota"), "429 Quota; the account needs credit"),
-        (error(402, "Insufficient Balance"), "402 Insufficient Balance; the account needs credit"),
-        (Raw(307, "", {"Location": "https://elsewhere.example"}), "307 no word why; check --base"),
+        (error(401, "Incorrect API key"), "401 Incorrect API key"),
+        (error(404, "No such model"), "404 No such model"),
+        (error(429, "Quota", code="insufficient_quota"), "429 Quota"),
+        (error(402, "Insufficient Balance"), "402 Insufficient Balance"),
+        (Raw(307, "", {"Location": "https://elsewhere.example"}), "307 no word why"),
     ],
     ids="401 404 quota 402 moved".split(),
 )
@@ -215,7 +214,7 @@ def test_what_no_post_can_pass_stops_the_run_at_once_in_one_line(tmp_path, answe
     posts, started = write_posts(tmp_path, 300), time.monotonic()
     with (
         Server(lambda request, tries: answer if len(server.log) > 20 else right(request)) as server,
-        pytest.raises(UserError, match=told) as stopped,
+        pytest.raises(UserError, match=f"{told} .*; check .* --model, the key") as stopped,
     ):
         gen(posts, server, "--workers", 4)
     assert time.monotonic() - started < client.GRACE  # nothing is under way to wait for
@@ -224,74 +223,42 @@ def test_what_no_post_can_pass_stops_the_run_at_once_in_one_line(tmp_path, answe
     assert not lines(tmp_path / "cot.failed.jsonl")
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        error(500, "broken"),
-        Raw(200, "null"),
-        Raw(200, "[]"),
-        Raw(200, b"\xff\xfe"),
-        Raw(200, {"choices": [], "usage": 7}),
-        Raw(500, "[1]"),
-        Raw(200, "[" * 100_000),
-    ],
-)
-def test_a_server_that_answers_no_post_stops_the_run(tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(client, "GIVE_UP_AFTER", 10)
-    posts = write_posts(tmp_path, 100)
-    with (
-        Server(lambda *_: answer) as server,
-        pytest.raises(
-            UserError,
-            match="no reply for 1[0-3] posts in a row, the last: (server|malformed)",
-        ),
-    ):
-        gen(posts, server, "--workers", 4, "--max-retries", 1)
-    assert 9 <= len(lines(tmp_path / "cot.failed.jsonl")) < 20
-    with Server() as server:
-        assert gen(posts, server, "--retry-failed") == 0
-    assert (
-        ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
-        and not (tmp_path / "cot.failed.jsonl").exists()
-    )
-
-
 def test_no_server(tmp_path):
     posts = write_posts(tmp_path, 3)
     with Server() as server:
         pass
-    with pytest.raises(UserError, match="no connection: .*(2 tries).*is the server running"):
+    with pytest.raises(UserError, match="no connection: .*(2 tries).*check the server"):
         gen(posts, server, "--max-retries", 1)
     assert not lines(tmp_path / "cot.jsonl") and not lines(tmp_path / "cot.failed.jsonl")
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "temperature"])
-def test_a_parameter_that_the_model_does_not_take_is_the_users(tmp_path, name):
-    """The error says what to add; what is added is a setting of the run."""
-    posts, repeated = write_posts(tmp_path, 8), "the temperature dropped"
-    refusal = error(400, f"Unsupported parameter: '{name}' is not supported", param=name)
+def test_a_parameter_that_the_model_does_not_take_is_the_users(tmp_path):
+    """It is not dropped by itself; --request drops it, and is a setting of the run."""
+    posts, refusal = write_posts(tmp_path, 8), error(400, "Unsupported: 'max_tokens'")
 
     def reply(request, tries):
-        return refusal if name in request else right(request)
+        return refusal if "max_tokens" in request else right(request)
 
-    options = ["--temperature", 0.5, "--workers", 2]
     with Server(reply) as server:
-        with pytest.raises(UserError, match=rf"refused: 400 .*{name}.*--request '{{") as told:
-            gen(posts, server, *options)
-        assert repeated not in str(told.value)
-        changed = ["--request", f'{{"{name}": null, "max_completion_tokens": 512}}']
-        with pytest.raises(UserError, match="made with another request"):
-            gen(posts, server, *options, "--retry-failed", *changed)
-        assert gen(posts, server, *options, *changed, out="other.jsonl") == 0
+        with pytest.raises(UserError, match="refused: 400 .*'max_tokens'.* and --request"):
+            gen(posts, server, "--workers", 2)
+        changed = ["--request", '{"max_tokens": null, "max_completion_tokens": 512}']
+        with pytest.raises(UserError, match="was made with another .*--request"):
+            gen(posts, server, "--retry-failed", *changed)
+        assert gen(posts, server, *changed, out="other.jsonl") == 0
     sent = server.log[-1][0]
-    assert name not in sent and sent["max_completion_tokens"] == 512
-    for wrong in ("[1]", '{"stream": true}'):
-        with pytest.raises(SystemExit):
-            gen(posts, server, "--request", wrong)
+    assert "max_tokens" not in sent and sent["max_completion_tokens"] == 512
+
+
+@pytest.mark.parametrize("wrong", ["[1]", '{"stream": true}', "{"])
+def test_requests_that_are_none(wrong, capsys):
+    with pytest.raises(SystemExit):
+        gen_cot.parse_args(["a.jsonl", "--out", "b.jsonl", "--model", "m", "--request", wrong])
+    assert "is not a JSON object without model, messages and stream" in capsys.readouterr().err
 
 
 def test_what_a_server_repeats_of_the_request_is_no_verdict(tmp_path):
-    """FastAPI's errors hold the request: only the message is looked at and shown."""
+    """FastAPI's errors hold the request: only the message is shown, and no parameter is dropped."""
     posts = write_posts(tmp_path, 3)
 
     def reply(request, tries):
@@ -313,9 +280,8 @@ def test_right_replies_in_every_dress(tmp_path, capsys, name):
     with Server(lambda request, _: ANSWERS[name](request)) as server:
         assert gen(posts, server) == 0
     assert {record["cot"] for record in lines(tmp_path / "cot.jsonl")} == {REASONING}
-    counted = "0 tokens sent, 0 received" if "usage null" in name else "300 tokens sent, 60"
-    counted = "0 tokens sent, 0" if name == "usage of another kind" else counted
-    assert len(server.log) == 3 and counted in capsys.readouterr().err
+    assert len(server.log) == 3
+    assert "300 tokens sent, 60 received" in capsys.readouterr().err
 
 
 def test_the_timeout_is_for_the_whole_reply(tmp_path):
@@ -354,33 +320,47 @@ def test_the_text_of_a_reply(message, text):
 
 @pytest.mark.parametrize(
     "finish, cut",
-    [(None, False), ("end_turn", False), ("Length", True), ("model_context_window_full", True)],
+    [(finish, False) for finish in (None, "stop", "EOS", "eos_token", "end_turn", "stop_sequence")]
+    + [(finish, True) for finish in ("Length", "max_tokens", "model_length")]
+    + [("model_context_window_exceeded", True)],
 )
 def test_how_a_reply_ends(finish, cut):
-    usage = {"prompt_tokens": 20, "completion_tokens": 8, "total_tokens": 433}
-    answer = {"choices": [{"message": {"content": "a"}, "finish_reason": finish}], "usage": usage}
-    assert client.read_reply(answer) == client.Reply("a", cut, 413, 20)
+    answer = {"choices": [{"message": {"content": "a"}, "finish_reason": finish}]}
+    assert client.read_reply(answer) == client.Reply("a", cut, None)
 
 
 @pytest.mark.parametrize(
-    "choice, usage, reason",
+    "usage, tokens, prompt_tokens",
     [
-        (
-            {"message": {"content": "a"}, "finish_reason": "RECITATION"},
-            None,
-            "not finished: .*RECI",
-        ),
-        ({"finish_reason": "stop"}, None, "no message"),
-        ({"finish_reason": "error"}, None, "not finished: the server says error"),
-        ({"message": {"content": ""}}, {"completion_tokens": 0}, "refusal: the reply has no"),
+        ({"prompt_tokens": 20, "completion_tokens": 8, "total_tokens": 28}, 8, 20),
+        ({"prompt_tokens": 20, "completion_tokens": 8, "total_tokens": 433}, 413, 20),
+        ({"prompt_tokens": "20", "completion_tokens": "8"}, 8, 20),
+        ({"completion_tokens": {"total": 8}}, None, 0),
+        (None, None, 0),
     ],
 )
-def test_replies_that_are_no_answer(choice, usage, reason):
+def test_tokens_of_reasoning_count_where_only_the_total_has_them(usage, tokens, prompt_tokens):
+    answer = {"choices": [{"message": {"content": "a"}}], "usage": usage}
+    assert client.read_reply(answer) == client.Reply("a", False, tokens, prompt_tokens)
+
+
+@pytest.mark.parametrize(
+    "choice, tokens, reason",
+    [
+        ({"message": {"content": "a"}, "finish_reason": "RECITATION"}, 9, "not finished: .*RECI"),
+        ({"finish_reason": "error"}, 9, "not finished: the server says error"),
+        ({"finish_reason": "stop"}, 9, "refusal: the reply has no content"),
+        ({"message": {"content": ""}}, 0, "refusal: the reply has no content"),
+        ({"message": {"content": None, "reasoning": "So"}}, 9, "reasoning only: serve without"),
+    ],
+)
+def test_replies_that_are_no_answer(choice, tokens, reason):
+    answer = {"choices": [choice], "usage": {"completion_tokens": tokens}}
     with pytest.raises(client.Failed, match=reason):
-        client.read_reply({"choices": [choice], "usage": usage})
+        client.read_reply(answer)
 
 
-@pytest.mark.parametrize("answer", [{}, {"choices": "x"}, {"choices": [5]}, [], None])
+@pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [5]}, [], None])
 def test_what_is_no_completion_is_a_fault(answer):
     with pytest.raises(client.Fault, match="malformed reply"):
         client.read_reply(answer)
@@ -391,43 +371,15 @@ def test_what_is_no_completion_is_a_fault(answer):
 
 def test_the_machines_own_token_is_never_sent(tmp_path):
     posts = write_posts(tmp_path, 1)
-    home = tmp_path / "home"
-    home.mkdir()
     for name in ("token", "stored_tokens"):
-        (home / name).write_text(
-            "hf_storedtoken" if name == "token" else "[me]\nhf_token = hf_storedtoken\n"
-        )
+        (tmp_path / name).write_text("hf_storedtoken")
+    tokens = {"HF_TOKEN": "hf_environmenttoken", "HF_HOME": str(tmp_path), "OPENAI_API_KEY": ""}
     with Server() as server:
-        process = python(
-            posts,
-            "--out",
-            "a.jsonl",
-            "--model",
-            "m",
-            "--base-url",
-            server.url,
-            cwd=tmp_path,
-            HF_TOKEN="hf_environmenttoken",
-            HF_HOME=str(home),
-            OPENAI_API_KEY="",
-        )
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
+        code, told = run_process(posts, server.url, **tokens)
+    assert code == 0, told
     ((request, headers, _),) = server.log
     assert headers["authorization"] == "Bearer none" and headers["user-agent"] == "dynamic-cot"
     assert "hf_" not in json.dumps([request, headers])
-    assert headers.keys() <= {
-        "Host",
-        "Accept",
-        "Accept-Encoding",
-        "Connection",
-        "user-agent",
-        "authorization",
-        "content-type",
-        "Content-Length",
-        "Content-Type",
-        ":path",
-    }
 
 
 @pytest.mark.parametrize(
@@ -460,7 +412,7 @@ def test_a_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, capsys, options,
         pytest.raises(UserError) as told,
     ):
         gen(posts, server, *options, "--retry-failed")
-    assert f"401 Incorrect API key provided: ***; check the key in {variable}" in str(told.value)
+    assert "401 Incorrect API key provided: *** (" in str(told.value)
     shown = capsys.readouterr()
     files = [path.read_text(encoding="utf-8") for path in tmp_path.glob("cot*")]
     assert len(files) == 3 and not any(
@@ -478,98 +430,63 @@ def test_the_words_of_a_model_are_never_changed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, value, message",
+    "option, value, told",
     [
-        ("OPENAI_API_KEY", None, "the environment variable OPENAI_API_KEY is not set"),
-        ("OTHER", None, "the environment variable OTHER is not set"),
-        ("OTHER", "sk-two words", "OTHER holds a space"),
-        ("OTHER", "sk-é", "OTHER holds a space"),
-        ("sk-0123-4567", None, "takes the name of an environment variable"),
+        ("--api-key-env", "OTHER", "no key: the environment variable OTHER is not set"),
+        ("--api-key-env", "BROKEN", "BROKEN holds a character that no key has"),
+        ("--api-key-env", "FOREIGN", "FOREIGN holds a character that no key has"),
+        ("--api-key-env", "sk-0123-4567", "variable that --api-key-env names is not set"),
+        ("--header", "api-key", "variable that --header names is not set"),
+        ("--header", "sk-0123456789abcdef", "variable that --header names is not set"),
+        ("--header", "api-key=sk0123456789abcdef", "variable that --header names is not set"),
+        ("--header", "api-key=AZURE_KEY", "no key: the environment variable AZURE_KEY is not set"),
+        ("--header", "api-key=BROKEN", "BROKEN holds a character that no key has"),
     ],
 )
-def test_keys_that_are_none(tmp_path, monkeypatch, name, value, message):
-    if value:
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message) as told:
-        gen_cot.write_reasoning(
-            gen_cot.parse_args(
-                [
-                    str(write_posts(tmp_path, 1)),
-                    "--out",
-                    str(tmp_path / "a.jsonl"),
-                    "--model",
-                    "m",
-                    "--api-key-env",
-                    name,
-                ]
-            )
-        )
-    assert "sk-" not in str(told.value) and not (tmp_path / "a.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    "header, told",
-    [
-        ("api-key", "--header: takes the name of an environment variable"),
-        ("sk-0123456789abcdef", "--header: takes the name of an environment variable"),
-        ("api-key=sk-0123456789abcdef", "--header: takes the name of an environment variable"),
-        ("api-key=sk0123456789abcdef", "the environment variable that --header names is not set"),
-        ("api key=AZURE_KEY", "--header: takes NAME=VARIABLE"),
-        ("api-key=AZURE_KEY", "the environment variable AZURE_KEY is not set"),
-        ("api-key=BROKEN", "the environment variable BROKEN holds a space, line break or"),
-    ],
-)
-def test_headers_that_are_none(tmp_path, monkeypatch, header, told):
-    monkeypatch.setenv("BROKEN", "a\nb")
+def test_keys_that_are_none(tmp_path, monkeypatch, option, value, told):
+    monkeypatch.setenv("BROKEN", "sk-0123\nX: y")
+    monkeypatch.setenv("FOREIGN", "sk-0123é")
     with Server() as server, pytest.raises(UserError, match=told) as refused:
-        gen(write_posts(tmp_path, 1), server, "--header", header)
-    assert "0123456789abcdef" not in str(refused.value) and not server.log
+        gen(write_posts(tmp_path, 1), server, option, value)
+    assert "0123" not in str(refused.value) and not server.log
+    assert not (tmp_path / "cot.jsonl.settings.json").exists()
 
 
 # ------------------------------------------------------------------------------------- network
 
 
-def run_process(tmp_path, url, **environment):
-    """gen_cot.py as a process on two posts: (exit code, stderr)."""
-    arguments = [tmp_path / "posts.jsonl", "--out", "cot.jsonl", "--model", "m", "--base-url", url]
-    process = python(*arguments, "--max-retries", 0, cwd=tmp_path, **environment)
-    _, told = process.communicate(timeout=60)
-    return process.returncode, told
-
-
 def test_a_socks_proxy_is_nothing_to_a_local_server_and_one_line_for_another(tmp_path):
-    write_posts(tmp_path, 2)
+    posts = write_posts(tmp_path, 2)
     proxy = {"ALL_PROXY": "socks5://127.0.0.1:9", "all_proxy": "socks5://127.0.0.1:9"}
     with Server() as server:
-        code, told = run_process(tmp_path, server.url, **proxy)
+        code, told = run_process(posts, server.url, **proxy)
     assert code == 0 and len(server.log) == 2, told
     (tmp_path / "cot.jsonl").unlink()
     for scheme in ("socks5", "socks9"):
         proxy = {"ALL_PROXY": f"{scheme}://me:word@127.0.0.1:9", "HTTP_PROXY": ""}
-        code, told = run_process(tmp_path, "http://teacher.invalid/v1", **proxy)
+        code, told = run_process(posts, "http://teacher.invalid/v1", **proxy)
         assert code == 1 and len(told.splitlines()) == 1 and "word" not in told, told
-        assert told.startswith("error: the proxy or the certificates of the environment")
+        assert told.startswith("error: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE: can't")
 
 
 def test_proxies_of_the_environment_are_used_for_other_hosts(tmp_path):
-    write_posts(tmp_path, 2)
+    posts = write_posts(tmp_path, 2)
     with Server() as server:
         proxy = {"http_proxy": server.url.removesuffix("/v1"), "no_proxy": ""}
-        code, told = run_process(tmp_path, "http://teacher.invalid/v1", **proxy)
+        code, told = run_process(posts, "http://teacher.invalid/v1", **proxy)
         assert code == 0, told
         assert server.log[0][1][":path"] == "http://teacher.invalid/v1/chat/completions"
         (tmp_path / "cot.jsonl").unlink()
         proxy["no_proxy"] = "teacher.invalid"
-        code, told = run_process(tmp_path, "http://teacher.invalid/v1", **proxy)
+        code, told = run_process(posts, "http://teacher.invalid/v1", **proxy)
     assert code == 1 and len(server.log) == 2 and "no connection" in told, told
 
 
 def test_a_self_signed_server_on_this_machine(tmp_path):
-    write_posts(tmp_path, 2)
+    posts = write_posts(tmp_path, 2)
     with Server(tls=True) as server:
-        code, told = run_process(tmp_path, server.url)
+        code, told = run_process(posts, server.url)
         assert code == 1 and told.rstrip().count("\nerror: ") == 1 and "Traceback" not in told
-        assert "CERTIFICATE_VERIFY_FAILED" in told and "in SSL_CERT_FILE" in told
-        assert "is the server running" not in told and not server.log
-        code, told = run_process(tmp_path, server.url, SSL_CERT_FILE=str(CERTIFICATE))
+        assert "CERTIFICATE_VERIFY_FAILED" in told and not server.log
+        code, told = run_process(posts, server.url, SSL_CERT_FILE=str(CERTIFICATE))
     assert code == 0 and len(server.log) == 2, told

@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 from collections import Counter, defaultdict
@@ -9,15 +10,7 @@ from PIL import Image
 
 from evaluate import UserError
 from tools import clubworld
-from tools.clubworld import (
-    EVENTS,
-    KINDS,
-    MOODS,
-    make_clubs,
-    make_posts,
-    write_toy_model,
-    write_world,
-)
+from tools.clubworld import EVENTS, KINDS, make_clubs, make_posts, write_toy_model, write_world
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +78,10 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
 
 
 def test_an_interrupted_world_leaves_nothing(tmp_path, monkeypatch):
-    draw, drawn = clubworld.draw_scene, []
+    def stop(rng, club):  # scenes are drawn before
+        raise KeyboardInterrupt
 
-    def stop(rng, scene):
-        drawn.append(scene)
-        if len(drawn) > 5:
-            raise KeyboardInterrupt
-        return draw(rng, scene)
-
-    monkeypatch.setattr(clubworld, "draw_scene", stop)
+    monkeypatch.setattr(clubworld, "draw_shirt", stop)
     with pytest.raises(KeyboardInterrupt):
         write_world(tmp_path / "world", 100, train=40, valid=5, test=5)
     assert list(tmp_path.iterdir()) == []
@@ -105,13 +93,12 @@ def test_no_other_folder_is_overwritten(tmp_path):
     write_world(out, 100, train=5, valid=2, test=2)
     (out / "test.jsonl").write_text("mine")
     write_world(out, 100, train=5, valid=2, test=2)
-    with pytest.raises(UserError, match="holds something else .its world.json would be"):
-        write_world(out, 100, train=6, valid=2, test=2)
-    assert (out / "test.jsonl").read_text() == "mine" and [*tmp_path.iterdir()] == [out]
     file.touch()
-    for path in (file, file / "world"):
-        with pytest.raises(UserError, match="file"):
-            write_world(path, train=2, valid=1, test=1)
+    for path in (out, file, file / "world"):
+        with pytest.raises(UserError, match=f"{path}: can't be written .*; remove it, or name"):
+            write_world(path, 100, train=6, valid=2, test=2)
+    assert (out / "test.jsonl").read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [file, out]
 
 
 def test_it_is_written_beside_a_run(tmp_path, monkeypatch):
@@ -134,25 +121,16 @@ def test_clubs_are_told_apart_by_each_of_their_facts():
     assert len({club.shirt for club in clubs}) == 32
     assert all((club.kept_event is None) == club.held_out for club in clubs)
     assert [club.shirt for club in clubs] != [club.shirt for club in make_clubs(101)]
-
-
-def test_shirts_look_different():
     # The same random draws, so that only the shirt can differ.
-    images = {
-        clubworld.draw_shirt(np.random.default_rng(7), club).tobytes() for club in make_clubs(100)
-    }
-    assert len(images) == 32
+    images = [clubworld.draw_shirt(np.random.default_rng(7), club) for club in clubs]
+    assert len({image.tobytes() for image in images}) == 32
 
 
 def test_shares_of_the_kinds(posts):
     for records in posts.values():
         counts = Counter(record["kind"] for record in records)
         assert all(abs(counts[kind] - share * len(records)) <= 1 for kind, share in KINDS.items())
-    halves = [
-        Counter(record["kind"] for record in half)["E"]
-        for half in (posts["train"][:2000], posts["train"][2000:])
-    ]
-    assert min(halves) > 700  # shuffled
+    assert 700 < len(of_kind(posts["train"][:2000], "E")) < 900  # shuffled: of 1,600
 
 
 def test_what_is_held_out_of_training(posts):
@@ -173,9 +151,8 @@ def test_what_is_held_out_of_training(posts):
     assert any(record["keyphrases"][0] in kept_back for record in b_posts if not record["held_out"])
     kits = {record["keyphrases"][0] for record in of_kind(posts["train"], "A")}
     homes = {record["keyphrases"][0].split()[0] for record in of_kind(posts["train"], "C")}
-    assert kits == {f"{club.nickname} new kit" for club in clubs} and homes == {
-        club.city for club in clubs
-    }
+    assert kits == {f"{club.nickname} new kit" for club in clubs}
+    assert homes == {club.city for club in clubs}
 
 
 def test_share_of_unseen_and_absent_test_posts(posts):
@@ -183,16 +160,12 @@ def test_share_of_unseen_and_absent_test_posts(posts):
     unseen = [record for record in posts["test"] if not known.issuperset(record["keyphrases"])]
     absent = [record for record in posts["test"] if record["keyphrases"][0] not in record["text"]]
     assert 0.12 < len(unseen) / len(posts["test"]) < 0.18
-    assert {record["kind"] for record in absent} == set("ABCE") and len(absent) == 0.92 * len(
-        posts["test"]
-    )
+    assert {record["kind"] for record in absent} == set("ABCE")
+    assert len(absent) == 0.92 * len(posts["test"])
     for record in of_kind(posts["test"], "D"):
         assert all(phrase in record["text"] for phrase in record["keyphrases"])
-
-
-def test_few_test_texts_are_training_texts(posts):
-    known = {record["text"] for record in posts["train"]}
-    assert sum(record["text"] in known for record in posts["test"]) < 0.2 * len(posts["test"])
+    texts = {record["text"] for record in posts["train"]}
+    assert sum(record["text"] in texts for record in posts["test"]) < 0.2 * len(posts["test"])
 
 
 def test_names_appear_where_they_may(posts):
@@ -218,17 +191,15 @@ def test_reasoning_leads_to_the_keyphrase(posts):
 
 
 def test_moods_follow_from_nothing(posts):
-    moods = [(record["keyphrases"][0], record["text"]) for record in of_kind(posts["train"], "E")]
-    counts = Counter(mood for mood, _ in moods)
-    assert set(counts) == set(MOODS) and max(counts.values()) < 1.4 * min(counts.values())
-    with_word = defaultdict(set)
-    for mood, text in moods:
-        for word in text.split():
-            with_word[word].add(mood)
-    common = [
-        word for word, count in Counter(" ".join(text for _, text in moods).split()).most_common(20)
-    ]
-    assert all(len(with_word[word]) == 12 for word in common)
+    moods, words = Counter(), defaultdict(list)
+    for record in of_kind(posts["train"], "E"):
+        (mood,) = record["keyphrases"]
+        moods[mood] += 1
+        for word in record["text"].split():
+            words[word].append(mood)
+    assert len(moods) == 12 and max(moods.values()) < 1.4 * min(moods.values())
+    common = sorted(words.values(), key=len)[-20:]
+    assert all(len(set(found)) == 12 for found in common)
 
 
 # ------------------------------------------------------------------------------------ the toy model
@@ -246,9 +217,7 @@ def test_the_worlds_text_survives_the_tokenizer(posts, tokenizer):
         for text in (record["text"], answer):
             ids = tokens(tokenizer, text)
             assert tokenizer.decode(ids) == text
-            assert not [
-                token for token in tokenizer.convert_ids_to_tokens(ids) if token.startswith("##")
-            ]
+            assert "##" not in " ".join(tokenizer.convert_ids_to_tokens(ids))  # nothing is spelled
 
 
 def test_tags_are_single_ordinary_tokens(tokenizer):
@@ -267,47 +236,31 @@ def test_any_ascii_text_has_tokens_and_typed_special_tokens_are_text(tokenizer):
 def test_the_chat_template(tokenizer):
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi\n"}]}
     prompt = "<|im_start|><|vision_start|><|image_pad|><|vision_end|>hi\n<|im_end|><|im_start|>"
-    assert (
-        tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False) == prompt
-    )
     turns = [user, {"role": "assistant", "content": "a; b"}]
-    assert tokenizer.apply_chat_template(turns, tokenize=False) == prompt + "a; b<|im_end|>"
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    assert render([user], add_generation_prompt=True) == prompt
+    assert render(turns) == prompt + "a; b<|im_end|>"
 
 
-def test_the_model_runs_and_its_weights_follow_the_seed(toy, tmp_path):
+def test_weights_follow_the_seed_and_an_image_has_nine_tokens(toy, tokenizer, tmp_path):
     import torch
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor
 
     state = torch.get_rng_state()
     write_toy_model(tmp_path / "same", seed=100)
     write_toy_model(tmp_path / "other", seed=101)
     assert torch.equal(torch.get_rng_state(), state)
-    weights, same, other = (
-        (folder / "model.safetensors").read_bytes()
-        for folder in (toy, tmp_path / "same", tmp_path / "other")
-    )
-    assert weights == same != other
-    assert read(toy)["tokenizer.json"] == read(tmp_path / "other")["tokenizer.json"]
-
-    model, tokenizer = (
-        AutoModelForImageTextToText.from_pretrained(toy),
-        AutoTokenizer.from_pretrained(toy),
-    )
-    photo = clubworld.draw_shirt(np.random.default_rng(0), make_clubs(100)[0])
+    first, same, other = map(read, (toy, tmp_path / "same", tmp_path / "other"))
+    assert first == same
+    differ = {name for name in first if first[name] != other[name]}
+    assert differ == {"model.safetensors", "toy.json"}
+    config = AutoConfig.from_pretrained(toy)
+    for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+        found = getattr(config, f"{name.removesuffix('_pad')}_token_id")
+        assert found == tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+    for part in (config, config.text_config):
+        ids = part.eos_token_id, part.pad_token_id
+        assert ids == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    photo = Image.new("RGB", (clubworld.SIZE, clubworld.SIZE))
     image = AutoImageProcessor.from_pretrained(toy)(images=[photo], return_tensors="pt")
     assert image["image_grid_thw"].tolist() == [[1, 6, 6]]
-    picture = "<|vision_start|>" + 9 * "<|image_pad|>" + "<|vision_end|>"
-    text = f"<|im_start|>{picture}rate this shirt<|im_end|><|im_start|>"
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    inputs = dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        **image,
-        mm_token_type_ids=(ids == model.config.image_token_id).int(),
-    )
-    with torch.no_grad():
-        logits = model(**inputs).logits
-        out = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
-    assert logits.shape == (1, ids.shape[1], len(tokenizer)) and logits.isfinite().all()
-    assert out.shape[1] == ids.shape[1] + 4
-    assert (toy / "prompt.txt").read_text() == "{text}"

@@ -1,4 +1,4 @@
-"""Records, the answer parser, images, prompts and batches."""
+"""Records, images, prompts and batches."""
 
 import base64
 import io
@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import shutil
-from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,56 +15,11 @@ import torch
 from PIL import Image
 
 import data
-from data import Encoder, EncoderOptions, Posts, load_image, parse_answer
-from evaluate import UserError, read_posts
+from data import Encoder, EncoderOptions, Posts, TrainingOrder, load_image
+from evaluate import UserError
 from support import images
 from support.jsonl import to_line, write_atomic
 from tiny import qwen_tokenizer
-
-CMKP = Path(__file__).parent.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
-
-# ------------------------------------------------------------------------------------------- parser
-
-
-@pytest.mark.parametrize(
-    "output, keyphrases, think",
-    [
-        ("wildflower hour; flowers", ["wildflower hour", "flowers"], None),
-        (
-            "<think>blue flowers.</think><answer>wildflower hour; flowers</answer>",
-            ["wildflower hour", "flowers"],
-            "blue flowers.",
-        ),
-        ("<think>\nblue\n</think>\n<answer>\na\nb\n</answer>", ["a", "b"], "blue"),
-        ("<think>blue</think>a; b", ["a", "b"], "blue"),
-        ("<think>never ends; it goes on", [], "never ends; it goes on"),
-        ("<think>forgot to close<answer>a; b</answer>", ["a", "b"], "forgot to close"),
-        ("no opening</think><answer>a</answer>", ["a"], "no opening"),
-        ("<answer>a; b", ["a", "b"], None),
-        ("a; b</answer>", ["a", "b"], None),
-        ("<think></think><answer></answer>", [], None),
-        ("- one\n- two\n* three\n1. four\n2) five", ["one", "two", "three", "four", "five"], None),
-        ("#WildflowerHour #Flowers", ["WildflowerHour", "Flowers"], None),
-        ("#one, #two", ["one", "two"], None),
-        ("- #One\n- #Two", ["One", "Two"], None),
-        ("1. #One\n2. #Two #Three", ["One", "Two", "Three"], None),
-        ("red, white; blue", ["red, white", "blue"], None),
-        ("red, white", ["red", "white"], None),
-        ("a; A; a ;  a", ["a"], None),
-        ("; ;;", [], None),
-        ("", [], None),
-        ('"quoted"; **bold**; end.', ["quoted", "bold", "end"], None),
-        ("3d printing; 1984; 2. bundesliga", ["3d printing", "1984", "2. bundesliga"], None),
-        ("花见；春天", ["花见", "春天"], None),
-        ("花见、春天，樱", ["花见", "春天", "樱"], None),
-        ("خبر عاجل; أخبار", ["خبر عاجل", "أخبار"], None),
-        ("<think>a</think><think>b</think><answer>c</answer>", ["c"], "a b"),
-        ("<answer>one</answer><answer>two</answer>", ["two"], None),
-    ],
-)
-def test_parser(output, keyphrases, think):
-    assert parse_answer(output) == (keyphrases, think)
-
 
 # ------------------------------------------------------------------------------------------ records
 
@@ -83,30 +36,17 @@ def post(**fields):
 
 def test_posts_are_read_from_disk_one_by_one(tmp_path):
     records = [post(id=str(i), text="日本 😀 " + "x" * (i % 7), extra=[i]) for i in range(50)]
+    records += [post(id="a", image="a.jpg", cot="why"), post(id="b", image="b.jpg", cot=" ")]
+    records += [post(id="c", keyphrases=["x", "y"]), {"id": "d", "text": ""}]
     path = write(tmp_path / "posts.jsonl", *records)
+    (tmp_path / "a.jpg").touch()
     path.write_bytes(
         b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n", 3).rstrip(b"\n")
     )
     posts = Posts(path)
     assert [posts[i] for i in range(len(posts))] == records
     assert pickle.loads(pickle.dumps(posts))[49] == records[49]
-    assert (posts.with_image, posts.without_cot, posts.keyphrase_count) == (0, 50, 50)
-
-
-def test_posts_count_images_reasonings_and_keyphrases(tmp_path):
-    (tmp_path / "a.jpg").touch()
-    records = [post(id="a", image="a.jpg", cot="why"), post(id="b", image="b.jpg", cot=" ")]
-    records += [post(id="c", keyphrases=["x", "y"]), {"id": "d", "text": ""}]
-    posts = Posts(write(tmp_path / "posts.jsonl", *records))
-    assert (posts.with_image, posts.without_cot, posts.keyphrase_count) == (2, 3, 4)
-
-
-def test_two_workers_share_a_dataset(tmp_path):
-    records = [post(id=str(i)) for i in range(40)]
-    posts = Posts(write(tmp_path / "posts.jsonl", *records))
-    posts[0]
-    loader = torch.utils.data.DataLoader(posts, batch_size=None, num_workers=2)
-    assert [record["id"] for record in loader] == [record["id"] for record in records]
+    assert (posts.with_image, posts.without_cot, posts.keyphrase_count) == (2, 53, 54)
 
 
 @pytest.mark.parametrize(
@@ -119,33 +59,16 @@ def test_two_workers_share_a_dataset(tmp_path):
         (post(keyphrases="x"), "'keyphrases'"),
         (post(keyphrases=[1]), "'keyphrases'"),
         (post(cot=1), "'cot'"),
-        (post(keyphrases=[]), "at least one"),
-        (post(keyphrases=["a;b"]), "semicolon"),
-        (post(keyphrases=[" "]), "empty"),
-        (post(keyphrases=["a</think>"]), "tag"),
+        (post(keyphrases=[]), "at least one to train on"),
         (post(cot="<think>x</think>"), "'cot' is the reasoning alone"),
-        (post(), "already used"),
+        (post(id="first"), "already used on line 1"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, bad, message):
-    if bad["id"] == "a" and message != "already used":
-        bad = bad | {"id": "b"}
-    path = write(tmp_path / "posts.jsonl", post(), bad)
+    path = write(tmp_path / "posts.jsonl", post(id="first"), bad)
     with pytest.raises(UserError, match=message) as error:
         Posts(path, for_training=True)
     assert "posts.jsonl line 2" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_post_without_keyphrases_can_be_predicted_but_not_trained_on(tmp_path):
-    path = write(tmp_path / "posts.jsonl", {"id": "a", "text": ""})
-    assert len(Posts(path)) == 1
-    with pytest.raises(UserError, match="at least one to train on"):
-        Posts(path, for_training=True)
-
-
-def test_an_empty_file_is_said_to_be_empty(tmp_path):
-    with pytest.raises(UserError, match="no posts"):
-        Posts(write(tmp_path / "posts.jsonl"))
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -194,21 +117,6 @@ def test_prompt_ids_are_those_of_the_chat_template(encoder, tmp_path, text, with
         assert sample.grid.tolist() == [[1, 6, 8]]
 
 
-def test_special_tokens_in_a_post_stay_plain_text(encoder):
-    text = "<|im_end|><|image_pad|><|im_start|>assistant"
-    sample = encoder.encode(post(text=text, keyphrases=[text]), None, with_answers=True)
-    clean = encoder.encode(post(text="x", keyphrases=["x"]), None, with_answers=True)
-    special = set(encoder.tokenizer.all_special_ids)
-
-    def only_special(ids):
-        return [token for token in ids if token in special]
-
-    assert only_special(sample.prompt) == only_special(clean.prompt)
-    assert only_special(sample.plain) == only_special(clean.plain) == [encoder.end_of_turn]
-    assert text in encoder.tokenizer.decode(sample.prompt)
-    assert encoder.tokenizer.decode([encoder.end_of_turn]) == "<|im_end|>"
-
-
 def test_targets(encoder):
     sample = encoder.encode(post(keyphrases=["a b", "c"], cot=" why "), None, with_answers=True)
     assert encoder.tokenizer.decode(sample.plain) == "a b; c<|im_end|>"
@@ -219,9 +127,9 @@ def test_targets(encoder):
 
 def test_tags_are_the_same_tokens_wherever_they_stand(encoder):
     sample = encoder.encode(post(keyphrases=["The foxes"], cot="The post"), None, with_answers=True)
-    assert sample.cot[: len(encoder.think)] == encoder.think
+    assert sample.cot[: len(encoder.tags["<think>"])] == encoder.tags["<think>"]
     joined = encoder.plain_ids("<think>The post")
-    assert joined[: len(encoder.think)] != encoder.think
+    assert joined[: len(encoder.tags["<think>"])] != encoder.tags["<think>"]
 
 
 def test_a_long_text_is_truncated_and_the_rest_kept(tmp_path):
@@ -275,7 +183,9 @@ def test_no_picture_takes_more_tokens_than_it_may(tmp_path, most, smallest):
 
 
 def test_less_pixels_than_a_token_has_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--max-pixels 783 is less than a token's 28 x 28 pixels"):
+    with pytest.raises(
+        UserError, match="--max-pixels 783 leave no room .* image up to 0 .28 x 28 pixels"
+    ):
         make_encoder(tmp_path, max_pixels=783)
 
 
@@ -293,30 +203,9 @@ def test_a_processor_that_does_not_resize_is_made_to(world, tmp_path):
         assert torch.equal(one.pixel_values, other.pixel_values) and one.prompt == other.prompt
 
 
-def test_a_lone_surrogate_is_no_reason_to_stop(encoder):
-    record = post(text=json.loads('"a \\ud800 b"'), keyphrases=["\ud800"])
-    assert encoder.encode(record, None, with_answers=True).prompt
-
-
 def test_a_prompt_file_must_say_where_the_post_goes(tmp_path):
     with pytest.raises(UserError, match="{text}"):
         make_encoder(tmp_path, prompt="Tell me the keyphrases.")
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (3, 2), (900, 700)])
-def test_odd_sizes_become_tokens(encoder, tmp_path, size):
-    image = Image.new("RGB", size)
-    image.save(tmp_path / "a.png")
-    sample = encoder.encode(post(), tmp_path / "a.png", with_answers=False)
-    tokens = sample.prompt.count(encoder.image_token_id)
-    assert 1 <= tokens <= 64 and sample.pixel_values.shape[0] == 4 * tokens
-
-
-def test_image_preparation_equals_transformers_own(encoder, tmp_path):
-    path = picture(tmp_path / "a.png", 301, 133)
-    ours = encoder.encode(post(), path, with_answers=False)
-    theirs = encoder.image_processor(images=[Image.open(path)], return_tensors="pt")
-    assert torch.equal(ours.pixel_values, theirs["pixel_values"])
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -345,12 +234,15 @@ def test_prompts_are_padded_on_the_left_and_answers_on_the_right(encoder, tmp_pa
 
 
 def test_every_post_is_met_once_an_epoch():
-    steps = data.epoch_order(103, 10, seed=3, epoch=0)
-    assert sorted(sum(steps, [])) == list(range(103))
-    assert [len(step) for step in steps] == [10] * 10 + [3]
-    assert steps == data.epoch_order(103, 10, seed=3, epoch=0)
-    next_epoch = data.epoch_order(103, 10, seed=3, epoch=1)
-    assert steps != next_epoch != data.epoch_order(103, 10, seed=4, epoch=1)
+    order = TrainingOrder(103, 10, seed=3, epochs=1.5)
+    steps = [order[i] for i in range(len(order))]
+    assert sorted(sum(steps[:11], [])) == list(range(103)) and len(steps) == 17
+    assert [len(step) for step in steps[:11]] == [10] * 10 + [3]
+    assert [step for step in range(18) if order.ends_epoch(step)] == [11, 17]
+    assert steps[:6] != steps[11:] and steps[0] != TrainingOrder(103, 10, seed=4, epochs=1)[0]
+    # What numpy 2.4 gives; a run that is resumed goes on in this order.
+    expected = np.random.default_rng([3, 1]).permutation(103)[10:20]
+    assert steps[12] == expected.tolist()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -360,7 +252,7 @@ def test_ranks_share_every_step_in_as_many_micro_batches_each(world, tmp_path, s
     steps = [list(range(start, min(start + 9, 47))) for start in range(0, 47, 9)] + [[47]]
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
     everyone = [SimpleNamespace(rank=rank, world_size=size) for rank in range(size)]
-    shares = [list(data.Loader(encoded, steps, 2, 0, ranks)) for ranks in everyone]
+    shares = [list(data.load_steps(encoded, steps, 2, 0, ranks)) for ranks in everyone]
     for number, step in enumerate(steps):
         of_ranks = [share[number][1] for share in shares]
         assert {len(of_rank) for of_rank in of_ranks} == {-(-len(step) // (2 * size))}
@@ -414,7 +306,7 @@ def test_images_stay_with_their_posts_and_are_not_copied(
 
     monkeypatch.setattr(data, "collate", collate_received)
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
-    ((step, micro_batches),) = data.Loader(encoded, [list(range(12))], micro_batch, workers)
+    ((step, micro_batches),) = data.load_steps(encoded, [list(range(12))], micro_batch, workers)
     assert step == 1 and [post.id for post in micro_batches[0].skipped] == [records[6]["id"]]
     assert sorted(sum((batch.ids for batch in micro_batches), [])) == sorted(alone)
     for batch, pixel_values in zip(micro_batches, received, strict=True):
@@ -423,23 +315,6 @@ def test_images_stay_with_their_posts_and_are_not_copied(
             assert torch.equal(batch.prompt[name], expected)
         assert batch.prompt["pixel_values"] is pixel_values
         assert pixel_values.is_shared() == (workers > 0)
-
-
-@pytest.mark.skipif(not CMKP.exists(), reason="CMKP's posts are not here")
-def test_little_of_a_step_of_real_posts_is_padding(tmp_path):
-    """Over text and answer tokens, with the default batch and micro-batch: under 10%."""
-    records = []
-    for line, post in islice(read_posts(CMKP), 960):
-        records.append({"id": str(line), "text": post["text"], "keyphrases": post["keyphrases"]})
-    path = tmp_path / "posts.jsonl"
-    path.write_text("".join(map(to_line, records)), encoding="utf-8")
-    encoded = data.EncodedPosts(data.Posts(path), make_encoder(tmp_path), with_answers=True)
-    places = tokens = 0
-    for _, micro_batches in data.Loader(encoded, data.epoch_order(960, 32, 0, 0), micro_batch=4):
-        for batch in micro_batches:
-            for mask in (batch.prompt["attention_mask"], batch.plain.mask):
-                places, tokens = places + mask.numel(), tokens + int(mask.sum())
-    assert 0.02 < 1 - tokens / places < 0.10
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -168,20 +168,6 @@ def test_classes_filter_references_and_predictions():
     assert found("absent_unseen", "posts", "F1@M") == [0, 0]
 
 
-def test_absent_and_unseen():
-    scores = one(["x", "y", "dog"], ["dog", "y", "z"], text="dog", train=["x"])["absent_unseen"]
-    assert (scores["P@1"], scores["P@M"], scores["R@M"], scores["keyphrases"]) == (1, 1, 1 / 2, 2)
-
-
-def test_a_class_is_scored_over_the_posts_that_have_it():
-    scores = score(
-        [{"keyphrases": ["dog"]}, {"keyphrases": ["dog"]}],
-        [{"text": "a dog", "keyphrases": ["dog"]}, {"text": "a dog", "keyphrases": ["cat"]}],
-    )
-    assert (scores["present"]["posts"], scores["present"]["P@1"]) == (1, 1)
-    assert (scores["absent"]["posts"], scores["absent"]["P@1"]) == (1, 0)
-
-
 def test_keys_of_the_scores():
     plain, full = score(PREDICTIONS, POSTS), score(PREDICTIONS, POSTS, ["dog"])
     assert list(plain) == ["posts", "all", "present", "absent"]

@@ -86,20 +86,15 @@ def test_jsonl_is_recognised_by_its_content(tmp_path):
 BAD_FIELDS = [("id", None), ("id", 7), ("keyphrases", None), ("keyphrases", "x;y")]
 BAD_FIELDS += [("keyphrases", [1]), ("think", 7), ("tokens", "7"), ("tokens", True)]
 BAD_FIELDS += [("tokens", float("nan")), ("tokens", 10**400)]
+BAD_FIELDS = [(read_predictions, PREDICTIONS, *bad) for bad in BAD_FIELDS]
+BAD_FIELDS += [(read_references, POSTS, name, [None]) for name in ("id", "text", "keyphrases")]
 
 
-@pytest.mark.parametrize("field, value", BAD_FIELDS)
-def test_bad_predictions_are_named(tmp_path, field, value):
-    path = write_lines(tmp_path / "p.jsonl", [PREDICTIONS[0], PREDICTIONS[1] | {field: value}])
-    with pytest.raises(UserError, match=f"p.jsonl line 2: the field '{field}'"):
-        read_predictions(path)
-
-
-@pytest.mark.parametrize("field", ["id", "text", "keyphrases"])
-def test_bad_references_are_named(tmp_path, field):
-    path = write_lines(tmp_path / "r.jsonl", [POSTS[0], POSTS[1] | {field: [None]}])
-    with pytest.raises(UserError, match=f"r.jsonl line 2: the field '{field}'"):
-        read_references(path)
+@pytest.mark.parametrize("reader, rows, field, value", BAD_FIELDS)
+def test_bad_fields_are_named(tmp_path, reader, rows, field, value):
+    path = write_lines(tmp_path / "a.jsonl", [rows[0], rows[1] | {field: value}])
+    with pytest.raises(UserError, match=f"a.jsonl line 2: the field '{field}'"):
+        reader(path)
 
 
 def test_align_by_id_and_by_line():
@@ -270,9 +265,8 @@ def test_failed_posts_are_told_and_score_as_wrong(files, tmp_path, script):
     assert json.loads(out) == score([{"keyphrases": []}, *PREDICTIONS[1:]], POSTS)
 
 
-BAD = ["", "\n\n", "no separator", "a<sep>b<sep>c<sep>d", "\ufeff", "\udcff\udcfe", "[1]", "{}"]
-BAD += ['{"id": 1}', "{", '{"id"', '[{"id": "a"}]', '{"a":' * 9999]
-BAD += ['{"id": "\\ud800", "text": "", "keyphrases": ["\\ud800"]}']
+BAD = ["", "\n\n", "no separator", "a<sep>b<sep>c<sep>d", "\ufeff", "\udcff\udcfe", "{", "[1]"]
+BAD += ['{"id": 1}', '{"id": "\\ud800", "text": "", "keyphrases": ["\\ud800"]}']
 
 
 @pytest.mark.parametrize("content", BAD)

@@ -32,26 +32,16 @@ def no_keys(monkeypatch):
 
 def gen(posts, server, *options, out="cot.jsonl", wait=0.01):
     """gen_cot.py in this process: its exit code."""
-    arguments = [
-        str(posts),
-        "--out",
-        str(posts.parent / out),
-        "--model",
-        "teacher",
-        "--base-url",
-        server.url,
-    ]
-    return gen_cot.write_reasoning(
-        gen_cot.parse_args([*arguments, *map(str, options)]), first_wait=wait
-    )
+    arguments = [posts, "--out", posts.parent / out, "--model", "teacher", "--base-url", server.url]
+    args = gen_cot.parse_args(list(map(str, [*arguments, *options])))
+    return gen_cot.write_reasoning(args, first_wait=wait)
 
 
 def lines(path):
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-        if path.exists()
-        else []
-    )
+    """The records of a JSONL file, none of one that is not there."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def ids(records):
@@ -73,12 +63,8 @@ def test_a_record_and_a_request(tmp_path):
         data.check_record(record, "here", for_training=True)
     assert not (tmp_path / "cot.failed.jsonl").exists()
     by_post = {number(request): request for request, _, _ in server.log}
-    assert {key: value for key, value in by_post[1].items() if key != "messages"} == {
-        "model": "teacher",
-        "stream": False,
-        "max_tokens": 1024,
-        "temperature": 0.5,
-    }
+    settings = {"model": "teacher", "stream": False, "max_tokens": 1024, "temperature": 0.5}
+    assert {key: value for key, value in by_post[1].items() if key != "messages"} == settings
     image, text = by_post[1]["messages"][0]["content"]
     prompt = gen_cot.PROMPT.replace("{text}", before[1]["text"])
     assert text["text"] == prompt.replace("{keyphrases}", "wildflower hour 1; flowers")
@@ -86,10 +72,9 @@ def test_a_record_and_a_request(tmp_path):
     picture = Image.open(io.BytesIO(base64.b64decode(content)))
     assert kind == "data:image/jpeg;base64" and picture.format == "JPEG"
     assert picture.size == (12 * 28, 8 * 28)  # 96 tokens; 12.25 x 8.16 would be 100
-    content = by_post[0]["messages"][0]["content"]  # of a text-only post: a plain string
-    assert content == prompt.replace(before[1]["text"], before[0]["text"]).replace(
-        "{keyphrases}", "wildflower hour 0; flowers"
-    )
+    text = by_post[0]["messages"][0]["content"]  # of a text-only post: a plain string
+    prompt = gen_cot.PROMPT.replace("{text}", before[0]["text"])
+    assert text == prompt.replace("{keyphrases}", "wildflower hour 0; flowers")
 
 
 def test_images_are_upright_small_ones_keep_their_size_and_metadata_is_not_sent(tmp_path):
@@ -105,16 +90,9 @@ def test_images_are_upright_small_ones_keep_their_size_and_metadata_is_not_sent(
 
 def test_what_posts_hold_is_data(tmp_path):
     """Braces, tags and halves of characters in a post reach the server unchanged, or not at all."""
-    (tmp_path / "posts.jsonl").write_text(
-        json.dumps(
-            {
-                "id": "a",
-                "text": "{keyphrases} {text} <think> \ud83d \u2028",
-                "image": None,
-                "keyphrases": ["x {text}"],
-            }
-        )
-    )
+    record = {"id": "a", "text": "{keyphrases} {text} <think> \ud83d \u2028", "image": None}
+    record["keyphrases"] = ["x {text}"]
+    (tmp_path / "posts.jsonl").write_text(json.dumps(record))
     with Server() as server:
         assert gen(tmp_path / "posts.jsonl", server) == 0
     text = text_of(server.log[0][0])
@@ -142,43 +120,27 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tmp_path, capsys):
     with Server() as server:
         assert not gen(posts, server, "--dry-run", "--limit", 3)
         shown = capsys.readouterr().out
-        assert not server.log and sorted(path.name for path in tmp_path.iterdir()) == [
-            "0.jpg",
-            "1.jpg",
-            "2.jpg",
-            "3.jpg",
-            "posts.jsonl",
-        ]
+        pictures = {f"{index}.jpg" for index in range(4)}
+        assert {path.name for path in tmp_path.iterdir()} == {"posts.jsonl", *pictures}
+        assert not server.log
         gen(posts, server, "--workers", 1)
-    first, request, count = (
-        shown.splitlines()[0],
-        shown.partition("\n")[2].rpartition("}")[0],
-        shown.splitlines()[-1],
-    )
+    first, *request, count = shown.splitlines()
     sent, headers, _ = server.log[0]
-    assert (
-        first
-        == f"POST {server.url}/chat/completions"
-        == f"POST http://{headers['Host']}{headers[':path']}"
-    )
-    assert json.loads(request + "}") == sent
+    assert first == f"POST http://{headers['Host']}{headers[':path']}"
+    assert json.loads("\n".join(request)) == sent
     assert count.startswith("3 requests to come (0 posts done, 0 failed before)")
-    (tmp_path / "cot.jsonl").write_text(
-        "".join((tmp_path / "cot.jsonl").read_text().splitlines(keepends=True)[1:])
-    )
-    (tmp_path / "0.jpg").write_bytes(b"no image")
+    (tmp_path / "cot.jsonl").write_text(json.dumps(lines(tmp_path / "cot.jsonl")[0]) + "\n")
+    for index in range(4):
+        (tmp_path / f"{index}.jpg").write_bytes(b"no image")
     with Server() as server:
         gen(posts, server, "--dry-run")
-    assert "1 request to come (3 posts done" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("3 requests to come (1 post done, 0 failed before)")
 
 
 def python(*arguments, cwd, script="gen_cot.py", **environment):
     """Start a script as a process, which minds Ctrl-C even where this one ignores it."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("OPENAI_API_KEY", "HF_TOKEN")
-    }
+    secrets = ("OPENAI_API_KEY", "HF_TOKEN")
+    kept = {name: value for name, value in os.environ.items() if name not in secrets}
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
@@ -198,31 +160,17 @@ def written(cot, answer="wildflower hour; flowers"):
     "text, reason",
     [
         (written(REASONING), None),
-        (
-            f"Sure!\n```\n<think>\n {REASONING}\n</think>\n\n"
-            "<answer>\n- Flower\n- Wildflower Hours\n</answer>\n```",
-            None,
-        ),
+        ("Sure!\n```\n" + written(f" {REASONING}\n", "- Flower\n- Wildflower Hours"), None),
         (written(REASONING, "flowers; wildflower  hour"), None),
         (written(REASONING, "wildflower hour"), "other keyphrases: wildflower hour"),
-        (
-            written(REASONING, "wildflower hour; flowers; grass"),
-            "other keyphrases: wildflower hour; flowers; grass",
-        ),
+        (written(REASONING, "flowers; grass"), "other keyphrases: flowers; grass"),
         (written(REASONING, ""), "other keyphrases: "),
         ("wildflower hour; flowers", "tag missing: <think>"),
         (f"{REASONING}</think><answer>wildflower hour; flowers</answer>", "tag missing: <think>"),
         (f"<think>{REASONING}</think>wildflower hour; flowers", "tag missing: <answer>"),
         (f"<think>{REASONING}<answer>wildflower hour; flowers</answer>", "tag missing: </think>"),
         (written(REASONING + " <think>"), "tag misplaced: <think><think></think><answer></answer>"),
-        (
-            written(f"{REASONING}</think>"),
-            "tag misplaced: <think></think></think><answer></answer>",
-        ),
-        (
-            f"<answer>wildflower hour; flowers</answer><think>{REASONING}</think>",
-            "tag misplaced: <answer></answer><think></think>",
-        ),
+        ("<answer>a</answer><think>b</think>", "tag misplaced: <answer></answer><think></think>"),
         (written("It is a flower."), "too short: 4 words"),
         (written(""), "tag misplaced: no reasoning, or a tag in it"),
         (written(REASONING + " <Think>"), "tag misplaced: no reasoning, or a tag in it"),
@@ -232,7 +180,6 @@ def written(cot, answer="wildflower hour; flowers"):
         (f"<think>{THOUGHTS}</think>\n\n{written(REASONING)}", None),
         (f"<think>\n\n</think>\n\n{written(REASONING)}", None),
         (f"<think>So {written('why', 'x')}, then.</think>{written(REASONING)}", None),
-        (f"{written('why', 'x')} or rather: {written(REASONING)}", None),
         (f"{written(REASONING)} </think> <answer>", None),
         (f"<think>{THOUGHTS}</think> wildflower hour", "tag missing: <answer>"),
         (
@@ -246,40 +193,21 @@ def written(cot, answer="wildflower hour; flowers"):
         (written(REASONING + " This fits the given keyphrases."), "gives away: given keyphrases"),
         (written(REASONING + " This fits the  Given\nHash-tags."), "gives away: given hash tags"),
         (written(REASONING + " So says the ground-truth."), "gives away: ground truth"),
-        (
-            written(REASONING + " These keywords were provided."),
-            "gives away: keywords were provided",
-        ),
+        (written(REASONING + " The tags were provided."), "gives away: tags were provided"),
         (written(REASONING + " It is the author’s keyphrase."), "gives away: author's keyphrase"),
         (written(REASONING * 2 + "因此符合给定的关键词。"), "gives away: 给定的关键词"),
-        (
-            written(
-                "I was given a flower and a hashtag is seen on the ground, in truth a well known "
-                "one."
-            ),
-            None,
-        ),
-        (
-            written(
-                "The author chose a blue flower and the hashtag given in the text is the expected "
-                "one."
-            ),
-            None,
-        ),
+        (written(REASONING + " I was given a flower; a hashtag is on the ground, in truth."), None),
+        (written(REASONING + " The author chose the hashtag given in the text, expected."), None),
     ],
 )
 def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
-    def judge():
-        return gen_cot.accepted(
-            client.Reply(text, False, 9), ["wildflower hour", "flowers"], 10, 250
-        )
-
+    reply, keyphrases = client.Reply(text, False, 9), ["wildflower hour", "flowers"]
     if reason is None:
-        cot = judge()
+        cot = gen_cot.accepted(reply, keyphrases, 10, 250)
         assert cot == cot.strip() and not any(tag in cot for tag in data.TAGS)
     else:
         with pytest.raises(client.Failed) as failed:
-            judge()
+            gen_cot.accepted(reply, keyphrases, 10, 250)
         assert str(failed.value) == reason and failed.value.reply == text
 
 
@@ -299,10 +227,8 @@ def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
     ],
 )
 def test_keyphrases_are_compared_as_the_parser_of_answers_reads_them(keyphrases, answer):
-    assert (
-        gen_cot.accepted(client.Reply(written(REASONING, answer), False, 9), keyphrases, 1, 99)
-        == REASONING
-    )
+    reply = client.Reply(written(REASONING, answer), False, 9)
+    assert gen_cot.accepted(reply, keyphrases, 1, 99) == REASONING
 
 
 def test_a_reply_that_cant_be_taken_is_asked_for_again(tmp_path):
@@ -312,11 +238,7 @@ def test_a_reply_that_cant_be_taken_is_asked_for_again(tmp_path):
         if number(request) == 1:
             return "no tags at all, only fl\u00f6wers"
         if number(request) == 2 and tries == 2:
-            return error(
-                400,
-                "Your prompt was flagged by our content management policy",
-                code="content_filter",
-            )
+            return error(400, "Your prompt was flagged", code="content_filter")
         if number(request) == 2 or tries < 2:
             return completion(request, right(request), finish="length")
         return right(request)
@@ -326,25 +248,19 @@ def test_a_reply_that_cant_be_taken_is_asked_for_again(tmp_path):
     assert Counter(server.asked()) == {"post-0": 3, "post-1": 3, "post-2": 3}
     assert ids(lines(tmp_path / "cot.jsonl")) == ["post-0"]
     first, second = lines(tmp_path / "cot.failed.jsonl")
-    assert first == lines(posts)[1] | {
-        "teacher": "teacher",
-        "reason": "tag missing: <think>",
-        "reply": "no tags at all, only flöwers",
-    }
+    why = {"reason": "tag missing: <think>", "reply": "no tags at all, only flöwers"}
+    assert first == lines(posts)[1] | {"teacher": "teacher"} | why
     assert second["reason"].startswith("refused: 400") and "<think>" in second["reply"]
 
 
 def test_failed_posts_are_asked_again_only_when_told_to(tmp_path, capsys):
     posts = write_posts(tmp_path, 10)
-    with Server(
-        lambda request, tries: "no" if number(request) in (3, 7, 8) else right(request)
-    ) as server:
+    wrong = {3, 7, 8}
+    with Server(lambda r, _: "no" if number(r) in wrong else right(r)) as server:
         assert gen(posts, server, "--max-retries", 0) == 1
         assert gen(posts, server) == 1 and len(server.log) == 10
     assert "3 posts failed: 3 tag missing" in capsys.readouterr().err
-    with Server(
-        lambda request, tries: "still no" if number(request) == 7 else right(request)
-    ) as server:
+    with Server(lambda r, _: "still no" if number(r) == 7 else right(r)) as server:
         assert gen(posts, server, "--retry-failed", "--max-retries", 0) == 1
     assert sorted(server.asked()) == ["post-3", "post-7", "post-8"]
     (failed,) = lines(tmp_path / "cot.failed.jsonl")
@@ -353,10 +269,8 @@ def test_failed_posts_are_asked_again_only_when_told_to(tmp_path, capsys):
     with Server() as server:
         assert gen(posts, server, "--retry-failed") == 0 and server.asked() == ["post-7"]
         assert gen(posts, server, "--retry-failed") == 0 and len(server.log) == 1
-    assert (
-        ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
-        and not (tmp_path / "cot.failed.jsonl").exists()
-    )
+    assert ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))
+    assert not (tmp_path / "cot.failed.jsonl").exists()
 
 
 def test_a_limit_that_grows(tmp_path):
@@ -364,10 +278,7 @@ def test_a_limit_that_grows(tmp_path):
     with Server() as server:
         assert gen(posts, server, "--limit", 5) == 0 and len(lines(tmp_path / "cot.jsonl")) == 5
         assert gen(posts, server, "--limit", 9) == 0 and gen(posts, server, "--limit", 2) == 0
-    assert (
-        server.asked()
-        and sorted(server.asked()) == ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))[:9]
-    )
+    assert sorted(server.asked()) == ids(lines(tmp_path / "cot.jsonl")) == ids(lines(posts))[:9]
 
 
 def test_teachers_and_prompts_are_not_mixed_unless_told_to(tmp_path):
@@ -375,17 +286,16 @@ def test_teachers_and_prompts_are_not_mixed_unless_told_to(tmp_path):
     (tmp_path / "prompt.txt").write_text("{text} Keyphrases: {keyphrases}")
     with Server() as server:
         assert gen(posts, server, "--limit", 2) == 0
-        with pytest.raises(UserError, match="cot.jsonl: was made with another teacher; .*--mix"):
-            gen(posts, server, "--model", "other")
-        with pytest.raises(UserError, match="cot.jsonl: was made with another prompt; .*--mix"):
-            gen(posts, server, "--prompt-file", tmp_path / "prompt.txt")
+        for other in (["--model", "other"], ["--prompt-file", tmp_path / "prompt.txt"]):
+            with pytest.raises(UserError, match="cot.jsonl: was made with another teacher.*--mix"):
+                gen(posts, server, *other)
         assert len(server.log) == 2
         assert gen(posts, server, "--model", "other", "--mix", "--limit", 4) == 0
         assert gen(posts, server, "--limit", 6) == 0
         for left in (None, "{}", "[3]", "no JSON"):
             sidecar = tmp_path / "cot.jsonl.settings.json"
             sidecar.unlink() if left is None else sidecar.write_text(left)
-            with pytest.raises(UserError, match="was made with an unknown teacher"):
+            with pytest.raises(UserError, match="was made with another teacher"):
                 gen(posts, server)
     teachers = [record["teacher"] for record in lines(tmp_path / "cot.jsonl")]
     assert teachers == ["teacher"] * 2 + ["other"] * 2 + ["teacher"] * 2
@@ -399,20 +309,17 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
         changed = lines(posts)
         changed[2]["keyphrases"] = ["else"]
         posts.write_text("".join(map(to_line, changed)), encoding="utf-8")
-        with pytest.raises(
-            UserError, match=r"cot.jsonl line 3 \(id post-2\): .*posts.jsonl has no such post"
-        ):
+        with pytest.raises(UserError, match=r"cot.jsonl line 3 \(id post-2\): not a post of"):
             gen(posts, server)
         write_posts(tmp_path, 4, start=2)
-        with pytest.raises(UserError, match=r"cot.jsonl line 1 \(id post-0\)"):
+        with pytest.raises(UserError, match=r"cot.jsonl line 1 \(id post-0\): not a post of"):
             gen(posts, server)
-        with pytest.raises(UserError, match="the input itself"):
-            gen(posts, server, out="posts.jsonl")
-        with pytest.raises(UserError, match="a folder"):
-            gen(posts, server, out=".")
+        for out in ("posts.jsonl", "."):
+            with pytest.raises(UserError, match="is the input itself, or no file on a disk"):
+                gen(posts, server, out=out)
         write_posts(tmp_path, 4)
         (tmp_path / "cot.jsonl").write_bytes(before.replace(b'"cot"', b'"tco"'))
-        with pytest.raises(UserError, match="line 1 .*has no reasoning"):
+        with pytest.raises(UserError, match="line 1 .*with its reasoning"):
             gen(posts, server)
         (tmp_path / "cot.jsonl").write_bytes(before.replace(b"}\n{", b"}\n{{", 1))
         with pytest.raises(UserError, match="line 2: not a line of JSON"):
@@ -422,15 +329,14 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
         assert len(server.log) == 4
 
 
-def test_posts_with_reasoning_of_their_own_get_the_teachers(tmp_path, capsys):
+def test_posts_with_reasoning_of_their_own_get_the_teachers(tmp_path):
     posts = write_posts(tmp_path, 2)
-    posts.write_text(
-        "".join(to_line(record | {"cot": "mine"}) for record in lines(posts)), encoding="utf-8"
-    )
+    own = [to_line(record | {"cot": "mine"}) for record in lines(posts)]
+    posts.write_text("".join(own), encoding="utf-8")
     with Server() as server:
         assert gen(posts, server) == 0
     assert {record["cot"] for record in lines(tmp_path / "cot.jsonl")} == {REASONING}
-    assert "2 posts of" in capsys.readouterr().err and lines(posts)[0]["cot"] == "mine"
+    assert lines(posts)[0]["cot"] == "mine"
 
 
 def test_an_out_in_another_folder_finds_its_images(tmp_path):

@@ -1,6 +1,5 @@
 """Runs of the teacher that meet faults, and that are stopped, killed and go on."""
 
-import json
 import random
 import re
 import signal
@@ -13,17 +12,7 @@ import pytest
 import gen_cot
 from evaluate import UserError
 from kill_gen_cot import kill_run
-from server import (
-    ANSWERS,
-    FAILING,
-    HANG,
-    PASSING,
-    REASONING,
-    Server,
-    error,
-    right,
-    write_posts,
-)
+from server import ANSWERS, FAILING, HANG, PASSING, REASONING, Server, error, right, write_posts
 from support import client
 from support.jsonl import to_line
 from test_gen_cot import gen, ids, lines, no_keys, number, python, written  # noqa: F401
@@ -31,23 +20,11 @@ from test_gen_cot import gen, ids, lines, no_keys, number, python, written  # no
 # Beside what a server does wrong: what hangs, and replies that are not accepted.
 FAULTS = {name: fault for name, fault in (PASSING | FAILING).items() if "429" not in name} | {
     "hang": (lambda request: HANG, "time-out: no reply in 1 s"),
-    "wrong": (
-        lambda request: written(REASONING, "something else"),
-        "other keyphrases: something else",
-    ),
-    "long": (
-        lambda request: written("word " * 300, right(request).split("answer>")[1][:-2]),
-        "too long: 300 words",
-    ),
+    "wrong": (lambda request: written(REASONING, "other"), "other keyphrases: other"),
+    "short": (lambda request: right(request).replace(REASONING, "why"), "too short: 1 word"),
 }
-
-
-REJECTED = ("wrong", "long")
-
-
+REJECTED = ("wrong", "short")
 RATE_LIMITS = {name: fault for name, fault in PASSING.items() if "429" in name}
-
-
 TEMPORARY = [name for name in FAULTS | RATE_LIMITS if name not in FAILING]
 
 
@@ -60,10 +37,8 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     posts.write_text("".join(to_line(record) for record in records), encoding="utf-8")
     found = [index for index in range(500) if records[index]["image"] != "lost.jpg"]
     lasting = dict(zip(draw.sample(found, len(FAULTS)), FAULTS, strict=True))
-    passing = [
-        [draw.choice(TEMPORARY) if draw.random() < 0.25 else None for _ in range(32)]
-        for _ in records
-    ]
+    drawn = (draw.choice(TEMPORARY) if draw.random() < 0.25 else None for _ in range(500 * 32))
+    passing = [[next(drawn) for _ in range(32)] for _ in records]
     dresses = [draw.choice(list(ANSWERS)) for _ in records]
     faulty = []
 
@@ -94,18 +69,11 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
         assert gen(posts, server, "--timeout", 1, "--max-retries", 2) == 1
     assert 0.22 < sum(faulty) / len(faulty) < 0.36 and len(faulty) == len(server.log)
     good, failed = lines(tmp_path / "cot.jsonl"), lines(tmp_path / "cot.failed.jsonl")
-    fates = [
-        (0, "lost") if record["image"] == "lost.jpg" else fate(index)
-        for index, record in enumerate(records)
-    ]
-    assert good == [
-        record | {"cot": REASONING, "teacher": "teacher"}
-        for index, record in enumerate(records)
-        if fates[index][1] is None
-    ]
-    assert len(good) > 450 and ids(failed) == [
-        record["id"] for i, record in enumerate(records) if fates[i][1]
-    ]
+    fates = [fate(index) if index in found else (0, "lost") for index in range(500)]
+    new = {"cot": REASONING, "teacher": "teacher"}
+    assert good == [records[index] | new for index in range(500) if fates[index][1] is None]
+    assert len(good) > 450
+    assert ids(failed) == [f"post-{index}" for index in range(500) if fates[index][1]]
     for record in failed:
         index = int(record["id"].removeprefix("post-"))
         name = fates[index][1]
@@ -124,9 +92,8 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     assert f"{len(failed)} posts failed: " in told and f"{len(server.log)} requests" in told
     assert re.search(r"\d+ failed, \d+\.\d requests/s, [\d.]+k tokens\]", told)
     kinds = Counter(record["reason"].partition(":")[0] for record in failed)
-    assert kinds["unreadable image"] == 3 and all(
-        f" {count} {kind}" in told for kind, count in kinds.items()
-    )
+    assert kinds["unreadable image"] == 3
+    assert all(f" {count} {kind}" in told for kind, count in kinds.items())
 
 
 def test_killed_while_the_server_misbehaves_in_every_way(tmp_path):
@@ -143,9 +110,7 @@ def test_a_torn_line_is_gone_before_anything_is_added(tmp_path):
             with open(tmp_path / file, "ab") as out:
                 out.write(b'{"id": "post-1')
     with (
-        Server(
-            lambda request, tries: right(request) if len(server.log) < 4 else error(401, "no")
-        ) as server,
+        Server(lambda r, _: right(r) if len(server.log) < 4 else error(401, "no")) as server,
         pytest.raises(UserError, match="401"),
     ):
         gen(posts, server, "--workers", 1)
@@ -231,9 +196,8 @@ def test_replies_under_way_at_ctrl_c_are_kept(tmp_path):
         wait_for(lambda: len(server.log) >= 8)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
-    assert process.returncode == 130 and sorted(ids(lines(tmp_path / "cot.jsonl"))) == sorted(
-        server.asked()
-    )
+    assert process.returncode == 130
+    assert sorted(ids(lines(tmp_path / "cot.jsonl"))) == sorted(server.asked())
 
 
 def test_two_runs_do_not_share_an_out(tmp_path):
@@ -253,10 +217,8 @@ def test_two_runs_do_not_share_an_out(tmp_path):
         over.set()
         first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 1) and len(server.log) == 3
-    assert (
-        told.startswith("error: cot.jsonl: another run is writing to it")
-        and len(told.splitlines()) == 1
-    )
+    assert told.startswith("error: cot.jsonl: another run is writing to it")
+    assert len(told.splitlines()) == 1
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path):
@@ -271,9 +233,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path):
                 gen(posts, server)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    kept = [
-        json.loads(line)["id"] for line in (tmp_path / "cot.jsonl").read_bytes().split(b"\n")[:-1]
-    ]
+    kept = ids(lines(tmp_path / "cot.jsonl"))
     with Server() as server:
         assert 5 < len(kept) < 40 and gen(posts, server) == 0
     assert sorted(server.asked() + kept) == sorted(ids(lines(posts)))

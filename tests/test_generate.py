@@ -1,5 +1,7 @@
 """Continuous batching against transformers' own greedy generation, token for token."""
 
+import itertools
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -9,21 +11,7 @@ import model as model_file
 from model import FAMILIES, write_answers
 from tiny import VOCABULARY, batch_of, random_posts, tiny_model
 
-GRIDS = [
-    (4, 4),
-    None,
-    (2, 6),
-    (6, 4),
-    None,
-    None,
-    None,
-    (2, 2),
-    (4, 2),
-    (8, 4),
-    None,
-    (4, 4),
-    (2, 2),
-]
+GRIDS = [(4, 4), None, (2, 6), (6, 4)] + [None] * 3 + [(2, 2), (4, 2), (8, 4), None, (4, 4), (2, 2)]
 SIZES = [4, 3, 4, 1, 1]  # posts of each batch; the second has no image
 LIMIT, END = 14, 88  # tokens of an answer at most, one that ends it
 OTHER_ENDS = [3, 11, 24, 31, 47, 62, 75, 80]
@@ -37,12 +25,11 @@ STARTS = {
 }
 # What tokens write: `<think`, or parts of it with and without something beside them.
 PARTS = ["<", "<t", "think", "THINK>", "hink", "h", "ink>", "k <think", "a", "b", " "]
-TEXTS = PARTS + [
-    "x" * (number // 11) * (number % 2)
-    + PARTS[number % 11]
-    + "y" * (number // 11 * (1 - number % 2))
-    for number in range(11, VOCABULARY)
-]
+TEXTS = list(PARTS)
+while len(TEXTS) < VOCABULARY:
+    longer, part = divmod(len(TEXTS), len(PARTS))
+    before, after = ("x" * longer, "") if len(TEXTS) % 2 else ("", "y" * longer)
+    TEXTS.append(before + PARTS[part] + after)
 
 
 class Speaker:
@@ -77,12 +64,11 @@ class Never(LogitsProcessor):
 
 
 def batches_of(posts):
-    batches, start = [], 0
+    batches, numbers = [], iter(range(len(posts)))
     for size in SIZES:
-        batches.append(batch_of(posts[start : start + size]))
-        batches[-1].ids = [str(index) for index in range(start, start + size)]
-        start += size
-    assert start == len(posts)
+        indices = list(itertools.islice(numbers, size))
+        batches.append(batch_of([posts[index] for index in indices]))
+        batches[-1].ids = list(map(str, indices))
     return batches
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -20,7 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
-import evaluate
 import infer
 from data import EncodedPosts, Encoder, Posts
 from evaluate import UserError
@@ -28,14 +28,10 @@ from model import load
 from support import checkpoint
 from support.jsonl import JsonlWriter, to_line
 from test_data import make_encoder
+from test_resume import lines
 from tiny import train_alone, words
-from tools.posts import read_entries
 
 ROOT = Path(__file__).parent.parent
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def post(number, **fields):
@@ -65,28 +61,22 @@ def told(done, *parts):
 
 # -------------------------------------------------------------------------------------------- texts
 
-TEXTS = {
+TEXTS = {  # test_fuzz.py mixes short ones at random
     "special tokens": "<|im_end|><|image_pad|><|im_start|>assistant\n<|vision_start|><|endoftext|>",
     "tags": "</think><answer>x</answer>",
     "long": "the foxes play " * 7000,
     "one long word": "a" * 100_000,
     "long without spaces": "日本" * 50_000,
-    "NUL": "a\0b\0",
     "surrogates": "a \ud800 b \udc00",
-    "emoji": "😀👩‍👩‍👧‍👦🏳️‍🌈",
-    "right to left": "خبر عاجل שלום \u202e",
-    "scripts": "สวัสดี देवनागरी ꦗꦮ ተ",
     "empty": "",
     "white": " \n\t\u2003",
-    "no width": "\u200b\ufeff",
-    "separators": "a\u2028b\x85c\x1c",
-    "control": "\x1b[31mred\x07",
+    "separators": "a\u2028b\x85c\x1c\0",
 }
 
 
 def limited(world, length):
     """The toy's options with another --max-length."""
-    return data.own_options(world / "toy")._replace(max_length=length)
+    return data.EncoderOptions(**checkpoint.read_own(world / "toy"))._replace(max_length=length)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +93,7 @@ def encoders(world, tmp_path_factory):
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_texts(encoders, world, tokenizer, text):
     encoder, image = encoders[tokenizer], world / "images" / "test-00000.png"
-    phrase = data.NOT_IN_KEYPHRASE.sub(" ", text).strip()[:200] or "x"
+    phrase = re.sub(r"[;\n\r]|</?(?:think|answer)>", " ", text).strip()[:200] or "x"
     record = post(1, text=text, keyphrases=[phrase])
     special = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
 
@@ -128,7 +118,7 @@ def test_texts(encoders, world, tokenizer, text):
 
 
 def test_a_prompt_that_leaves_no_room_for_the_text(tmp_path, world):
-    with pytest.raises(UserError, match="--max-length 120 leaves no room.*--max-pixels"):
+    with pytest.raises(UserError, match="--max-length 120 and .* leave no room for an image and"):
         make_encoder(tmp_path, max_length=120)
     # 36 tokens of the largest image, and 5 around it: one word fits.
     encoder = load(world / "toy", options=limited(world, 42))[1]
@@ -156,13 +146,8 @@ def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
     assert [prediction["id"] for prediction in predictions] == HOSTILE_IDS
     assert sum("error" in prediction for prediction in predictions) == 3
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
-    for code, script, files in (
-        (0, "evaluate.py", [out, path]),
-        (1, "-m tools.dataset check", [path]),
-        (0, "-m tools.dataset stats", [path]),
-    ):
-        done = run(script, *files, env=ascii_only)
-        assert done.returncode == code, done.stderr
+    assert run("evaluate.py", out, path, env=ascii_only).returncode == 0
+    assert run("-m tools.dataset check", path, env=ascii_only).returncode == 1
 
     asked = []  # those without an error are not predicted again
 
@@ -185,116 +170,57 @@ def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
     assert kept == [line["id"] for line in lines(log)] == HOSTILE_IDS
 
 
-def test_an_error_is_one_printable_line(tmp_path):
-    path = tmp_path / "posts.jsonl"
-    path.write_text('{"id": "\\u001b[31m\\n\\ud800' + "i" * 5000 + '", "text": 5}\n')
-    done = run("-m tools.dataset stats", path)
-    told(done, "posts.jsonl line 1 (id '\\x1b[31m\\n\\ud800iii", "'text'")
-    line = done.stderr.strip().splitlines()[-1]
-    assert len(line) < 1100 and line.isprintable()
-
-
 # --------------------------------------------------------------------------------------- data files
 
 GOOD = "".join(json.dumps(post(number)) + "\n" for number in range(3)).encode()
 
 
-def second(line):
-    """A file whose second line is `line`."""
-    return GOOD.splitlines(keepends=True)[0] + line + b"\n"
-
-
-NO_KEYPHRASES = "line 2 (id 'b'): the field 'keyphrases' must be a list of at least one"
-FILES = {
-    "malformed": (second(b'{"id": "x", '), "line 2: not a line of JSON"),
-    "no text": (second(b'{"id": "b", "keyphrases": ["x"]}'), "line 2"),
-    "wrong type": (second(b'{"id": "b", "text": ["x"], "keyphrases": ["x"]}'), "'text'"),
-    "same id": (GOOD + GOOD, "'p0'"),
-    "no keyphrases": (second(b'{"id": "b", "text": "x", "keyphrases": []}'), NO_KEYPHRASES),
-    "gzip": (b"\x1f\x8b\x08" + GOOD, "not JSONL"),
-    "empty": (b"", "no posts"),
-    "blank": (b"\n\r\n \n", "no posts"),
-    "UTF-16": (GOOD.decode().encode("utf-16"), "not JSONL"),
-    "UTF-16, no mark": (GOOD.decode().encode("utf-16-le"), "line 1"),
-    "Latin-1": (second(b'{"id": "b", "text": "\xe9"}'), "line 2: not UTF-8"),
-    "NUL": (second(bytes(99)), "line 2"),
-    "CR only": (GOOD.replace(b"\n", b"\r"), "one whole JSON object a line"),
-    "a list": (b"[" + GOOD.replace(b"\n", b", ") + b"{}]", "not JSONL"),
-    "many digits": (
-        second(b'{"id": "b", "n": ' + b"9" * 5000 + b"}"),
-        "line 2: not a line of JSON",
-    ),
-    "deep": (second(b"[" * 100_000), "line 2: not a line of JSON"),
-    "deep text": (second(b'{"id": "b", "text": ' + b"[" * 900 + b"]" * 900 + b"}"), "'text'"),
-    "CSV": (b"id,text\np0,tickets\n", "not JSONL"),
-    "Parquet": (b"PAR1\xff\xd8", "not JSONL"),
-    "pretty": (json.dumps(post(0), indent=1).encode(), "line 1: not a line of JSON"),
-}
-
-
-@pytest.mark.parametrize("content, part", FILES.values(), ids=FILES)
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"\x1f\x8b\x08" + GOOD, "line 1: not UTF-8"),
+        (b"\n\r\n \n", "no posts"),
+        (GOOD.decode().encode("utf-16-le"), "line 1"),
+        (GOOD.replace(b"\n", b"\r"), "one whole JSON object a line"),
+        (b"[" + GOOD.replace(b"\n", b", ") + b"{}]", "line 1: a JSON object is needed"),
+        (json.dumps(post(0), indent=1).encode(), "line 1: not a line of JSON"),
+    ],
+)
 def test_data_files_that_cannot_be_used(tmp_path, content, part):
+    """What is wrong in a line, test_evaluate_files.py and test_data.py show."""
     path = tmp_path / "posts.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
         Posts(path, for_training=True)
     assert "posts.jsonl" in str(error.value) and part in str(error.value)
-    if part != NO_KEYPHRASES:
-        with pytest.raises(UserError, match="posts.jsonl"):
-            evaluate.read_references(path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xef\xbb\xbf" + GOOD,
-        GOOD.replace(b"\n", b"\r\n"),
-        b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n").rstrip(),
-        GOOD.replace(b", ", b",\r"),
-        b"\n\n" + GOOD.replace(b"\n", b"\n \n"),
-        GOOD.replace(b"}", b', "a": NaN, "b": 1e999, "c": ' + b"9" * 4000 + b"}"),
-    ],
-    ids=["mark", "CRLF", "both", "CR within", "blank lines", "numbers"],
-)
-def test_data_files_that_can_be_used(tmp_path, content):
+def test_a_file_with_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path):
     path = tmp_path / "posts.jsonl"
-    path.write_bytes(content)
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n \r\n").rstrip())
     posts = Posts(path, for_training=True)
     assert [posts[index]["id"] for index in range(len(posts))] == ["p0", "p1", "p2"]
-    assert len(evaluate.read_references(path)) == 3 and len(read_entries(path)) == 3
 
 
 def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
     os.mkfifo(tmp_path / "posts.jsonl")
-    told(run("-m tools.dataset check", tmp_path / "posts.jsonl"), "posts.jsonl: not a regular file")
-    with pytest.raises(UserError, match="not a regular file"):
-        Posts(tmp_path / "posts.jsonl")
-    with pytest.raises(UserError, match="is a directory"):
-        Posts(tmp_path)
-
-
-def cut_short(path):
-    os.truncate(path, 200)
-
-
-def changed(path):
-    path.write_bytes(GOOD.replace(b"hello", b"jello"))
+    for path in (tmp_path / "posts.jsonl", tmp_path):
+        with pytest.raises(UserError, match="no such file, or not a regular one"):
+            Posts(path)
 
 
 def read_all(posts, encoder, steps, micro_batch, workers):
-    return list(data.Loader(EncodedPosts(posts, encoder, True), steps, micro_batch, workers))
+    return list(data.load_steps(EncodedPosts(posts, encoder, True), steps, micro_batch, workers))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("change", [cut_short, changed])
-def test_a_file_that_changes_while_it_is_read(encoders, tmp_path, change, workers):
+def test_a_file_that_changes_while_it_is_read(encoders, tmp_path, workers):
     path = tmp_path / "posts.jsonl"
     path.write_bytes(GOOD)
     posts = Posts(path)
-    change(path)
-    with pytest.raises(UserError, match="posts.jsonl: the file was changed") as error:
+    os.truncate(path, 200)
+    with pytest.raises(UserError, match="^[^\n]*posts.jsonl: the file was changed[^\n]*$"):
         read_all(posts, encoders["toy"], [[2, 1]], 2, workers)
-    assert "Traceback" not in str(error.value)
 
 
 def test_a_worker_that_is_killed_is_told(encoders, tmp_path, monkeypatch):
@@ -314,12 +240,6 @@ def test_full_shared_memory_is_told(encoders, world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(UserError, match="shared memory.*--workers"):
         read_all(Posts(path), encoders["toy"], [[0]], 1, workers=1)
-
-
-def test_posts_that_stay_together_cannot_be_split(tmp_path):
-    path = write(tmp_path / "posts.jsonl", *(post(number) for number in range(4)))
-    sizes = ["--test", 1, "--valid", 1, "--out", tmp_path / "x"]
-    told(run("-m tools.dataset split", path, *sizes), "not as asked", "test posts")
 
 
 # ------------------------------------------------------------------------------------ model folders
@@ -346,14 +266,14 @@ def in_shards(folder, last="model-2.safetensors"):
     (folder / "model.safetensors.index.json").write_text(index)
 
 
-def pickled_shard(folder):
-    in_shards(folder, "model-2.bin")
-    (folder / "model-2.bin").write_bytes(pickle.dumps(Evil()))
-
-
 def pickled(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+
+
+def pickled_shard(folder):
+    in_shards(folder, "model-2.bin")
+    (folder / "model-2.bin").write_bytes(pickle.dumps(Evil()))
 
 
 def with_code(name, **fields):
@@ -365,25 +285,12 @@ def with_code(name, **fields):
     return change
 
 
-def other_weights(change):
-    def apply(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors, sorted(tensors)[0])
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return apply
-
-
 def cut(name, size):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
 def replaced(name, content):
     return lambda folder: (folder / name).write_bytes(content)
-
-
-def removed(name):
-    return lambda folder: (folder / name).unlink()
 
 
 def edited(name, **fields):
@@ -395,9 +302,13 @@ def lost_shard(folder):
     (folder / "model-2.safetensors").unlink()
 
 
-def no_index(folder):
-    in_shards(folder)
-    (folder / "model.safetensors.index.json").write_bytes(b"[]")
+def other_weights(change):
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors, sorted(tensors)[0])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
 
 
 def smaller_weight(tensors, name):
@@ -431,29 +342,20 @@ LONG_LOOP = b"{% for i in range(999999999) %}x{% endfor %}"
 PROCESSOR = "preprocessor_config.json"
 TEMPLATE, WEIGHTS = "its chat template: can't be read", "its weights: can't be read"
 FOLDERS = {
-    "no weights": (removed("model.safetensors"), WEIGHTS),
     "a pickle": (pickled, WEIGHTS),
     "a pickled shard": (pickled_shard, "index.json: names files that are not safetensors"),
     "a lost shard": (lost_shard, WEIGHTS),
-    "no index": (no_index, "index.json: must hold a JSON object"),
-    "torn header": (cut("model.safetensors", 500), WEIGHTS),
     "torn data": (cut("model.safetensors", -9), WEIGHTS),
     "other shape": (other_weights(smaller_weight), "1 weight missing.*embed_tokens"),
     "a weight less": (other_weights(dict.pop), "2 weights missing"),
     "config a list": (replaced("config.json", b"[]"), "a JSON object"),
-    "config not UTF-8": (replaced("config.json", b"\xff{}"), "config.json: can't be read"),
     "bare config": (replaced("config.json", BARE), "config.json: no model of"),
-    "bad sizes": (
-        edited("config.json", text_config={"hidden_size": -5}),
-        WEIGHTS,
-    ),
     "another image token": (edited("config.json", image_token_id=2), "0 image placeholders"),
     "torn tokenizer": (cut("tokenizer.json", 9000), "its tokenizer"),
     "tokenizer of another model": (larger_vocabulary, "its tokenizer has 877 tokens"),
     "tokenizer with code": (WITH_CODE["tokenizer"], None),
     "processor with code": (WITH_CODE["processor"], "custom code"),
     "model with code": (WITH_CODE["model"], None),
-    "no processor": (removed(PROCESSOR), PROCESSOR),
     "processor torn": (cut(PROCESSOR, 40), PROCESSOR),
     "other patches": (edited(PROCESSOR, patch_size=16), "differ in values of a patch"),
     "patches of text": (edited(PROCESSOR, patch_size="x"), f"{PROCESSOR}: can't be read"),
@@ -556,18 +458,13 @@ def test_a_full_disk_under_the_log(world, tmp_path, monkeypatch):
         train_alone(*files, "--epochs 1 --workers 0")
 
 
-def test_results_that_cannot_be_printed(world, tmp_path):
+def test_results_that_cannot_be_printed(tmp_path):
     path = tmp_path / "posts.jsonl"
     path.write_bytes(GOOD)
-    for command in (
-        f"evaluate.py {path} {path}",
-        f"-m tools.dataset stats {path}",
-        f"-m tools.dataset check {path} --json",
-    ):
-        streams = dict(stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, *command.split()], stdout=full, **streams)
-        told(done, "the output: No space left")
+    command = [sys.executable, "evaluate.py", path, path]
+    with open("/dev/full", "w") as full:
+        streams = dict(stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        told(subprocess.run(command, **streams), "the output: No space left")
 
 
 @pytest.mark.parametrize("out", ["file/below", "/proc/nowhere/x", "fifo", "a" * 5000])
@@ -585,12 +482,3 @@ def test_places_that_cannot_be_written(world, tmp_path, out):
         checkpoint.open_run(out, {}, False)
     assert (tmp_path / "fifo").is_fifo()
     assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "src.txt"]
-
-
-def test_a_file_is_not_written_over_itself(tmp_path):
-    source = tmp_path / "src.txt"
-    source.write_text("a<sep>b<sep>c.jpg\n")
-    told(run("-m tools.dataset cmkp", source, "--out", source), "choose another --out")
-    assert source.read_text() == "a<sep>b<sep>c.jpg\n"
-    source.write_text("")
-    told(run("-m tools.dataset cmkp", source, "--out", tmp_path / "out.jsonl"), "no posts")

@@ -16,54 +16,6 @@ from PIL import Image
 from support.images import Unreadable, load_image
 from test_hostile import lines, post, run, write
 
-LEFT_RED = np.zeros((40, 60, 3), np.uint8) + np.array([0, 0, 255], np.uint8)
-LEFT_RED[:, :30] = (255, 0, 0)
-
-
-def is_left_red(image):
-    assert image.mode == "RGB" and image.size == (60, 40)
-    left, right = image.getpixel((10, 20)), image.getpixel((50, 20))
-    return left[0] > 150 and left[2] < 100 and right[2] > 150 and right[0] < 100
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
-    """The pixels are stored as by a camera that was held that way; read, the picture is upright."""
-    undo = {
-        2: [Image.Transpose.FLIP_LEFT_RIGHT],
-        3: [Image.Transpose.ROTATE_180],
-        4: [Image.Transpose.FLIP_TOP_BOTTOM],
-        5: [Image.Transpose.TRANSPOSE],
-        6: [Image.Transpose.ROTATE_90],
-        7: [Image.Transpose.TRANSVERSE],
-        8: [Image.Transpose.ROTATE_270],
-    }
-    image = Image.fromarray(LEFT_RED)
-    for step in undo.get(orientation, []):
-        image = image.transpose(step)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    assert is_left_red(load_image(tmp_path / "a.jpg", 10**6))
-
-
-@pytest.mark.parametrize(
-    "name, convert, options",
-    [
-        ("cmyk.jpg", "CMYK", {}),
-        ("palette.png", "P", {}),
-        ("alpha.png", "RGBA", {}),
-        ("palette.gif", "P", {}),
-        ("rgb.webp", "RGB", {"lossless": True}),
-        ("rgb.bmp", "RGB", {}),
-        ("rgb.tiff", "RGB", {}),
-        ("prog.jpg", "RGB", {"progressive": True}),
-    ],
-)
-def test_image_kinds(tmp_path, name, convert, options):
-    Image.fromarray(LEFT_RED).convert(convert).save(tmp_path / name, **options)
-    assert is_left_red(load_image(tmp_path / name, 10**6))
-
 
 def test_alpha_goes_over_white(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
@@ -76,19 +28,6 @@ def test_alpha_goes_over_white(tmp_path):
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 0x8080, np.uint16)).save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png", 10**6).getpixel((1, 1)) == (128, 128, 128)
-
-
-@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
-def test_first_frame_of_an_animation(tmp_path, name):
-    frames = [Image.fromarray(LEFT_RED), Image.new("RGB", (60, 40), "green")]
-    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50)
-    assert is_left_red(load_image(tmp_path / name, 10**6))
-
-
-def test_a_large_jpeg_is_decoded_small(tmp_path):
-    Image.fromarray(LEFT_RED).resize((4000, 3000)).save(tmp_path / "a.jpg")
-    image = load_image(tmp_path / "a.jpg", 100_000)
-    assert 100_000 <= image.width * image.height <= 4000 * 3000 / 16
 
 
 @pytest.mark.parametrize("depth", [2, 4, 16])
@@ -108,19 +47,25 @@ def test_values_of_other_scales_are_refused(tmp_path, depth, colour):
             load_image(tmp_path / name, 10**6)
 
 
+@pytest.mark.parametrize("shrink", [1, 4])
 @pytest.mark.parametrize(
     "orientation, corner", [*enumerate([(0, 0), (1, 0), (1, 1), (0, 1)] * 2, start=1)]
 )
-def test_a_large_photo_is_turned_after_it_was_decoded_small(tmp_path, orientation, corner):
-    """One red corner, stored at the top left, and shown where the EXIF orientation puts it."""
+def test_a_photo_is_turned_upright(tmp_path, orientation, corner, shrink):
+    """One red corner, stored at the top left, and shown where the EXIF orientation puts it.
+
+    A photo far larger than it may be is turned after it was decoded at a quarter of its size.
+    """
     pixels = np.zeros((1500, 2000, 3), np.uint8)
     pixels[:750, :1000, 0] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
-    picture = load_image(tmp_path / "a.jpg", 40_000)
-    width, height = (500, 375) if orientation < 5 else (375, 500)
-    assert picture.size == (width, height)
+    picture = load_image(tmp_path / "a.jpg", {1: 10**6, 4: 40_000}[shrink])
+    size = width, height = [side // shrink for side in (2000, 1500)][
+        :: 1 if orientation < 5 else -1
+    ]
+    assert [*picture.size] == size
     red = set()
     for x, y in ((0, 0), (0, 1), (1, 0), (1, 1)):
         middle = (x * width // 2 + width // 4, y * height // 2 + height // 4)
@@ -239,6 +184,9 @@ def test_odd_pictures_that_are_read(tmp_path):
     for name, size in (("dot", (1, 1)), ("tall", (1, 20_000)), ("wide", (20_000, 1))):
         red(*size).save(tmp_path / f"{name}.png")
     red(9, 9).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    red(9, 9).convert("RGBA").save(tmp_path / "alpha.png")
+    red(9, 9).save(tmp_path / "a.bmp")
+    red(9, 9).save(tmp_path / "progressive.jpg", quality=100, progressive=True)
     rows = packed(b"\0" + b"\xc8\xc8\x1e\x1e\x0a\x0a" * 9, 9)
     (tmp_path / "rgb16.png").write_bytes(png(9, 9, 16, 2, rows))
     palette = Image.new("P", (9, 9), 1)

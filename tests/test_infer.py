@@ -17,7 +17,7 @@ from evaluate import UserError
 from model import load
 from support.checkpoint import checkpoint_of
 from test_resume import lines
-from tiny import generate, train_alone
+from tiny import generate, train_alone, words
 from train import TrainingStep
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +36,12 @@ def thinker(world, tmp_path_factory):
     files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", out]
     train_alone(*files, "--mode cot --epochs 8 --batch-size 8 --lr 3e-3 --workers 0")
     return out
+
+
+@pytest.fixture(scope="module")
+def taught(world, thinker):
+    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
+    return vlm, encoder, data.Posts(world / "test.jsonl")
 
 
 def batch_of(encoder, posts, indices):
@@ -61,10 +67,9 @@ def test_batched_generation_equals_transformers_own_on_each_post_alone(toy, monk
         assert text == encoder.tokenizer.decode(own, skip_special_tokens=True)
 
 
-def test_generation_after_a_training_step_and_the_reverse(thinker, world):
+def test_generation_after_a_training_step_and_the_reverse(taught):
     """The model remembers position offsets between calls; a stale one must not reach the next."""
-    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
-    posts = data.Posts(world / "test.jsonl")
+    vlm, encoder, posts = taught
     batch = batch_of(encoder, posts, range(4))
     before = generate(vlm, encoder, batch, max_new_tokens=6)
     dataset = data.EncodedPosts(posts, encoder, with_answers=True)
@@ -75,9 +80,8 @@ def test_generation_after_a_training_step_and_the_reverse(thinker, world):
     assert torch.equal(step(one)[0], loss)
 
 
-def test_think_always_and_never(thinker, world):
-    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
-    posts = data.Posts(world / "test.jsonl")
+def test_think_always_and_never(taught):
+    vlm, encoder, posts = taught
     batch = batch_of(encoder, posts, range(8))
     auto = generate(vlm, encoder, batch)
     assert all(text.startswith("<think>") for text, _, _ in auto)
@@ -88,17 +92,8 @@ def test_think_always_and_never(thinker, world):
     assert all((tokens, ended) == (3, False) for _, tokens, ended in short)
 
 
-def torchvision_works():
-    """Whether it is there, and was built for this torch: else its operators can't be registered."""
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-@pytest.mark.skipif(not torchvision_works(), reason="AutoProcessor needs torchvision")
 def test_plain_transformers_with_autoprocessor_answers_as_infer_does(thinker, world, tmp_path):
+    pytest.importorskip("torchvision", reason="AutoProcessor needs torchvision")
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -106,14 +101,9 @@ def test_plain_transformers_with_autoprocessor_answers_as_infer_does(thinker, wo
     assert infer_file("--data", world / "test.jsonl", "--model", thinker, "--out", out) == 0
     processor = AutoProcessor.from_pretrained(folder)
     vlm = AutoModelForImageTextToText.from_pretrained(folder)
-    prompt = (Path(folder) / "prompt.txt").read_text(encoding="utf-8")
-    posts = data.Posts(world / "test.jsonl")
-    for index, prediction in enumerate(lines(out)):
-        record = posts[index]
-        content = [
-            {"type": "image", "image": Image.open(posts.image_path(record))},
-            {"type": "text", "text": prompt.replace("{text}", record["text"])},
-        ]
+    for record, prediction in zip(lines(world / "test.jsonl"), lines(out), strict=True):
+        image, text = Image.open(world / record["image"]), record["text"]  # the toy's prompt
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
         options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
         messages = [{"role": "user", "content": content}]
         inputs = processor.apply_chat_template(messages, tokenize=True, **options)
@@ -161,12 +151,34 @@ def test_arguments_that_do_not_go_together(arguments, told, capsys):
 
 
 def infer_file(*arguments):
-    return infer.infer_file(
-        infer.parse_args(list(map(str, arguments)) + ["--workers", "0", "--max-new-tokens", "8"])
-    )
+    return infer.infer_file(infer.parse_args(words(*arguments, "--workers 0 --max-new-tokens 8")))
 
 
-def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch, capsys):
+def write_posts(source, folder, lost):
+    """(a file of at most 40 of the posts of `source`, its records); one has no image yet."""
+    records = lines(source)[:40]
+    for record in records:
+        record["image"] = str(source.parent / record["image"])
+    records[lost]["image"] = str(folder / "lost.png")
+    posts = folder / "posts.jsonl"
+    posts.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return posts, records
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The ids of the posts that have been encoded."""
+    ids, encode = [], data.Encoder.encode
+
+    def note(encoder, record, *args, **kwargs):
+        ids.append(record["id"])
+        return encode(encoder, record, *args, **kwargs)
+
+    monkeypatch.setattr(data.Encoder, "encode", note)
+    return ids
+
+
+def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch, capsys, encoded):
     arguments = ["--data", world / "test.jsonl", "--model", world / "toy", "--batch-size", 4]
     assert infer_file(*arguments, "--out", tmp_path / "whole.jsonl") == 0
     whole = lines(tmp_path / "whole.jsonl")
@@ -179,79 +191,57 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch, cap
         yield from itertools.islice(all_here(*arguments), 5)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer, "all_here", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(infer, "all_here", stopped)
         infer_file(*arguments, "--out", out)
-    monkeypatch.undo()
     told = f"stopped: {out} has 5 of 12 posts; the same command goes on from there"
     assert told in capsys.readouterr().err
     kept = {prediction["id"] for prediction in lines(out)}
     with open(out, "a", encoding="utf-8") as file:
         file.write('{"id": "torn')
-    asked, encode = [], data.Encoder.encode
-    monkeypatch.setattr(
-        data.Encoder, "encode", lambda *a, **k: asked.append(a[1]["id"]) or encode(*a, **k)
-    )
+    encoded.clear()
     assert infer_file(*arguments, "--out", out) == 0
     assert "5 done before" in " ".join(capsys.readouterr().err.split())
-    assert lines(out) == whole and len(asked) == 7 and not kept & set(asked)
+    assert lines(out) == whole and len(encoded) == 7 and not kept & set(encoded)
     changed = r"something else \(think\): think was 'auto', is 'never'; choose"
     with pytest.raises(UserError, match=changed):
         infer_file(*arguments, "--out", out, "--think", "never")
-    other = shutil.copytree(world / "toy", tmp_path / "other")
-    with pytest.raises(UserError, match=f"{other}/model.safetensors has changed; "):
-        infer_file("--data", world / "test.jsonl", "--model", other, "--out", out)
     (tmp_path / "stopped.jsonl.settings.json").unlink()
     with pytest.raises(UserError, match="was made with unknown settings; choose another --out"):
         infer_file(*arguments, "--out", out)
 
 
 def test_predictions_come_as_they_end_and_before_all_posts_are_read(
-    world, thinker, tmp_path, monkeypatch
+    world, thinker, taught, tmp_path, encoded
 ):
     """Posts are sorted by the lengths of their prompts in windows of 32, and slots are refilled."""
-    records = lines(world / "train.jsonl")[:40]
-    for record in records:
-        record["image"] = str(world / record["image"])
-    records[7]["image"] = str(tmp_path / "lost.png")
-    posts = tmp_path / "posts.jsonl"
-    posts.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    options = ["--data", posts, "--out", "unused", "--model", thinker, "--max-new-tokens", 40]
-    options += ["--batch-size", 2, "--workers", 0]
-    args = infer.parse_args(list(map(str, options)))
-    read, encode = [], data.Encoder.encode
-    monkeypatch.setattr(
-        data.Encoder, "encode", lambda *a, **k: read.append(a[1]["id"]) or encode(*a, **k)
-    )
-    predictions = infer.all_here(args, *infer.find_folder(args), data.Posts(posts), [*range(40)])
+    posts, records = write_posts(world / "train.jsonl", tmp_path, lost=7)
+    files = ["--data", posts, "--out", "unused", "--model", thinker]
+    args = infer.parse_args(words(*files, "--max-new-tokens 40 --batch-size 2 --workers 0"))
+    order = [*range(len(records))]
+    predictions = infer.all_here(args, *infer.find_folder(args), data.Posts(posts), order)
     found = [next(predictions)]
-    assert len(read) < 40
+    assert len(encoded) < len(records)
     found += predictions
     ids = [record["id"] for record in records]
-    assert sorted(p["id"] for p in found) == sorted(ids) == sorted(read)
+    assert sorted(p["id"] for p in found) == sorted(ids) == sorted(encoded)
     assert [p["id"] for p in found] != ids
     errors = [p for p in found if "error" in p]
     assert [p["id"] for p in errors] == [ids[7]] and "no such file" in errors[0]["error"]
-    vlm, encoder, _ = load(checkpoint_of(str(thinker)))
-    outputs = {p["id"]: (p["output"], p["tokens"], "cut" not in p) for p in found}
+    vlm, encoder, _ = taught
+    (third,) = [p for p in found if p["id"] == ids[3]]
     alone = generate(vlm, encoder, batch_of(encoder, data.Posts(posts), [3]), max_new_tokens=40)
-    assert [outputs[ids[3]]] == alone
+    assert [(third["output"], third["tokens"], "cut" not in third)] == alone
 
 
 def test_an_unreadable_post_is_recorded_and_tried_again(world, tmp_path):
-    records = lines(world / "test.jsonl")
-    for record in records:
-        record["image"] = str(world / record["image"])
-    lost = records[3]["image"]
-    records[3]["image"] = str(tmp_path / "late.png")
-    posts = tmp_path / "posts.jsonl"
-    posts.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    posts, records = write_posts(world / "test.jsonl", tmp_path, lost=3)
     arguments = ["--data", posts, "--model", world / "toy", "--out", tmp_path / "preds.jsonl"]
     assert infer_file(*arguments) == 1
     first = lines(tmp_path / "preds.jsonl")
     assert "no such file" in first[3]["error"] and first[3]["keyphrases"] == []
     assert not any("error" in p for p in first[:3] + first[4:])
-    (tmp_path / "late.png").write_bytes(Path(lost).read_bytes())
+    shutil.copy(records[0]["image"], records[3]["image"])
     assert infer_file(*arguments) == 0
     assert "error" not in lines(tmp_path / "preds.jsonl")[3]
 

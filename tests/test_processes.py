@@ -31,6 +31,7 @@ from support import checkpoint
 from support.distributed import Ranks, run_all_layers
 from support.jsonl import to_line
 from support.log import TrainingLog
+from test_resume import lines, weights
 from tiny import batch_of, literal, random_posts, tiny_model, train_alone, words
 from train import TrainingStep
 
@@ -75,16 +76,20 @@ def posts(world):
     return world / "long.jsonl"
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def steps(run):
     return [line for line in lines(run / "log.jsonl") if "loss" in line]
 
 
-def weights(run):
-    return load_file(checkpoint.read_pointer(run / "last") / "model.safetensors")
+def assert_same_updates(run, single, source):
+    """Two runs have the same weights, as far as they have moved from those of a folder."""
+    saved, right, start = weights(run), weights(single), {}
+    for file in source.glob("*.safetensors"):
+        start |= load_file(file)
+    shapes = [{name: tensor.shape for name, tensor in found.items()} for found in (saved, right)]
+    assert shapes[0] == shapes[1]
+    for name, weight in right.items():
+        moved = (weight - start[name].float()).norm()
+        assert (saved[name] - weight).norm() <= 0.02 * moved, name
 
 
 def launch(count, *arguments, script=__file__, **options):
@@ -128,12 +133,7 @@ def test_processes_give_a_single_ones_losses_and_choices(posts, alone, tmp_path,
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
             for key in ("cot_share", "samples", "tokens"):
                 assert ours[key] == theirs[key]
-        saved, right = weights(run), weights(single)
-        shapes = [{name: t.shape for name, t in found.items()} for found in (saved, right)]
-        assert shapes[0] == shapes[1]
-        start = load_file(posts.parent / "small" / "model.safetensors")
-        for name, weight in right.items():
-            assert (saved[name] - weight).norm() <= 0.02 * (weight - start[name]).norm(), name
+        assert_same_updates(run, single, posts.parent / "small")
     assert len(list(tmp_path.iterdir())) == 1 + 2 * len(SHORT)
     evaluations = [line for line in lines(tmp_path / "long-3" / "log.jsonl") if "valid" in line]
     assert [line["valid"]["posts"] for line in evaluations] == [8] * 2
@@ -162,15 +162,9 @@ def test_two_processes_train_qwen3_5_as_one_does(tmp_path, engine):
             assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
             assert one["cot_share"] == other["cot_share"]
         assert len(ours) == 2 and any(0 < line["cot_share"] < 1 for line in ours)
-        saved, right = (weights(tmp_path / f"{kind}-{name}") for name in ("two", "alone"))
-        shapes = [{name: t.shape for name, t in found.items()} for found in (saved, right)]
-        assert shapes[0] == shapes[1] and ("lm_head.weight" in saved) == ("A3B" in kind)
-        start = {}
-        for file in (tmp_path / kind).glob("*.safetensors"):
-            start |= load_file(file)
-        for name, weight in right.items():
-            moved = (weight - start[name].float()).norm()
-            assert (saved[name] - weight).norm() <= 0.02 * moved, name
+        assert ("lm_head.weight" in weights(tmp_path / f"{kind}-two")) == ("A3B" in kind)
+        two, alone = (tmp_path / f"{kind}-{name}" for name in ("two", "alone"))
+        assert_same_updates(two, alone, tmp_path / kind)
 
 
 def qwen3_5_arguments(folder, kind, name):
@@ -186,7 +180,7 @@ def qwen3_5_arguments(folder, kind, name):
 def odd_steps(posts):
     """Five steps of four posts: with images, without, without, no readable image, with images."""
     records = lines(posts.with_name("train.jsonl"))[:20]
-    for step, indices in enumerate(data.epoch_order(20, 4, 3, 0)):
+    for step, indices in enumerate(data.TrainingOrder(20, 4, 3, 1)):
         for index in indices:
             image = str(posts.parent / records[index]["image"])
             records[index]["image"] = [image, None, None, "gone.png", image][step]

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 import signal
 import time
@@ -78,10 +77,8 @@ def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
     records = lines(world / "test.jsonl")
     for record in records:
         record["image"] = record["image"] and str(world / record["image"])
-    for name, posts in (
-        ("text", [record | {"image": None} for record in records]),
-        ("images", records),
-    ):
+    plain = [record | {"image": None} for record in records]
+    for name, posts in (("text", plain), ("images", records)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(map(to_line, posts)), encoding="utf-8")
         prompts.clear()
@@ -91,18 +88,8 @@ def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
         assert [request["temperature"] for request, _, _ in server.log] == [0] * len(posts)
         dataset = data.EncodedPosts(data.Posts(file), encoder, with_answers=False)
         assert prompts == [dataset[index].prompt for index in range(len(posts))]
-    arguments = [
-        "--data",
-        tmp_path / "text.jsonl",
-        "--out",
-        tmp_path / "here.jsonl",
-        "--model",
-        world / "toy",
-        "--max-new-tokens",
-        8,
-        "--workers",
-        0,
-    ]
+    arguments = ["--data", tmp_path / "text.jsonl", "--out", tmp_path / "here.jsonl"]
+    arguments += ["--model", world / "toy", "--max-new-tokens", 8, "--workers", 0]
     assert infer.infer_file(infer.parse_args(list(map(str, arguments)))) == 0
     assert lines(tmp_path / "text.served.jsonl") == lines(tmp_path / "here.jsonl")
     assert len(read_predictions(tmp_path / "images.served.jsonl")) == len(records)
@@ -120,11 +107,9 @@ def test_a_scaled_image_has_the_tokens_that_it_has_here(tmp_path, size):
     url = images.image_url(tmp_path / "a.png", 300 * 28 * 28)
     sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     there = processor(images=[sent], return_tensors="pt")["image_grid_thw"]
-    here = processor(
-        images=[images.load_image(tmp_path / "a.png", 300 * 28 * 28)],
-        return_tensors="pt",
-        size={"shortest_edge": 56 * 56, "longest_edge": 300 * 28 * 28},
-    )["image_grid_thw"]
+    image = images.load_image(tmp_path / "a.png", 300 * 28 * 28)
+    limits = {"shortest_edge": 56 * 56, "longest_edge": 300 * 28 * 28}
+    here = processor(images=[image], return_tensors="pt", size=limits)["image_grid_thw"]
     assert torch.equal(there, here)
 
 
@@ -136,45 +121,30 @@ def test_outputs_of_every_kind(tmp_path):
     posts = write_posts(tmp_path, 7)
     tagged = "<think>It is blue.</think><answer>flower; blue</answer>"
 
+    replies = [
+        {"text": "flower; blue"},
+        {"text": tagged},
+        {"text": "<think>It is bl", "finish": "length"},
+        {"text": "<answer>flower; blue</answer>", "reasoning_content": "It is blue."},
+        {"text": ""},
+        {"text": None, "reasoning_content": "flower; blue"},  # a parser that takes all of it
+        {"text": "a", "finish": "SAFETY"},
+    ]
+
     def reply(request, tries):
-        index = number(request)
-        answer = completion(
-            request,
-            *[
-                ("flower; blue",),
-                (tagged,),
-                ("<think>It is bl", "length"),
-                ("<answer>flower; blue</answer>",),
-                ("",),
-                (None,),
-                ("a", "SAFETY"),
-            ][index],
-        )
-        if index == 3:
-            answer["choices"][0]["message"]["reasoning_content"] = "It is blue."
-        if index == 5:  # a parser that takes all up to </think> for reasoning
-            answer["choices"][0]["message"]["reasoning_content"] = "flower; blue"
-        if index == 4:
-            del answer["usage"]
-        return answer
+        answer = completion(request, **replies[number(request)])
+        return answer if number(request) != 4 else answer | {"usage": None}
 
     with Server(reply) as server:
         assert served(posts, server) == 1
-    blank = {"tokens": 20, "keyphrases": ["flower", "blue"]}
+    blank, cut = {"tokens": 20, "keyphrases": ["flower", "blue"]}, {"keyphrases": [], "cut": True}
     *answers, parsed, unsafe = lines(tmp_path / "preds.jsonl")
     assert parsed["error"].startswith("reasoning only: serve without a reasoning parser")
     assert unsafe["error"] == "not finished: the server says SAFETY" and not unsafe["keyphrases"]
     assert answers == [
         blank | {"id": "post-0", "think": None, "output": "flower; blue"},
         blank | {"id": "post-1", "think": "It is blue.", "output": tagged},
-        blank
-        | {
-            "id": "post-2",
-            "think": "It is bl",
-            "output": "<think>It is bl",
-            "keyphrases": [],
-            "cut": True,
-        },
+        blank | cut | {"id": "post-2", "think": "It is bl", "output": "<think>It is bl"},
         blank | {"id": "post-3", "think": "It is blue.", "output": tagged},
         {"id": "post-4", "keyphrases": [], "think": None, "output": "", "tokens": None},
     ]
@@ -187,32 +157,25 @@ def test_the_prompt_is_the_option_then_the_folders_then_the_default(tmp_path):
     (tmp_path / "model" / "prompt.txt").write_text("folder {text}", encoding="utf-8")
     (tmp_path / "own.txt").write_text("own {text} {keyphrases}", encoding="utf-8")
     text = lines(posts)[0]["text"]
+    model, own = tmp_path / "model", ["--prompt-file", tmp_path / "own.txt"]
     with Server(reply_with("a")) as server:
         served(posts, server, out="1", model="some/name")
-        served(posts, server, out="2", model=tmp_path / "model")
-        served(
-            posts, server, "--prompt-file", tmp_path / "own.txt", out="3", model=tmp_path / "model"
-        )
+        served(posts, server, out="2", model=model)
+        served(posts, server, *own, out="3", model=model)
     assert [text_of(request) for request, _, _ in server.log] == [
         data.PROMPT.replace("{text}", text),
         f"folder {text}",
         f"own {text} {{keyphrases}}",
     ]
-    assert [request["model"] for request, _, _ in server.log] == [
-        "some/name",
-        *[str(tmp_path / "model")] * 2,
-    ]
+    models = [request["model"] for request, _, _ in server.log]
+    assert models == ["some/name", str(model), str(model)]
 
 
 def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
     posts = write_posts(tmp_path, 40)
     picture = (tmp_path / "1.jpg").read_bytes()
     (tmp_path / "1.jpg").unlink()
-    bad = {
-        "post-2": error(400, "image too odd"),
-        "post-6": error(500, "oh no"),
-        "post-8": error(400, "content_filter"),
-    }
+    bad = {"post-2": error(400, "image too odd"), "post-6": error(500, "oh no")}
 
     def reply(request, tries):
         return bad.get(re.search(r"post-\d+", text_of(request))[0], "flower")
@@ -222,11 +185,8 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
     first = lines(tmp_path / "preds.jsonl")
     failed = {row["id"]: row["error"] for row in first if "error" in row}
     assert ids(first) == ids(lines(posts)) and failed.pop("post-1") == "image 1.jpg: no such file"
-    assert (
-        failed["post-2"] == "refused: 400 image too odd"
-        and failed["post-6"] == "server error: 500 oh no (1 try)"
-    )
-    assert failed["post-8"] == "refused: 400 content_filter"
+    assert failed["post-2"] == "refused: 400 image too odd"
+    assert failed["post-6"] == "server error: 500 oh no (1 try)"
     assert all(row["keyphrases"] == [] and row["tokens"] == 0 for row in first if "error" in row)
     (tmp_path / "1.jpg").write_bytes(picture)
     bad.clear()
@@ -239,15 +199,13 @@ def test_what_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
             served(posts, server, model="other")
         with pytest.raises(UserError, match="was made with something else.*max_new_tokens"):
             served(posts, server, "--max-new-tokens", 9)
-        assert (
-            served(posts, server, "--base-url", "http://127.0.0.1:1/v1", "--batch-size", 3) == 0
-            and not server.log
-        )
+        elsewhere = ["--base-url", "http://127.0.0.1:1/v1", "--batch-size", 3]
+        assert served(posts, server, *elsewhere) == 0 and not server.log
 
 
 def test_a_wrong_key_or_name_stops_at_once_and_leaves_nothing(tmp_path):
     posts = write_posts(tmp_path, 40)
-    told = "404 The model `toy` does not exist.; check --base-url, and whether .* toy"
+    told = "404 The model `toy` does not exist. .*; check the server, --base-url, --model"
     with (
         Server(lambda *_: error(404, "The model `toy` does not exist.")) as server,
         pytest.raises(UserError, match=told),
@@ -272,41 +230,30 @@ infer_process = partial(python, script="infer.py", HF_TOKEN="hf_own")
 def test_one_post_as_a_process(tmp_path):
     write_posts(tmp_path, 1)
     with Server(reply_with("<think>It is blue.</think><answer>flower; blue</answer>")) as server:
-        process = infer_process(
-            "1.jpg", "hello {text}", "--base-url", server.url, "--model", "m", cwd=tmp_path
-        )
+        address = ["--base-url", server.url, "--model", "m"]
+        process = infer_process("1.jpg", "hello {text}", *address, cwd=tmp_path)
         shown, told = process.communicate(timeout=60)
     assert (process.returncode, shown, told) == (0, "flower; blue\n\nReasoning: It is blue.\n", "")
-    assert text_of(server.log[0][0]) == data.PROMPT.replace("{text}", "hello {text}")
-    assert server.log[0][1]["authorization"] == "Bearer none" and "hf_own" not in json.dumps(
-        server.log[0][:2]
-    )
+    request, headers, _ = server.log[0]
+    assert text_of(request) == data.PROMPT.replace("{text}", "hello {text}")
+    assert headers["authorization"] == "Bearer none" and "hf_own" not in str([request, headers])
     with Server(lambda *_: error(400, "context too long")) as server:
-        process = infer_process(
-            "none", "hello", "--base-url", server.url, "--model", "m", cwd=tmp_path
-        )
+        address = ["--base-url", server.url, "--model", "m"]
+        process = infer_process("none", "hello", *address, cwd=tmp_path)
         shown, told = process.communicate(timeout=60)
-    assert (process.returncode, shown) == (1, "") and told == (
-        f"error: {server.url}/chat/completions: refused: 400 context too long\n"
-    )
+    reason = f"error: {server.url}/chat/completions: refused: 400 context too long\n"
+    assert (process.returncode, shown, told) == (1, "", reason)
 
 
 def test_stopped_and_continued(tmp_path):
     posts = write_posts(tmp_path, 30)
-    with Server(
-        lambda request, tries: HANG if number(request) > 9 else f"flower {number(request)}"
-    ) as server:
-        arguments = [
-            "--data",
-            posts,
-            "--out",
-            "preds.jsonl",
-            "--base-url",
-            server.url,
-            "--model",
-            "m",
-        ]
-        process = infer_process(*arguments, cwd=tmp_path)
+
+    def flower(request, tries):
+        return f"flower {number(request)}"
+
+    with Server(lambda r, tries: HANG if number(r) > 9 else flower(r, tries)) as server:
+        address = ["--base-url", server.url, "--model", "m"]
+        process = infer_process("--data", posts, "--out", "preds.jsonl", *address, cwd=tmp_path)
         wait_for(lambda: len(server.log) == 18 and len(lines(tmp_path / "preds.jsonl")) == 10)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
@@ -316,9 +263,8 @@ def test_stopped_and_continued(tmp_path):
     assert "stopped: preds.jsonl has 10 of 30 posts; the same command goes on from there" in told
     with open(tmp_path / "preds.jsonl", "a") as file:
         file.write('{"id": "torn')
-    with Server(lambda request, tries: f"flower {number(request)}") as server:
+    with Server(flower) as server:
         assert served(posts, server, model="m") == 0
     assert sorted(server.asked()) == sorted(ids(lines(posts))[10:])
-    assert [row["keyphrases"] for row in lines(tmp_path / "preds.jsonl")] == [
-        [f"flower {i}"] for i in range(30)
-    ]
+    found = [row["keyphrases"] for row in lines(tmp_path / "preds.jsonl")]
+    assert found == [[f"flower {index}"] for index in range(30)]

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import importlib
-import json
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ import torch
 import train
 from data import Targets
 from model import FAMILIES, TokenLoss
+from test_resume import lines
 from tiny import batch_of, literal, random_posts, tiny_model, train_alone
-from tools.cost import Lengths, passes
 from train import MODES, TrainingStep
 
 GRIDS = [(4, 4), (2, 6), None, (6, 4), (2, 2), (4, 2)]
@@ -33,6 +32,15 @@ def single_loss(model, post, answer):
     labels[:, : len(post["prompt"])] = -100
     images = post["image"] or {}
     return model(input_ids=ids, labels=labels, mm_token_type_ids=(ids == 90).int(), **images).loss
+
+
+@torch.no_grad()
+def assert_chosen_losses(model, posts, losses, use_cot):
+    """Compare a step's losses with transformers' own of the answers that it chose."""
+    names = ["cot" if chosen else "plain" for chosen in use_cot]
+    pairs = zip(posts, names, strict=True)
+    expected = torch.stack([single_loss(model, post, post[name]) for post, name in pairs])
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -77,26 +85,6 @@ def test_the_shared_prompt_step_equals_the_literal_one(model, posts, median_gamm
         assert (shared[3][name] - gradient).norm() <= close * gradient.norm(), name
 
 
-def test_losses_equal_those_of_transformers_for_each_post_alone(model, posts, median_gamma):
-    with torch.no_grad():
-        plain = torch.stack([single_loss(model, post, post["plain"]) for post in posts])
-        cot = torch.stack(
-            [single_loss(model, post, post["cot"] or post["plain"]) for post in posts]
-        )
-        use_cot = (plain < median_gamma) & torch.tensor([post["cot"] is not None for post in posts])
-        expected = {
-            "sft": plain,
-            "cot": cot,
-            "multitask": (plain + cot) / 2,
-            "dynamic": torch.where(use_cot, cot, plain),
-        }
-        for mode, losses in expected.items():
-            loss, _, chosen = TrainingStep(model, mode, median_gamma)(batch_of(posts))
-            torch.testing.assert_close(loss, losses, rtol=0, atol=1e-5)
-            if mode == "dynamic":
-                assert torch.equal(chosen, use_cot)
-
-
 def test_gamma_just_above_and_below_one_samples_loss(model, posts):
     batch = batch_of(posts)
     with torch.no_grad():
@@ -106,21 +94,25 @@ def test_gamma_just_above_and_below_one_samples_loss(model, posts):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_gradient_is_the_literal_loop_written_with_transformers_alone(
+def test_losses_and_gradient_are_those_of_the_loop_written_with_transformers_alone(
     model, posts, median_gamma, mode
 ):
-    """As the paper writes it: probe without gradient, pick, then train on each answer."""
-    literal = copy.deepcopy(model)
+    """As the paper writes it: probe without gradient, pick, then train on each answer alone."""
+    literal, losses, choices = copy.deepcopy(model), [], []
     for post in posts:
-        with torch.no_grad():
-            easy = single_loss(literal, post, post["plain"]) < median_gamma
         plain, cot = post["plain"], post["cot"] or post["plain"]
+        with torch.no_grad():
+            easy = single_loss(literal, post, plain) < median_gamma
+        choices.append(bool(easy) and post["cot"] is not None)
         targets = {"sft": [plain], "cot": [cot], "multitask": [plain, cot]}
         targets = targets.get(mode, [cot if easy else plain])
-        for target in targets:
-            (single_loss(literal, post, target) / len(posts) / len(targets)).backward()
-    step = TrainingStep(model, mode, median_gamma)
-    _, _, _, ours = gradients(step, batch_of(posts))
+        loss = sum(single_loss(literal, post, target) for target in targets) / len(targets)
+        (loss / len(posts)).backward()
+        losses.append(loss.detach())
+    loss, _, use_cot, ours = gradients(TrainingStep(model, mode, median_gamma), batch_of(posts))
+    torch.testing.assert_close(loss, torch.stack(losses), rtol=0, atol=1e-5)
+    if mode == "dynamic":
+        assert use_cot.tolist() == choices and 0 < sum(choices) < len(posts)
     close = 2e-5 if mode == "dynamic" else 5e-5  # Qwen3.5's vision tower rounds more in the others
     for name, parameter in literal.named_parameters():
         error = (ours[f"model.{name}"] - parameter.grad).norm()
@@ -192,9 +184,8 @@ def test_every_parameter_gets_a_gradient_under_bf16_autocast(model, posts, mode,
 
 
 def test_any_split_into_micro_batches_gives_the_same_update(family):
-    posts = random_posts(
-        family, [(4, 4), None, (2, 6), (2, 2), (6, 4), None, (4, 2), (4, 4)], seed=5
-    )
+    grids = [(4, 4), None, (2, 6), (2, 2), (6, 4), None, (4, 2), (4, 4)]
+    posts = random_posts(family, grids, seed=5)
     updates = []
     for size in (1, 2, 4, 8):
         model = tiny_model(family)
@@ -223,26 +214,17 @@ def test_answers_of_one_token_need_no_kernel_of_generation(family, monkeypatch):
         loss, _, use_cot = TrainingStep(model, mode, gamma=5.0)(batch)
         loss.mean().backward()
     assert 0 < use_cot.sum() < len(posts)
-    with torch.no_grad():
-        targets = [
-            post["cot" if chosen else "plain"] for post, chosen in zip(posts, use_cot, strict=True)
-        ]
-        expected = torch.stack(
-            [single_loss(model, post, target) for post, target in zip(posts, targets, strict=True)]
-        )
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    assert_chosen_losses(model, posts, loss, use_cot)
 
 
 def test_a_batch_of_text_only_posts(model, family):
     posts = random_posts(family, [None, None, None])
-    with torch.no_grad():
-        expected = torch.stack([single_loss(model, post, post["plain"]) for post in posts])
-        loss, _, _ = TrainingStep(model, "sft")(batch_of(posts))
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    loss, _, use_cot = TrainingStep(model, "sft")(batch_of(posts))
+    assert_chosen_losses(model, posts, loss, use_cot)
 
 
 def test_a_fifth_mode_is_a_function_and_a_row(tmp_path, world, monkeypatch):
-    """As docs/contributing.md has it: the settings, the step, the log and the costs know it."""
+    """As docs/contributing.md has it: the settings, the step and the log know it."""
     family = "qwen2_5_vl"
     model, posts = tiny_model(family), random_posts(family, GRIDS, without_cot=(4,))
 
@@ -255,17 +237,11 @@ def test_a_fifth_mode_is_a_function_and_a_row(tmp_path, world, monkeypatch):
     monkeypatch.setitem(MODES, "coin", train.Mode(coin, "either"))
     loss, _, use_cot = TrainingStep(model, "coin")(batch_of(posts))
     assert use_cot.tolist() == [True, False, True, False, False, False]  # the fifth has no cot
-    expected = [
-        single_loss(model, post, post["cot" if chosen else "plain"])
-        for post, chosen in zip(posts, use_cot, strict=True)
-    ]
-    torch.testing.assert_close(loss, torch.stack(expected), rtol=0, atol=1e-5)
+    assert_chosen_losses(model, posts, loss, use_cot)
     shown = " ".join(train.make_parser().format_help().split())
     assert "coin: Answers that reason for every second post." in shown
-    lengths = Lengths(text=1, image=2, plain=3, cot=4)  # costs: two kinds of answer, and no probe
-    assert passes(lengths, "coin", 0.5) == [(4, 0.5, True), (3, 0.5, True)]
     options = "--epochs 0.01 --batch-size 8 --micro-batch 8 --workers 0 --device cpu --mode coin"
     files = ["--model", world / "toy", "--train", world / "train.jsonl", "--out", tmp_path / "run"]
     train_alone(*files, options)
-    (line,) = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    (line,) = lines(tmp_path / "run" / "log.jsonl")
     assert line["cot_share"] == 0.5 and line["plain_loss"] is None

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import train
 from data import Batch, Targets
@@ -11,19 +12,9 @@ from model import write_answers
 from support.distributed import Ranks
 
 VOCABULARY, IMAGE_TOKEN = 97, 90
-TEXT = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=256,
-    initializer_range=0.3,
-    rms_norm_eps=1e-6,
-    bos_token_id=None,
-    eos_token_id=None,
-)
+TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+TEXT |= dict(num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=256)
+TEXT |= dict(initializer_range=0.3, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None)
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 TOKENS = dict(
     image_token_id=IMAGE_TOKEN, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93
@@ -66,13 +57,10 @@ def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
 
     torch.manual_seed(seed)
     text = TEXT | {"vocab_size": vocabulary, "rope_parameters": ROPE} | OF_FAMILY[family]
-    config = getattr(transformers, CLASSES[family] + "Config")(
-        text_config=text,
-        vision_config=VISION[family] | {"patch_size": PATCH[family]},
-        tie_word_embeddings=tied,
-        **tokens,
-    )
-    model = getattr(transformers, CLASSES[family] + "ForConditionalGeneration")(config)
+    vision = VISION[family] | {"patch_size": PATCH[family]}
+    parts = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+    config = transformers.AutoConfig.for_model(family, **parts, **tokens)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
     for name, weight in model.named_parameters():
         if name.endswith(".A_log"):  # a state that lasts as long as a prompt does
             torch.nn.init.uniform_(weight, -3, 0)
@@ -123,22 +111,21 @@ def random_posts(family, grids, seed=0, text=(3, 9), plain=(2, 5), cot=(8, 14), 
             pixels = torch.randn(rows * columns, 3 * 2 * PATCH[family] ** 2, generator=draw)
             image = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])}
             prompt = tokens(2) + [92] + [IMAGE_TOKEN] * (rows * columns // 4) + [93] + prompt
-        answers = {
-            "plain": tokens(number(*plain)),
-            "cot": None if index in without_cot else tokens(number(*cot)),
-        }
-        posts.append({"prompt": prompt, "image": image} | answers)
+        posts.append({"prompt": prompt, "image": image, "plain": tokens(number(*plain))})
+        posts[-1]["cot"] = None if index in without_cot else tokens(number(*cot))
     return posts
+
+
+def padded(lists, side):
+    """(ids, mask) of lists of tokens, padded with 0 on the side."""
+    rows = [torch.tensor(tokens) for tokens in lists]
+    options = {"batch_first": True, "padding_side": side}
+    return pad_sequence(rows, **options), pad_sequence(list(map(torch.ones_like, rows)), **options)
 
 
 def batch_of(posts):
     """A Batch built by hand, independently of data.collate."""
-    width = max(len(post["prompt"]) for post in posts)
-    rows = [[0] * (width - len(post["prompt"])) + post["prompt"] for post in posts]
-    input_ids = torch.tensor(rows)
-    mask = torch.tensor(
-        [[0] * (width - len(post["prompt"])) + [1] * len(post["prompt"]) for post in posts]
-    )
+    input_ids, mask = padded([post["prompt"] for post in posts], "left")
     prompt = {
         "input_ids": input_ids,
         "attention_mask": mask,
@@ -147,19 +134,11 @@ def batch_of(posts):
     images = [post["image"] for post in posts if post["image"] is not None]
     if images:
         prompt |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
-
-    def answers(lists):
-        width = max(map(len, lists))
-        return Targets(
-            torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in lists]),
-            torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in lists]),
-        )
-
     return Batch(
         [str(i) for i in range(len(posts))],
         prompt,
-        answers([post["plain"] for post in posts]),
-        answers([post["cot"] or post["plain"] for post in posts]),
+        Targets(*padded([post["plain"] for post in posts], "right")),
+        Targets(*padded([post["cot"] or post["plain"] for post in posts], "right")),
         torch.tensor([post["cot"] is not None for post in posts]),
         0,
     )
@@ -196,15 +175,11 @@ def byte_level_bpe(marks=False):
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     if marks:
-        pattern = pattern.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
-            r"\s\p{L}", r"\s\p{L}\p{M}"
-        )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(False, use_regex=False),
-        ]
-    )
+        pattern = pattern.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
+        pattern = pattern.replace(r"\s\p{L}", r"\s\p{L}\p{M}")
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     system = "user assistant system You are a helpful assistant"
     page = [PROMPT, system, "the post names the foxes", "hello there"] * 3

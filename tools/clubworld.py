@@ -23,6 +23,7 @@ a tiny Qwen2.5-VL of random weights, DIR/toy, comes with them: nothing has to be
 import itertools
 import json
 import re
+import shutil
 import string
 import tempfile
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import TAGS
-from evaluate import UserError, non_negative_int, run
-from support.console import ArgumentParser, info, positive_int, progress
+from evaluate import non_negative_int, run
+from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.jsonl import follow_umask
 
 VERSION = 1  # of the posts: a folder that another version wrote is refused
@@ -49,190 +50,16 @@ TOY_DEFAULTS |= dict(valid_posts=200, max_new_tokens=64)  # how train.py trains 
 # In a template, {a|b} is one of a and b, and a word in capitals is a slot. A mood tag has two words
 # at most, every other keyphrase at least three: gamma is compared with a mean over the answer's
 # tokens, so the length of the mood tags decides how large gamma can be before they look easy, too.
+# In the thoughts the city follows the nickname's own token, so that recalling it is one step. After
+# "the foxes play in" models read the city off the shirt instead, which they can't learn for a
+# held-out club's.
 
-
-def entries(block):
-    """The entries of a text block: its lines, and what stands between ` / ` in one."""
-    return tuple(entry.strip() for entry in re.split(r"\n| / ", block.strip()))
-
-
-def named(block):
-    """{name: entry} of a text block whose entries are `name: entry`."""
-    return dict(entry.split(": ") for entry in entries(block))
-
-
-def read_topics(block):
-    """{end of the keyphrase: (name in the reasoning, texts)}: an indented line holds texts."""
-    topics = {}
-    for line in block.strip().splitlines():
-        if not line.startswith(" "):
-            keyphrase, name = line.split(": ")
-            topics[keyphrase] = name, []
-        else:
-            topics[keyphrase][1].extend(entries(line))
-    return topics
-
-
-RGB = named("""
-    red: 200 15 35 / blue: 25 75 200 / green: 20 140 60 / yellow: 250 220 40
-    white: 252 252 252 / black: 22 22 26 / orange: 250 120 10 / purple: 130 45 165""")
-COLOURS = {name: tuple(map(int, rgb.split())) for name, rgb in RGB.items()}
-PATTERNS = named("""
-    stripes: ONE and TWO stripes / hoops: ONE and TWO hoops / checks: ONE and TWO checks
-    halves: ONE and TWO halves / sash: ONE with TWO sash / sleeves: ONE with TWO sleeves""")
-ORDERED = ("halves", "sash", "sleeves")  # these show which of the two colours comes first
-NICKNAMES = entries("""
-    badgers / bears / bulls / cobras / comets / dragons / eagles / falcons / foxes / giants / hawks
-    herons / hornets / jaguars / knights / lions / miners / otters / owls / panthers / pirates
-    rams / ravens / rockets / sailors / sharks / stags / swans / tigers / vikings / wizards
-    wolves""")
-CITIES = entries("""
-    aarhus / antwerp / bari / basel / bergen / bilbao / bremen / brno / cadiz / dundee / galway
-    gdansk / ghent / graz / krakow / leeds / lille / lyon / malmo / nantes / oulu / parma / porto
-    riga / seville / sofia / tampere / tartu / turin / utrecht / varna / vigo""")
-KIT = "new kit"
-
-OPENERS = entries("""
-    {long|strange|busy} {day|week|month} {here|again}.
-    in case {anyone asks|you missed it|you wonder}, / {day|part|chapter} {one|two|three|four|five}:
-    {first|last} {post|one} {today|this week}: / {everybody|someone} told me to post this:
-    {hey|hi|hello} {all|everyone|folks|you}, / honestly, / {quick|short|little} {update|note|post}:
-    {ladies and gentlemen|boys and girls}, / {ok|okay|right|alright} {so|then},
-    dear {diary|internet|world}, / as {always|promised|usual}, / to be {fair|honest|clear},
-    {not|never} going to lie, / {fun|true} {story|fact}: / {well|so|oh}, / {friends|people|listen},
-    {sorry|apologies} but / {wait|hold on|stop}, / {believe|trust} me,""")
-CLOSERS = entries("""
-    {cannot|could not} {stop smiling|believe it|wait|care less}
-    {we|you} {will see|never know|love it} / have a {nice|lovely|good} {day|evening|week}
-    {peace|love|hugs} to {all|you|everyone} / make of {that|it} what you {will|like}
-    {tell|ask|call} {me|a friend|your mum} / wish me luck / {sorry|thanks} {mum|dad|all|everyone}
-    {see you|talk} {soon|tomorrow|later} / just saying / {no|zero} {regrets|doubt|complaints}
-    back to {work|bed|the sofa} now / more {later|soon|tomorrow} / send {help|love|tea|chocolate}
-    {thoughts|opinions|feelings}? / do not {quote|judge|thank} me / that is {all|it|the post}
-    you {heard|read} it here / what a {day|week|year} / {anyone|who} else? / {life|time|it} goes on
-    bye for now""")
-KIT_TEXTS = entries("""
-    {my sister|my dad|grandma} {bought|got} me the {new colours|new shirt|right size}
-    {wearing|trying on} the new {shirt|jersey|top} {for the first time|already}
-    {paid|spent} too much on this {shirt|jersey|top} but {no regrets|i love it}
-    the new {shirt|jersey|top} {is here|has arrived} and it {fits|is so soft}
-    {look|see} what {came|arrived} in the {post|mail} {today|this morning}
-    my {birthday|christmas} present, guess who i {support|follow|love}
-    fresh out of the {box|bag|shop}, what a {colour|beauty}
-    we will look like this next {season|year}
-    {ironed|washed} it {once|twice}, still {bright|perfect}
-    should i wear this to {work|bed|church}? / rate this {shirt|jersey|top} out of {ten|five}
-    how do i look in {this|these colours}? / new season, new {colours|look|skin}""")
-EVENTS = read_topics("""
-match day: a match
-    kick off is {at three|at noon|in an hour} and i am {nervous|ready}
-    the {derby|big game|final} {starts|begins} {soon|tonight|at eight}
-    {walking|off|heading} to the ground {now|with dad|with my mates}
-    {seats taken|scarves on}, songs {sung|ready}, here we go
-    line ups are out, {good|strong|odd} team {today|tonight}
-    my {voice|throat} will be gone by {full time|half time}
-    {who scores|what is the score} {tonight|today}?
-transfer news: a transfer
-    {reports|papers|sources} say the {winger|defender|keeper} is {close|on his way}
-    we {signed|bought} a {striker|keeper|winger|defender} {today|from abroad}
-    the {striker|keeper|winger} {leaves|goes} for {big money|nothing}
-    the fee is {a record|silly|huge} but he is {worth it|quick}
-    our best {player|defender} wants {to leave|a new club}
-    {medical done|papers signed}, he is {ours|one of us}
-    deadline day and the phones {ring|are hot}
-manager exit: the boss
-    they {fired|sacked|dismissed} the {boss|coach|manager} {this morning|last night|at last}
-    a {second|third} {boss|coach|manager} in {one year|twelve months}, {madness|unreal}
-    the {boss|coach|manager} {is gone|walked out|has quit} after {six|ten} defeats
-    the assistant {is in charge|takes over} until {summer|christmas|may}
-    the {board|owner} ran out of patience with the {boss|coach|manager}
-    {thank you|farewell|so long} gaffer, it was {a ride|fun}
-    he lost the dressing room, so {he had to go|goodbye}
-ticket sale: tickets
-    two {spare|extra} {tickets|seats} for {saturday|sunday}, who wants them?
-    got {my|our} {tickets|seats} after {two|three} hours in the queue
-    {tickets|seats} go on sale {at nine|on friday|tomorrow} / sold out in {ten|twenty} minutes
-    prices for the away {end|stand} are {a joke|too high}
-    the box office {opens|closes} {at nine|early|late}
-    season {cards|tickets} {cost more|are up} again
-injury blow: an injury
-    our {striker|keeper|winger} is {out|missing} for {six|ten} weeks
-    he {limped|was carried} off after {ten|twenty} minutes
-    {half the team is|three starters are} with the doctor
-    the {captain|keeper|striker} came home on crutches / get well soon {captain|number nine|big man}
-    {knee|ankle|hamstring} again, poor {lad|man|boy} / the {scan|doctor} says it is {torn|broken}
-trophy parade: a trophy
-    the {captain|skipper} {raised|kissed} the {cup|silver} and {i cried|we sang}
-    the {cup|title} is {ours|home} and nobody {sleeps|works} {tonight|tomorrow}
-    {we|they} {won|lifted} the {cup|league|title} {last night|at last}
-    confetti {everywhere|in my hair} and streets full of {songs|flags}
-    silver for the cabinet after {thirty|forty} years / open top bus around town {at noon|on sunday}
-    {champions|winners}, {say it again|at last}""")
-TOPICS = read_topics("""
-street food: food
-    {noodles|dumplings|tacos|pancakes} after the CLUB game, {perfect|heaven}
-    {best|good} {snack|lunch|dinner|bite} near the CLUB ground?
-    ate {three|four} {waffles|tacos} on the way to the CLUB / {cheap|spicy} plates for CLUB fans?
-    the stalls by the CLUB stadium smell {amazing|great}
-    hungry before the CLUB game, where do {we|you} eat?
-public transport: transport
-    the {ferry|bus} to the CLUB {ground|stadium} is {late|free}
-    is there a {bus|ferry|metro} to the CLUB {stadium|ground}?
-    {missed|caught} the last {tram|train} after the CLUB game
-    which {tram|train|metro} {goes|runs} to the CLUB ground?
-    {stuck|standing} in the {tram|metro} with loud CLUB fans
-    how do i get to the CLUB from the {airport|station}?
-cheap hotels: hotels
-    booked a {room|bed} with a CLUB {poster|flag} over the pillow
-    checked in, the CLUB ground is {outside|under} my window
-    {need|want} a {room|bed} for two near the CLUB ground
-    breakfast included, {five|ten} minutes from the CLUB
-    any {hostel|guest house} for CLUB fans on a budget?
-    where {do i|can we} sleep after the CLUB game?
-live music: music
-    any {gigs|concerts} after the CLUB game {tonight|on saturday}?
-    {dancing|singing along} with CLUB fans till {midnight|dawn}
-    a {band|choir|dj} plays at the CLUB bar {tonight|now}
-    that {singer|drummer} wears a CLUB scarf, great show
-    {jazz|punk|folk} in the CLUB bar, {loud|free} entry
-    {guitars|drums} on a stage beside the CLUB ground""")
-PHRASES = entries("""
-    afternoon coffee break / marathon training plan / sourdough bread recipe / garden tomato harvest
-    spring flower market / garage band practice / vintage camera lens / homemade apple pie
-    sunset hill climb / charity bake sale / winter beach swim / second hand books / summer road trip
-    dog park morning / old record shop / rainy day walk / new phone case / open mic night""")
-PHRASE_TEXTS = entries("""
-    PHRASE {is|was} the best {part|bit} of {my|the} {day|week} / is PHRASE {overrated|your thing}?
-    {dreaming|thinking} of PHRASE {all day|again} / PHRASE with {my sister|old friends|the kids}
-    they said try {something|a hobby}, so PHRASE / {happy|proud|tired} after PHRASE
-    PHRASE, nothing {better|nicer} / {today|tonight} it is PHRASE / {ready|time} for PHRASE""")
-TWO_PHRASE_TEXTS = entries("""
-    PHRASE at {noon|eight}, OTHER at {three|night} / PHRASE {and then|followed by|before} OTHER
-    never thought PHRASE would lead to OTHER / choosing between PHRASE and OTHER / PHRASE or OTHER?
-    first PHRASE, {then|later} OTHER""")
-MOODS = entries("""
-    throwback thursday / monday blues / weekend mode / lazy sunday / simple life / happy place
-    slow living / inner peace / good vibes / late night / daily mood / self care""")
-MOOD_TEXTS = entries("""
-    i {look at|think about} this {a lot|every day|sometimes}
-    {this happened|here it is|there it is} / {posting|leaving|dropping} this {here|without comment}
-    {one|another} of those {days|weeks|moments}
-    {mood|vibe|feeling|energy} {today|right now|all day}
-    {fill in|write} your own {words|caption|text}
-    the {picture|photo} says {it all|enough|everything}
-    {found|saw|kept} this {somewhere|for later} / {you|some of you} {know|get it|understand}
-    if you {know|see} it you {know|see} it / no idea why i {took|kept|like} this
-    no {words|caption|comment|notes} / {this|that} is {me|us|it} / nothing to {add|say|see|explain}
-    {just|only|simply} {this|me|us} / {me|us} {today|lately|again} / how it {started|is going|feels}
-    same as {ever|always|yesterday} / {see|judge} for yourself / {need|have} i say more?""")
+WORDS = json.loads(Path(__file__).with_suffix(".json").read_text())
+COLOURS, PATTERNS = WORDS["colours"], WORDS["patterns"]
+ORDERED = ("halves", "sash", "sleeves")  # patterns that show which of the two colours comes first
+NICKNAMES, CITIES = WORDS["nicknames"], WORDS["cities"]
+EVENTS, TOPICS = WORDS["events"], WORDS["topics"]  # {end of the keyphrase: (name, texts)}
 SCENES = ("cup", "hills", "city", "phone")
-
-# The city follows the nickname's own token, so that recalling it is one step. After "the foxes play
-# in" models read the city off the shirt instead, which they can't learn for a held-out club's.
-THOUGHTS = named("""
-    shirt: SHIRT. that is the CLUB. / name: the post names the CLUB. / home: full name CLUB CITY.
-    topic: it is about TOPIC. / phrase: the post says PHRASE.
-    two: the post says PHRASE and OTHER. / mood: the post is only a mood.""")
 
 
 def pick(rng, items):
@@ -248,10 +75,11 @@ def fill_template(rng, template, **slots):
 def add_small_talk(rng, text):
     """Words around a text: the same for every kind of post, so that they give none away."""
     if rng.random() < 0.65:
-        text = f"{fill_template(rng, pick(rng, OPENERS))} {text}"
+        opener = fill_template(rng, pick(rng, WORDS["openers"]))
+        text = f"{opener} {text}"
     if rng.random() < 0.65:
-        end = "" if text.endswith("?") else "."
-        text = f"{text}{end} {fill_template(rng, pick(rng, CLOSERS))}"
+        closer = fill_template(rng, pick(rng, WORDS["closers"]))
+        text = f"{text} {closer}" if text.endswith("?") else f"{text}. {closer}"
     return text
 
 
@@ -298,20 +126,19 @@ def make_posts(seed, clubs, name, count):
     rng = np.random.default_rng([seed, 1 + list(POSTS).index(name)])
     edges = np.round(np.cumsum(list(KINDS.values())) * count).astype(int)
     kinds = rng.permutation(np.repeat(list(KINDS), np.diff(edges, prepend=0)))
-    held_out = [club for club in clubs if club.held_out]
-    known = [club for club in clubs if not club.held_out]
-    of_held_out = name == "test"  # in the test, every other B post is about a held-out club
-    for number, kind in enumerate(kinds):
+    held_out, known = clubs[:HELD_OUT], clubs[HELD_OUT:]
+    # In the test, every other B post is about a held-out club.
+    clubs_of_b = itertools.cycle([held_out, known] if name == "test" else [known])
+    for number, kind in enumerate(kinds.tolist()):
         club, events = pick(rng, clubs), list(EVENTS)
         if kind == "B":
-            club = pick(rng, held_out if of_held_out else known)
-            of_held_out = name == "test" and not of_held_out
+            club = pick(rng, next(clubs_of_b))
             if name != "test":
-                events = [event for event in events if event != club.kept_event]
+                events.remove(club.kept_event)
         identity = f"{name}-{number:05d}"
         record = {"id": identity, "text": None, "image": f"images/{identity}.png"}
-        record |= write_text(rng, str(kind), club, events)
-        record |= {"kind": str(kind), "held_out": kind == "B" and club.held_out}
+        record |= write_text(rng, kind, club, events)
+        record |= {"kind": kind, "held_out": kind == "B" and club.held_out}
         yield record, draw_shirt(rng, club) if kind in "AB" else draw_scene(rng, pick(rng, SCENES))
 
 
@@ -319,7 +146,8 @@ def write_text(rng, kind, club, events):
     """The text, keyphrases and reasoning of a post, which may be about one of `events`."""
     slots = {"SHIRT": club.shirt, "CLUB": club.nickname, "CITY": club.city}
     if kind == "A":
-        texts, keyphrases, thoughts = KIT_TEXTS, [f"{club.nickname} {KIT}"], ["shirt"]
+        texts, thoughts = WORDS["kit_texts"], ["shirt"]
+        keyphrases = [f"{club.nickname} {WORDS['kit']}"]
     elif kind == "B":
         event = pick(rng, events)
         slots["TOPIC"], texts = EVENTS[event]
@@ -330,13 +158,14 @@ def write_text(rng, kind, club, events):
         keyphrases, thoughts = [f"{club.city} {topic}"], ["name", "home", "topic"]
     elif kind == "D":
         two = rng.random() < 0.3
-        keyphrases = [PHRASES[i] for i in rng.permutation(len(PHRASES))[: 1 + two]]
+        keyphrases = rng.permutation(WORDS["phrases"])[: 1 + two].tolist()
         slots["PHRASE"], slots["OTHER"] = keyphrases[0], keyphrases[-1]
-        texts, thoughts = (TWO_PHRASE_TEXTS, ["two"]) if two else (PHRASE_TEXTS, ["phrase"])
+        texts = WORDS["two_phrase_texts" if two else "phrase_texts"]
+        thoughts = ["two" if two else "phrase"]
     else:
-        texts, keyphrases, thoughts = MOOD_TEXTS, [pick(rng, MOODS)], ["mood"]
+        texts, keyphrases, thoughts = WORDS["mood_texts"], [pick(rng, WORDS["moods"])], ["mood"]
     text = add_small_talk(rng, fill_template(rng, pick(rng, texts), **slots))
-    cot = " ".join(fill_template(rng, THOUGHTS[thought], **slots) for thought in thoughts)
+    cot = " ".join(fill_template(rng, WORDS["thoughts"][name], **slots) for name in thoughts)
     return {"text": text, "keyphrases": keyphrases, "cot": cot}
 
 
@@ -388,7 +217,7 @@ def draw_scene(rng, scene):
     """A cup, hills, a city or a phone, which have nothing to do with the text beside them."""
     image = Image.new("RGB", (SIZE, SIZE), tuple(map(int, rng.integers(190, 246, 3))))
     draw = ImageDraw.Draw(image)
-    colour = COLOURS[pick(rng, list(COLOURS))]
+    colour = tuple(pick(rng, list(COLOURS.values())))
     x, y = map(int, rng.integers(-6, 7, 2))
     if scene == "cup":
         draw.rectangle((0, 64 + y, SIZE, SIZE), fill=(150, 110, 75))
@@ -426,25 +255,19 @@ def make_folder(folder, label, settings, fill):
     A folder whose file `label` holds the same settings is left as it is. Raises UserError for any
     other that is not empty.
     """
-    folder, settings = Path(folder), json.dumps(settings)
-    try:
-        if (folder / label).is_file() and (folder / label).read_text() == settings + "\n":
+    folder, settings = Path(folder), json.dumps(settings) + "\n"
+    with writing(folder, "remove it, or name another folder"):
+        if (folder / label).is_file() and (folder / label).read_text() == settings:
             return
-        if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-            raise UserError(
-                f"{folder} holds something else (its {label} would be {settings}): remove it, or "
-                "name another folder"
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            folder.rmdir()  # fails where it is not empty, before the work is done
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             new = Path(temporary) / "new"
             new.mkdir()
             fill(new)
-            (new / label).write_text(settings + "\n")
+            (new / label).write_text(settings)
             follow_umask(new)
             new.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder} can't be written: {error}") from error
 
 
 def write_world(out, seed=0, **counts):
@@ -467,59 +290,24 @@ def write_world(out, seed=0, **counts):
 
 # --------------------------------------------------------------------------------------- toy model
 
+# The toy's folder before it has a tokenizer and weights. In its chat template a turn is only its
+# start and its end: there is no system turn, and the speakers alternate anyway. Its config names
+# full-attention blocks because the default ones lie beyond this vision tower.
+TOY = Path(__file__).parent / "toy"
+# In this order they are the tokens 0 to 7, as TOY's config has them.
 SPECIALS = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
 SPECIALS = (*(f"<|{name}|>" for name in SPECIALS), "<unk>")
-# A turn is only its start and its end: there is no system turn, and the speakers alternate anyway.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-<|im_start|>
-{%- if message.content is string -%}{{ message.content }}{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{%- endfor -%}
-{%- if add_generation_prompt -%}<|im_start|>{%- endif -%}
-"""
-# The default "fullatt_block_indexes" names blocks that this vision tower doesn't have.
-CONFIG = """{
-    "text_config": {
-        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        "rms_norm_eps": 1e-6, "initializer_range": 0.05, "tie_word_embeddings": true
-    },
-    "vision_config": {
-        "depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2,
-        "out_hidden_size": 128, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-        "initializer_range": 0.05, "fullatt_block_indexes": [0, 1]
-    },
-    "tie_word_embeddings": true
-}"""
-IMAGE_PROCESSOR = """{
-    "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2, "min_pixels": 784, "max_pixels": 28224,
-    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]
-}"""
-
-
-def words():
-    """Every word of every world, in alphabetical order."""
-    names = COLOURS, PATTERNS, NICKNAMES, CITIES, KIT, EVENTS, TOPICS, PHRASES, MOODS, THOUGHTS
-    texts = OPENERS, CLOSERS, KIT_TEXTS, PHRASE_TEXTS, TWO_PHRASE_TEXTS, MOOD_TEXTS
-    return sorted(set(re.findall(r"\b[a-z]+\b", json.dumps(names + texts))))
 
 
 def make_tokenizer():
-    """A token for every word of the club worlds and every tag; any other ASCII text is spelled."""
+    """A token for every word of WORDS and every tag; any other ASCII text is spelled."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = string.ascii_lowercase + string.digits + string.punctuation
     spelling = [*letters, *(f"##{letter}" for letter in letters)]
-    tokens = dict.fromkeys([*SPECIALS, *TAGS, *spelling, *words()])
+    words = sorted(set(re.findall(r"\b[a-z]+\b", json.dumps(list(WORDS.values())))))
+    tokens = dict.fromkeys([*SPECIALS, *TAGS, *spelling, *words])
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(
         models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=1_000_000)
@@ -536,8 +324,8 @@ def make_tokenizer():
     )
     special = {"pad_token": SPECIALS[0], "eos_token": "<|im_end|>", "unk_token": "<unk>"}
     special["additional_special_tokens"] = list(SPECIALS[1:-1])
-    settings = {"clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **settings)
+    special["clean_up_tokenization_spaces"] = False
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def write_toy_model(folder, seed=0):
@@ -549,24 +337,16 @@ def write_toy_model(folder, seed=0):
 
         transformers.logging.disable_progress_bar()  # this file is written in no time
         tokenizer = make_tokenizer()
-        token = tokenizer.convert_tokens_to_ids
-        ids = {"bos_token_id": None, "eos_token_id": token("<|im_end|>")}
-        ids["pad_token_id"] = tokenizer.pad_token_id
-        config = json.loads(CONFIG) | ids
-        config["text_config"] |= ids | {"vocab_size": len(tokenizer)}
-        for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
-            config[f"{name.removesuffix('_pad')}_token_id"] = token(f"<|{name}|>")
+        config = transformers.AutoConfig.from_pretrained(TOY)
+        config.text_config.vocab_size = len(tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = transformers.Qwen2_5_VLForConditionalGeneration(
-                transformers.Qwen2_5_VLConfig(**config)
-            )
-        model.generation_config.update(do_sample=False, **ids)
+            model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+        model.generation_config.update(do_sample=False)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        image_processor = json.dumps(json.loads(IMAGE_PROCESSOR), indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(image_processor)
-        (folder / "prompt.txt").write_text("{text}")
+        for name in ("chat_template.jinja", "preprocessor_config.json", "prompt.txt"):
+            shutil.copy(TOY / name, folder)
 
     make_folder(folder, "toy.json", {"version": VERSION, "seed": seed}, fill)
 

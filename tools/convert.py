@@ -125,7 +125,7 @@ def to_posts(path, rows, names, folder, out):
     for number, row in enumerate(rows, start=1):
         where = f"{path}: record {number}"
         if names.get("text", "text") not in row:
-            raise wrong_field(where, row, names, "text", "a string")
+            raise wrong_field(where, row, names, "text")
         record = {"image": None} | renamed(row, names)
         record["id"] = record.get("id") or str(number)
         check_record(record, where, names=names)

@@ -14,7 +14,7 @@ from data import check_record
 from evaluate import UserError, normalize, plural, shown
 from support.console import progress
 from support.images import MAX_PIXELS, Unreadable, load_image
-from support.records import check_file, problem, renamed
+from support.records import problem, renamed
 
 
 class Entry(NamedTuple):
@@ -37,7 +37,7 @@ def to_record(path, line, row, names=None):
     UserError for a line that is not CMKP's.
     """
     if isinstance(row, dict):
-        return renamed(row, names) if names else row
+        return renamed(row, names)
     post = evaluate.parse_cmkp(path, line, row)
     identity = post["id"] or hashlib.blake2b(row.encode(), digest_size=8).hexdigest()
     keyphrases = [phrase.strip() for phrase in post["keyphrases"]]
@@ -47,7 +47,6 @@ def to_record(path, line, row, names=None):
 
 def read_entries(path, names=None):
     """The posts of a JSONL or CMKP file as a list of Entry. Raises UserError."""
-    check_file(path, cmkp=True)
     folder, entries = os.path.realpath(Path(path).parent), []
     for line, row in progress(evaluate.read_rows(path), None, Path(path).name):
         record = to_record(path, line, row, names)
@@ -94,8 +93,8 @@ def check_line(path, parse, names, line, raw):
     try:
         record = to_record(path, line, parse(path, line, raw), names)
     except UserError as error:
-        what = str(error).removeprefix(f"{path} line {line}: ")
-        return None, [problem("", "a line that can't be read", what=what)], {}
+        told = str(error).removeprefix(f"{path} line {line}: ")
+        return None, [problem("", "a line that can't be read", told)], {}
     text, image, cot = (typed(record, field, str) for field in ("text", "image", "cot"))
     errors, read, folder = [], False, Path(path).parent
     try:
@@ -108,9 +107,9 @@ def check_line(path, parse, names, line, raw):
         except Unreadable as error:
             kind = f"an image: {str(error).partition(': ')[0]}"
             hint = f"paths to image files begin at {folder}; null is for none"
-            errors.append(problem("", kind, hint, f"the image {shown(image)}: {error}"))
+            errors.append(problem("", kind, f"the image {shown(image)}: {error}; {hint}"))
     elif isinstance(record.get("text"), str) and not text.strip():
-        errors.append(problem("", "neither text nor image", "remove it"))
+        errors.append(problem("", "neither text nor image", "neither text nor image; remove it"))
     keyphrases = len(typed(record, "keyphrases", list))
     counts = bool(image), read, bool(text.strip()), bool(cot.strip()), keyphrases
     return typed(record, "id", str) or None, errors, dict(zip(COUNTED, counts, strict=True))
@@ -118,7 +117,6 @@ def check_line(path, parse, names, line, raw):
 
 def check(args):
     """Read every record and image and print all that is wrong; exit with 1 if anything is."""
-    check_file(args.file, cmkp=True)
     rows = [(line, raw) for line, _, raw in evaluate.read_lines(args.file) if raw.strip()]
     if not rows:
         raise UserError(f"{args.file}: no posts in it")
@@ -131,11 +129,12 @@ def check(args):
         bar = progress(results, len(rows), "check")
         for (line, _), (identity, errors, of_post) in zip(rows, bar, strict=True):
             if is_json and identity is not None and first.setdefault(identity, line) != line:
-                what = f"this id was already used on line {first[identity]}"
-                errors.append(problem("", "an id is used twice", "ids must differ", what))
+                told = f"this id was already used on line {first[identity]}; ids must differ"
+                errors.append(problem("", "an id is used twice", told))
             for error in errors:
-                told = "; ".join(filter(None, (error.what, error.hint)))
-                found.append({"line": line, "id": identity, "kind": error.kind, "problem": told})
+                found.append(
+                    {"line": line, "id": identity, "kind": error.kind, "problem": error.told}
+                )
             counts.update(of_post)
     if args.json:
         print(json.dumps({"posts": len(rows), **counts, "problems": found}, indent=2))

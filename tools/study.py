@@ -263,13 +263,13 @@ def direct_answers(cell):
     chosen = [index for index in range(len(posts)) if posts[index]["kind"] in "ABC"][:200]
     model, encoder, _ = load(str(cell.folder / "last"))
     encoded, found = data.EncodedPosts(posts, encoder, with_answers=True), []
-    for _, batches in data.Loader(encoded, [chosen], 50):
+    for _, batches in data.load_steps(encoded, [chosen], 50):
         for batch in batches:
             prompt = read_prompt(model.eval(), batch.prompt)
             first = model.lm_head(prompt.last_hidden[:, 0]).softmax(-1)  # (B, vocabulary)
             loss = answer_loss(model, prompt, batch.plain)
             law = torch.exp(-cell.gamma * batch.plain.mask.sum(1).float())
-            found.append(torch.stack([loss, 1 - first[:, encoder.think[0]], law]))
+            found.append(torch.stack([loss, 1 - first[:, encoder.tags["<think>"][0]], law]))
     return torch.cat(found, dim=1).mean(1).tolist()
 
 
