@@ -15,7 +15,7 @@ import signal
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from evaluate import UserError, parse_line, read_jsonl, shown
+from evaluate import UserError, canonical, parse_line, read_jsonl, shown
 from support.checkpoint import load_prompt_file, read_own
 from support.console import positive_int, reading_progress, whole_number
 from support.images import MAX_PIXELS, Unreadable, load_image, patches
@@ -55,17 +55,17 @@ def check_record(record, where, for_training=False, names=None):
 
 def check_keyphrases(keyphrases, where):
     """Raise UserError unless `parse_answer` returns the keyphrases from their answer."""
-    phrases, joined = [" ".join(phrase.split()) for phrase in keyphrases], "".join(keyphrases)
+    phrases, joined = list(map(canonical, keyphrases)), "".join(keyphrases)
     found, _ = parse_answer(plain_answer(keyphrases))
     # A line break would become a space, but may separate two keyphrases.
     if found != phrases or "\n" in joined or "\r" in joined:
-        lost = next((phrase for phrase in keyphrases if phrase not in found), keyphrases[0])
+        lost = next((phrase for phrase in phrases if phrase not in found), phrases[0])
         raise problem(
             where,
             "a keyphrase would be lost",
             f"the keyphrase {shown(lost)} would be lost: the answer is read as "
-            f"{shown('; '.join(found))}; remove repetitions, semicolons, line breaks, tags, "
-            "quotes, hash signs, brackets, bullets, numbers or labels, or let --map "
+            f"{shown('; '.join(found))}; unescape HTML, remove repetitions, semicolons, line "
+            "breaks, tags, quotes, hash signs, brackets, bullets, numbers or labels, or let --map "
             "keyphrases=keyphrases do so",
         )
 
@@ -90,7 +90,7 @@ class Posts(IndexedLines):
         for line, offset, record in reading_progress(read_jsonl(path), path):
             record = renamed(record, names)
             check_record(record, f"{path} line {line}", for_training, names)
-            first = first_lines.setdefault(hash(record["id"]), line)
+            first = first_lines.setdefault(hash(canonical(record["id"])), line)
             if first != line:
                 raise UserError(
                     f"{path} line {line} (id {shown(record['id'])}): this id was already used on "
@@ -146,7 +146,7 @@ def plain_answer(keyphrases):
     It ends with a semicolon where `parse_answer` would not return the keyphrases without it: where
     a comma would separate them, or a period would be the end of a sentence.
     """
-    phrases = [" ".join(phrase.split()) for phrase in keyphrases]
+    phrases = list(map(canonical, keyphrases))
     answer = "; ".join(phrases)
     if parse_answer(answer)[0] != phrases and parse_answer(f"{answer};")[0] == phrases:
         return f"{answer};"

@@ -9,6 +9,8 @@ phrases foxes and kit; `2. bundesliga`, `c#`, `#1 fan` and `u.s.` are phrases as
 import json
 import re
 
+from evaluate import canonical
+
 # Models also write tags in capitals, in other letters and brackets, translated, or without the `>`.
 TAG = re.compile(
     r"[<＜◁[](?:(?<!\[)|(?=/?(?-i:THINK)\]))([/／]?)"  # [THINK] in capitals only
@@ -121,7 +123,7 @@ def json_strings(text):
 
 def undecorated(phrase):
     """A phrase without the bullets and quotes around it, its white space single spaces."""
-    phrase = " ".join(phrase.split())
+    phrase = canonical(phrase)
     for _ in range(3):  # quotes within quotes
         phrase = unquoted(BULLET.sub("", phrase.strip(" ,，、،")))
     return phrase

@@ -21,7 +21,6 @@ from evaluate import (
     INVALID_WORDS,
     UserError,
     align,
-    normalize,
     plural,
     read_predictions,
     read_references,
@@ -30,6 +29,7 @@ from evaluate import (
     run,
     score,
     train_keyphrases,
+    words_of,
 )
 from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.images import Unreadable, load_image
@@ -59,8 +59,9 @@ def marks(prediction, post, train):
     The first of equal phrases counts. Empty references and predictions with an invalid word are
     ignored. `train` is the set of normalized training keyphrases, None where they are unknown.
     """
-    predicted = [(phrase, normalize(phrase)) for phrase in prediction["keyphrases"]]
-    references = [(phrase, normalize(phrase)) for phrase in post["keyphrases"]]
+    to_words = words_of([post])
+    predicted = [(phrase, to_words(phrase)) for phrase in prediction["keyphrases"]]
+    references = [(phrase, to_words(phrase)) for phrase in post["keyphrases"]]
     valid = {words for _, words in predicted if INVALID_WORDS.isdisjoint(words)}
     right = valid.intersection(words for _, words in references if words)
 
@@ -126,7 +127,7 @@ def read_posts(args):
             prediction["notes"] = [f"failed: {row['error']}" if row.get("error") else "cut off"]
     predictions = align(predictions, posts, args.allow_missing, (args.predictions, args.posts))
     train = set(train_keyphrases(args.train)) if args.train else None
-    known = None if train is None else set(map(normalize, train))
+    known = None if train is None else set(map(words_of(posts), train))
     pairs = zip(posts, predictions, strict=True)
     shown = [describe_post(number, *pair, known) for number, pair in enumerate(pairs, start=1)]
     for post, (line, row) in zip(shown, read_rows(args.posts), strict=True):
@@ -135,7 +136,7 @@ def read_posts(args):
             where = f"{args.posts} line {line} (id {post['id']})"
             raise UserError(f"{where}: the field 'image' must be a file name or null")
         post["path"] = Path(args.posts).parent / image if image else None
-    return shown, score(predictions, posts, train)
+    return shown, score(predictions, posts, train, words_of(posts))
 
 
 def small_copy(path):

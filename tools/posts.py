@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import evaluate
 from data import check_record
-from evaluate import UserError, normalize, plural, shown
+from evaluate import UserError, canonical, normalize, normalize_cmkp, plural, shown
 from support.console import progress
 from support.images import MAX_PIXELS, Unreadable, load_image
 from support.records import problem, renamed
@@ -52,13 +52,14 @@ def read_entries(path, names=None):
         record = to_record(path, line, row, names)
         check_record(record, f"{path} line {line}", names=names)
         keyphrases, image = record.get("keyphrases", []), record.get("image")
-        words = normalize(record["text"])
-        scored = {normalize(phrase) for phrase in keyphrases} - {()}
+        to_words = normalize if isinstance(row, dict) else normalize_cmkp
+        words = to_words(record["text"])
+        scored = {to_words(phrase) for phrase in keyphrases} - {()}
         entry = Entry(
             record,
             os.path.join(folder, image) if image else None,
             hash(words) if words else None,
-            [phrase.strip().lower() for phrase in keyphrases if phrase.strip()],
+            [canonical(phrase).lower() for phrase in keyphrases if phrase.strip()],
             len(record["text"].split()),
             len(scored),
             sum(f" {' '.join(phrase)} " in f" {' '.join(words)} " for phrase in scored),
@@ -128,8 +129,9 @@ def check(args):
         results = pool.imap(lambda row: check_line(args.file, parse, args.map, *row), rows, 8)
         bar = progress(results, len(rows), "check")
         for (line, _), (identity, errors, of_post) in zip(rows, bar, strict=True):
-            if is_json and identity is not None and first.setdefault(identity, line) != line:
-                told = f"this id was already used on line {first[identity]}; ids must differ"
+            same = is_json and identity is not None and canonical(identity)
+            if same and first.setdefault(same, line) != line:
+                told = f"this id was already used on line {first[same]}; ids must differ"
                 errors.append(problem("", "an id is used twice", told))
             for error in errors:
                 found.append(
