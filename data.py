@@ -59,7 +59,7 @@ def check_keyphrases(keyphrases, where):
     found, _ = parse_answer(plain_answer(keyphrases))
     # A line break would become a space, but may separate two keyphrases.
     if found != phrases or "\n" in joined or "\r" in joined:
-        lost = next((phrase for phrase in phrases if phrase not in found), phrases[0])
+        lost = next((phrase for phrase in keyphrases if phrase not in found), keyphrases[0])
         raise problem(
             where,
             "a keyphrase would be lost",

@@ -119,7 +119,8 @@ def make(args):
     write_image_processor(folder, "qwen2_5_vl")
     check(folder, llama, tokenizer)
     for source, name in ((args.train, "train"), (args.test, "test")):
-        command = [sys.executable, "-m", "tools.dataset", "cmkp", source.resolve(), "--out"]
+        command = [sys.executable, "-m", "tools.dataset", "import", source.resolve()]
+        command += ["--images", "none", "--out"]
         subprocess.run([*command, (args.out / f"{name}.jsonl").resolve()], cwd=ROOT, check=True)
     (args.out / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     test = args.out / "test.jsonl"

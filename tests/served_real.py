@@ -220,7 +220,8 @@ def main():
     posts = [post | {"image": str(images / post["image"])} for post in rows(args.posts)]
     with Engine(args.vllm, args.toy, "toy", 512, folder / "toy.log") as engine:
         check_toy(engine, folder, posts[: args.count])
-    run(["-m", "tools.dataset", "cmkp", args.cmkp, "--out", folder / "cmkp.jsonl"])
+    to_jsonl = ["-m", "tools.dataset", "import", args.cmkp, "--images", "none"]
+    run([*to_jsonl, "--out", folder / "cmkp.jsonl"])
     real = list({post["text"]: post for post in rows(folder / "cmkp.jsonl")}.values())[:60]
     with Engine(args.vllm, args.llm, "llm", 2048, folder / "llm.log") as engine:
         check_llm(engine, folder, real)

@@ -78,10 +78,9 @@ def test_cmkp_round_trip(tmp_path, monkeypatch):
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
     out = tmp_path / "link" / "new" / "posts.jsonl"
-    printed, told = tool("cmkp", "src.txt", "--images", "pictures", "--out", out, "--json")
-    counts = {"posts": 6, "images": 3, "images_missing": 3, "ids_renamed": 1}
-    assert json.loads(printed) == counts
-    assert "gone.jpg" in told and "line 4 has no address" in told
+    printed, told = tool("import", "src.txt", "--images", "pictures", "--out", out, "--json")
+    counts = {"posts": 6, "images": 3, "images_missing": 1, "keyphrases": 9, "ids_renamed": 1}
+    assert json.loads(printed) == counts | {"map": ""} and "gone.jpg" in told
     records = read(out)
     assert [record["id"] for record in records[:3]] == ["AbC", "AbC-2", "gone"]
     assert len({record["id"] for record in records}) == 6
@@ -94,7 +93,7 @@ def test_cmkp_round_trip(tmp_path, monkeypatch):
     )
     assert before == after
     data.Posts(out)  # opens for prediction
-    tool("cmkp", source, "--out", tmp_path / "bare.jsonl")
+    tool("import", source, "--images", "none", "--out", tmp_path / "bare.jsonl")
     assert [record["image"] for record in read(tmp_path / "bare.jsonl")] == [None] * 6
 
 
@@ -107,9 +106,11 @@ def test_new_ids_are_unique_and_leave_others_alone():
 def test_cmkp_says_what_is_wrong(tmp_path):
     out = ["--out", tmp_path / "out.jsonl"]
     source = write(tmp_path / "src.txt", ["a<sep>b<sep>c.jpg", "no separator"])
-    assert "src.txt line 2: must be text<sep>" in error("cmkp", source, *out)
+    assert "src.txt line 2: must be text<sep>" in error("import", source, *out)
     good = write(tmp_path / "good.txt", ["a<sep>b<sep>c.jpg"])
-    assert "nowhere: No such" in error("cmkp", good, "--images", tmp_path / "nowhere", *out)
+    assert "nowhere: can't be read (No such" in error(
+        "import", good, "--images", tmp_path / "nowhere", *out
+    )
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -19,7 +19,7 @@ from tiny import words
 ROOT = Path(__file__).parent.parent
 COMMANDS = "train infer evaluate gen_cot".split()
 COMMANDS += [f"tools.{name}" for name in "clubworld curves gallery memory merge study".split()]
-COMMANDS += [f"tools.dataset {name}" for name in "cmkp rename stats check split".split()]
+COMMANDS += [f"tools.dataset {name}" for name in "import stats check split".split()]
 
 VALUES = "-1 0 1 0.5 1.5 nan inf -inf text 1e-9 1e999 0x10 1000000000".split()
 VALUES += ["", " ", "9" * 18, "9" * 30, "9" * 5000]

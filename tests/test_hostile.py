@@ -474,7 +474,7 @@ def test_places_that_cannot_be_written(world, tmp_path, out):
     os.mkfifo(tmp_path / "fifo")
     source, out = tmp_path / "src.txt", str(tmp_path / out)
     source.write_text("a<sep>b<sep>c.jpg\n")
-    told(run("-m tools.dataset cmkp", source, "--out", out), out[:400])
+    told(run("-m tools.dataset import --images none", source, "--out", out), out[:400])
     arguments = words("--data", world / "test.jsonl", "--model", world / "toy", "--workers 0")
     with pytest.raises((UserError, OSError), match="not a file|can't be written|too long"):
         infer.infer_file(infer.parse_args([*arguments, "--out", out]))

@@ -107,7 +107,7 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
     ("name", "content", "message"),
     [
         ("p.csv", "text,tags\na,b\nc,d,e\n", "different numbers of cells"),
-        ("p.csv", "words,tags\na,b\n", "record 1.*'text' is missing.*words, tags.*--map text=NAME"),
+        ("p.csv", "words,tags\na,b\n", "record 1.*'text' must be.*words, tags.*--map text=NAME"),
         ("p.csv", "text,image\na,x.png\n", "none of its images is in .*'x.png'.*--images DIR"),
         ("p.json", '[{"text": "a"}', "not a whole list in JSON"),
         ("p.json", "[1, 2]", "a list of JSON objects is needed"),

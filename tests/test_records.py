@@ -229,14 +229,14 @@ def test_predicting_and_scoring_posts_in_other_names(theirs, tmp_path, capsys):
     source = theirs / "their_test.jsonl"
     (tmp_path / "far").mkdir()
     out = tmp_path / "far" / "renamed.jsonl"
-    assert not dataset.rename(dataset.parse_args(words("rename", source, MAP, "--out", out)))
+    assert not dataset.import_posts(dataset.parse_args(words("import", source, MAP, "--out", out)))
     before, after = lines(theirs / "test.jsonl"), lines(out)
     for one, other in zip(before, after, strict=True):
         assert (out.parent / other["image"]).resolve() == (theirs / one["image"]).resolve()
         assert {**one, "image": 0} == {**other, "image": 0}
-    assert "renamed.jsonl: 12 posts" in capsys.readouterr().out
-    with pytest.raises(UserError, match="choose another --out"):
-        dataset.rename(dataset.parse_args(words("rename", source, MAP, "--out", source)))
+    assert "keyphrases=hashtags,text=tweet,image=photos" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is there already; choose another --out"):
+        dataset.import_posts(dataset.parse_args(words("import", source, "--out", source)))
     code, printed = check(source, *MAP.split())
     assert code == 0 and printed.startswith("12 posts: 12 with an image, 12 with a text")
     mapped = dataset.figures_of(read_entries(source, parse_map(MAP.split()[1])))

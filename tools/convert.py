@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from data import check_record, relative_path
-from evaluate import UserError, read_jsonl, shown, without_doubles
+from evaluate import UserError, decode, read_jsonl, read_lines, shown, without_doubles
 from support.console import reading
 from support.records import renamed, wrong_field
 from tools.posts import to_record
@@ -30,12 +30,12 @@ def read_rows(path):
 
     The rows are dicts, the names {our name of a field: the rows' name}. Raises UserError.
     """
-    with reading(path, "save it as UTF-8"):
-        text = Path(path).read_text(encoding="utf-8-sig").strip("\r\n")
+    with reading(path, "save it as UTF-8"), open(path, encoding="utf-8-sig", newline="") as file:
+        text = file.read().strip("\r\n")
     head = text.partition("\n")[0].lstrip()
     if not head.startswith(("[", "{")):
         if "<sep>" in head:
-            return read_cmkp(path, text), {}
+            return read_cmkp(path), {}
         rows = read_table(path, text)
         return rows, usual_names(rows)
     try:
@@ -59,9 +59,10 @@ def are_records(value):
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def read_cmkp(path, text):
+def read_cmkp(path):
     """The posts of CMKP's text; "image" is the name that the image has in its address."""
-    posts = [to_record(path, line, row) for line, row in enumerate(text.split("\n"), start=1)]
+    lines = read_lines(path)
+    posts = [to_record(path, line, decode(path, line, raw)) for line, _, raw in lines]
     return [post | {"image": post["address"].rpartition("/")[2] or None} for post in posts]
 
 
@@ -74,7 +75,7 @@ def read_table(path, text):
     errors = []
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
         options = {"delimiter": delimiter, "quoting": quoting, "strict": True}
-        reader = csv.DictReader(io.StringIO(text), **options)
+        reader = csv.DictReader(io.StringIO(text, newline=""), **options)
         try:
             rows = list(reader)
         except csv.Error as error:

@@ -75,7 +75,7 @@ def import_posts(args):
         "images_missing": len(missing),
         "keyphrases": sum(len(record.get("keyphrases", ())) for record in records),
         "ids_renamed": make_ids_unique(records),
-        "map": ",".join(f"{ours}={theirs}" for ours, theirs in names.items()),
+        "map": ",".join(f"{ours}={name}" for ours, name in names.items() if name != ours),
     }
     write_records(args.out, records)
     if missing:
