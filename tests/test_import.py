@@ -91,7 +91,10 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.JPG")
     printed, told = tool("import", file, "--out", out, "--images", tmp_path)
     assert "1 image missing, their posts are text-only now: no.png" in told
-    assert "text=tweet,image=photo,keyphrases=tags" in printed and '"rock & roll"' in printed
+    assert (
+        "read with --map text=tweet,image=photo,keyphrases=tags\n" in printed
+        and '"rock & roll"' in printed
+    )
     first, second, third = read(out)
     assert first["id"] == "1" and first["text"] == "rock & roll" and first["place"] == "x"
     assert first["keyphrases"] == ["rock & roll"]

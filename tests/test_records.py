@@ -234,7 +234,7 @@ def test_predicting_and_scoring_posts_in_other_names(theirs, tmp_path, capsys):
     for one, other in zip(before, after, strict=True):
         assert (out.parent / other["image"]).resolve() == (theirs / one["image"]).resolve()
         assert {**one, "image": 0} == {**other, "image": 0}
-    assert "keyphrases=hashtags,text=tweet,image=photos" in capsys.readouterr().out
+    assert "--map text=tweet,keyphrases=hashtags,image=photos\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="is there already; choose another --out"):
         dataset.import_posts(dataset.parse_args(words("import", source, "--out", source)))
     code, printed = check(source, *MAP.split())

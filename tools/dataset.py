@@ -84,8 +84,10 @@ def import_posts(args):
     if args.json:
         print(json.dumps(result, indent=2))
     else:
+        names = result.pop("map")
         rows = [[name.replace("_", " "), str(value)] for name, value in result.items()]
-        print(f"{evaluate.lay_out(rows)}\nThe first post:\n{to_line(records[0])}", end="")
+        print(evaluate.lay_out(rows) + (f"\nread with --map {names}" if names else ""))
+        print(f"The first post:\n{to_line(records[0])}", end="")
 
 
 # ------------------------------------------------------------------------------------------- stats
