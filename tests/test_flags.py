@@ -88,8 +88,8 @@ ENDS = {  # of the ranges: 0 or the line of the mistake
     "--batch-size 1000000000 --micro-batch 1000000000": 0,
     "--keep 1000000000 --save-every 999999999999999999 --valid-posts 1000000000": 0,
     "--seed 999999999999999999 --max-pixels 1000000000 --max-length 1000000000": 0,
-    "--max-pixels 1": "--max-pixels 1 is less than a token",
-    "--max-length 1": "--max-length 1 leaves no room",
+    "--max-pixels 1": "--max-pixels 1 leave no room",
+    "--max-length 1": "--max-length 1 and --max-pixels 401408 leave no room",
     "--lora 4096 --seed 999999999999999999": 0,
 }
 
@@ -118,7 +118,7 @@ def test_other_commands_at_the_ends_of_their_ranges(monkeypatch, world, tmp_path
     sizes = "--batch-size 1000000000 --max-pixels 1000000000 --max-length 1000000000"
     assert run(monkeypatch, "infer", *files, "--out", out, sizes) == 0
     small = run(monkeypatch, "infer", *files, "--out", tmp_path / "small.jsonl", "--max-pixels 1")
-    assert "--max-pixels 1 is less than a token" in small
+    assert "--max-pixels 1 leave no room" in small
     rounds = "--bootstrap 3 --seed 999999999999999999"
     assert run(monkeypatch, "evaluate", out, posts, rounds) == 0
     split = "split --overlap 0 --valid 0 --seed 999999999999999999 --test 1000000000"

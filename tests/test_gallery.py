@@ -233,7 +233,7 @@ def test_images_are_small_copies_inside_the_page(make_pages, tmp_path):
         assert picture.size == (320, 192)
         assert picture.convert("RGB").resize((1, 1)).getpixel((0, 0))[0] > 240
     assert page.texts("p", **{"class": "blank"}) == [
-        "broken.jpg: not a readable image",
+        "broken.jpg: not a readable image (JPEG, PNG, GIF, WEBP, BMP, TIFF, AVIF)",
         "none.jpg: no such file",
         "no image",
     ]

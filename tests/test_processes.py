@@ -180,8 +180,9 @@ def qwen3_5_arguments(folder, kind, name):
 def odd_steps(posts):
     """Five steps of four posts: with images, without, without, no readable image, with images."""
     records = lines(posts.with_name("train.jsonl"))[:20]
-    for step, indices in enumerate(data.TrainingOrder(20, 4, 3, 1)):
-        for index in indices:
+    order = data.TrainingOrder(20, 4, 3, 1)
+    for step in range(len(order)):
+        for index in order[step]:
             image = str(posts.parent / records[index]["image"])
             records[index]["image"] = [image, None, None, "gone.png", image][step]
     path = posts.with_name("odd.jsonl")

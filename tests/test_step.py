@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from data import Targets
+from data import Targets, padded
 from model import FAMILIES, TokenLoss
 from test_resume import lines
 from tiny import batch_of, literal, random_posts, tiny_model, train_alone
@@ -208,7 +208,7 @@ def test_answers_of_one_token_need_no_kernel_of_generation(family, monkeypatch):
     model, posts = tiny_model(family), random_posts(family, GRIDS, plain=(2, 2), cot=(2, 2))
     batch = batch_of(posts)
     batch.plain, batch.cot = (
-        Targets.pad([post[name] for post in posts], pad=0) for name in ("plain", "cot")
+        Targets(*padded([post[name] for post in posts], pad=0)) for name in ("plain", "cot")
     )
     for mode in MODES:
         loss, _, use_cot = TrainingStep(model, mode, gamma=5.0)(batch)
