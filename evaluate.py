@@ -12,6 +12,7 @@ This file needs only numpy and also works when it is copied elsewhere.
 
 import argparse
 import gc
+import hashlib
 import html
 import io
 import json
@@ -235,6 +236,8 @@ def parse_prediction(path, number, row):
     prediction = {"id": required(where, row, "id")} | ({"failed": True} if row.get("error") else {})
     # A post that could not be read counts as one without predicted keyphrases.
     prediction["keyphrases"] = [] if row.get("error") else required(where, row, "keyphrases")
+    if "post" in row:
+        prediction["post"] = row["post"]
     if "think" in row:
         prediction["think"] = row["think"] and required(where, row, "think")
     if row.get("tokens") is not None:
@@ -293,7 +296,15 @@ def align(predictions, references, allow_missing=False, names=("predictions", "r
             f"{ours}: no prediction for {len(missing)} of {posts} of {theirs}: "
             f"{kind} {first_few(missing)}; --allow-missing scores them as empty"
         )
-    return [made.get(key, {"id": None, "keyphrases": []}) for key in wanted]
+    aligned = [made.get(key, {"id": None, "keyphrases": []}) for key in wanted]
+    digests = [digest(reference["text"]) for reference in references]
+    rows = zip(aligned, digests, wanted, strict=True)
+    if others := [shown(key) for made, post, key in rows if made.get("post", post) != post]:
+        raise UserError(
+            f"{ours}: made for posts of other texts than {theirs} has under the same ids: "
+            f"{len(others)} of {posts}: {kind} {first_few(others)}"
+        )
+    return aligned
 
 
 # ----------------------------------------------------------------------------- words and stemming
@@ -320,6 +331,12 @@ SIGNS = string.punctuation + LEFT + RIGHT
 def canonical(text):
     """`text` in the one form in which strings are compared: NFC, with single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def digest(text):
+    """What a prediction keeps of its post's text, to be known by."""
+    text = canonical(html.unescape(text)).encode("utf-8", "replace")
+    return hashlib.blake2b(text, digest_size=6).hexdigest()
 
 
 def normalize(phrase):

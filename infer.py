@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import data
-from evaluate import UserError, one_line, parse_prediction, plural, reasoned, run, shown
+from evaluate import UserError, digest, one_line, parse_prediction, plural, reasoned, run, shown
 from support.checkpoint import checkpoint_of, differences, find_model
 from support.client import Client, Failed, add_server_options, chat_request
 from support.console import ArgumentParser, info, out_of_memory, positive_int, progress, writing
@@ -127,8 +127,10 @@ def infer_file(args):
                         writer.sort()  # without what is predicted again
                 with contextlib.closing(predictions):
                     for prediction in progress(predictions, len(posts), "posts", initial=done):
+                        index = index_of[hash(prediction["id"])]
+                        prediction["post"] = digest(posts[index]["text"])
                         with writing(out, KEPT):
-                            writer.append(prediction, index=index_of[hash(prediction["id"])])
+                            writer.append(prediction, index=index)
             with writing(out, KEPT):
                 writer.sort()
         code = summary(args, writer)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import data
-from evaluate import UserError, non_negative_int, plural, run, score, table
+from evaluate import UserError, digest, non_negative_int, plural, run, score, table
 from model import answer_loss, bf16_on_cuda, load, predict, read_prompt, unsharded_model
 from support.adapters import adapter_config, add_adapter, need_peft
 from support.checkpoint import (
@@ -44,6 +44,7 @@ from support.console import (
     positive_int,
     positive_number,
     progress,
+    read_json,
     whole_number,
 )
 from support.distributed import Ranks, compute_dtype
@@ -53,8 +54,9 @@ from support.records import mapped_keyphrases
 from tools.clubworld import TOY_DEFAULTS, write_beside
 
 # Settings that a resumed run may change; the others decide what is learned.
-FREE_TO_CHANGE = """resume force save_every keep out device workers micro_batch parallel test
-    gradient_checkpointing valid valid_posts max_new_tokens log_choices tensorboard""".split()
+FREE_TO_CHANGE = """save_every keep device workers micro_batch parallel gradient_checkpointing test
+    valid valid_posts max_new_tokens log_choices tensorboard skip_unreadable""".split()
+FILES = ("train", "valid", "test", "prompt_file")
 
 
 def make_parser():
@@ -80,6 +82,8 @@ def add_run_options(add):
     add("--keep", metavar="K", type=positive_int, default=1, help="keep the newest K, and the best")
     add("--log-choices", action="store_true", help="write each sample's L(y_s) to choices.jsonl")
     add("--tensorboard", action="store_true", help="also log for TensorBoard (needs tensorboard)")
+    skip_help = "go on however many images can't be read (else to 1%% of the posts, or three)"
+    add("--skip-unreadable", action="store_true", help=skip_help)
 
 
 def add_training_options(add):
@@ -113,8 +117,17 @@ def add_memory_options(add):
 
 def parse_args(arguments=None, parser=None):
     parser = parser or make_parser()
-    if parser.parse_known_args(arguments)[0].train is None:
+    given, _ = parser.parse_known_args(arguments)
+    before = Path(given.out) / "settings.json"
+    if given.resume and before.is_file():
+        before = read_json(before)
+        parser.set_defaults(**{name: before[name] for name in vars(given) if name in before})
+    elif given.train is None:
         parser.set_defaults(**TOY_DEFAULTS)
+    elif given.model and (Path(checkpoint_of(given.model)) / "toy.json").is_file():
+        parser.set_defaults(
+            **{name: TOY_DEFAULTS[name] for name in ("lr", "warmup", "micro_batch")}
+        )
     args = parser.parse_args(arguments)
     if args.freeze_vision is None:
         args.freeze_vision = args.lora is not None
@@ -238,8 +251,8 @@ def clip_gradients(model, most, step, ranks):
     norm = full_tensor(clip_grad_norm_(model.parameters(), most or math.inf))
     if not norm.isfinite():
         raise ranks.error(
-            f"step {step}: the loss or its gradient is not finite; the last checkpoint is kept; a "
-            "lower --lr or a smaller --clip usually helps"
+            f"step {step}: the loss or its gradient is not finite; go on from the last checkpoint, "
+            "or start anew: a lower --lr or a smaller --clip usually helps"
         )
     return norm
 
@@ -283,15 +296,18 @@ def open_files(args, ranks):
     if valid:
         ranks.on_rank0(say_posts, valid, "Validation", args.valid_posts)
     settings = ranks.on_rank0(run_settings, args, posts)
-    ranks.on_rank0(open_run, Path(args.out), settings, args.resume, args.force)
+    ranks.on_rank0(open_run, Path(args.out), settings, FREE_TO_CHANGE, args.resume, args.force)
     return posts, valid, Path(args.out)
 
 
 def run_settings(args, posts):
-    """What decides what a run learns, as a dict; it has the content of files. Raises UserError."""
-    settings = {k: value for k, value in vars(args).items() if k not in FREE_TO_CHANGE}
-    if is_local(args.model):
-        settings["model"] = str(Path(args.model).resolve())
+    """A run's settings as a dict, with what files hold that decide what it learns.
+
+    Files have their whole paths, so that a run can be resumed from any folder. Raises UserError.
+    """
+    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "force", "out")}
+    for name in (*FILES, "model") if is_local(args.model) else FILES:
+        settings[name] = settings[name] and str(Path(settings[name]).resolve())
     if args.prompt_file:
         settings["prompt"] = data.load_prompt_file(args.prompt_file, "{text}")
     return settings | {"posts": len(posts), "train_digest": posts.digest()}
@@ -300,16 +316,16 @@ def run_settings(args, posts):
 def check_reasoning(posts, mode):
     """Raise UserError where posts lack the reasoning that a mode trains them on."""
     missing, trains = posts.without_cot, MODES[mode].trains
+    if missing == len(posts) and trains != "plain":
+        raise UserError(
+            f"{posts.path}: no post has a 'cot', so none can be taught to reason; let gen_cot.py "
+            "write it, or use --mode sft"
+        )
     if missing and trains in ("cot", "both"):
         raise UserError(
             f"{posts.path}: {missing} of {plural(len(posts), 'post')} without a 'cot'; --mode "
             f"{mode} needs it for all: let gen_cot.py write it, or use --mode dynamic, which "
             "trains those posts on their plain answers"
-        )
-    if missing == len(posts) and trains == "either":
-        raise UserError(
-            f"{posts.path}: no post has a 'cot', so none can be taught to reason; let gen_cot.py "
-            "write it, or use --mode sft"
         )
 
 
@@ -373,7 +389,9 @@ def predict_and_score(model, encoder, posts, most, args, ranks):
     if ranks.rank > 0:
         return None, None
     references = [posts[index] for index in range(count)]
-    predictions = [by_id[reference["id"]] for reference in references]
+    predictions = [
+        by_id[reference["id"]] | {"post": digest(reference["text"])} for reference in references
+    ]
     scores = score(predictions, references, mapped_keyphrases(args.train, args.map))
     scores["cut"] = sum("cut" in prediction for prediction in predictions)
     scores["unreadable"] = sum("error" in prediction for prediction in predictions)
@@ -420,6 +438,8 @@ def check_args(args):
         need_peft()
     if args.tensorboard:
         tensorboard_writer()
+    if args.resume and not (Path(args.out) / "settings.json").is_file():
+        raise UserError(f"{args.out}: no run to resume here; leave out --resume to start one")
     for name, other in (("model", "train"), ("train", "model")):
         if not getattr(args, name) and (getattr(args, other) or args.valid or args.test):
             raise UserError(f"--{name} is missing; without any files it would be the club world")

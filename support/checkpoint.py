@@ -131,17 +131,17 @@ def list_checkpoints(run):
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def open_run(folder, settings, resume=False, force=False):
+def open_run(folder, settings, free=(), resume=False, force=False):
     """Make or reopen a run's folder; `settings` is a dict that JSON can hold.
 
     Raises UserError where there is a run already, nothing to resume, or one that was started with
-    other settings. `force` allows these, but not another number of posts or batch size: a place in
-    an epoch means nothing without them.
+    other settings, but for the `free` ones. `force` allows these, but not another number of posts
+    or batch size: a place in an epoch means nothing without them.
     """
     folder = Path(folder)
     found = list_checkpoints(folder)
     if resume:
-        changed = changed_settings(folder, settings)
+        changed = changed_settings(folder, settings, free)
         if changed and (not force or not changed.keys().isdisjoint(("posts", "batch_size"))):
             text = f"{folder}: can't resume with other settings: {', '.join(changed.values())}; "
             raise UserError(f"{text}--force allows others, but for the posts and --batch-size")
@@ -157,7 +157,7 @@ def open_run(folder, settings, resume=False, force=False):
         (folder / "best").unlink()
 
 
-def changed_settings(folder, settings):
+def changed_settings(folder, settings, free):
     """{setting: "it was this, is that"} between a run and how it is resumed. Raises UserError.
 
     What `settings` leaves to the model is completed from the last checkpoint.
@@ -171,7 +171,9 @@ def changed_settings(folder, settings):
             if settings.get(name) is None:
                 settings[name] = value
     found = differences(before, settings)
-    return {name: text for name, text in found.items() if name not in BY_CONTENT}
+    return {
+        name: text for name, text in found.items() if name not in BY_CONTENT and name not in free
+    }
 
 
 def differences(before, now):

@@ -1,6 +1,7 @@
 """The log of a training run, and what a run tells the person in front of it, on stderr."""
 
 import contextlib
+import hashlib
 import math
 import shlex
 import shutil
@@ -9,15 +10,16 @@ import time
 
 from tqdm import tqdm
 
-from evaluate import plural, read_jsonl
+from evaluate import first_few, plural, read_jsonl, shown
 from support.checkpoint import POINTERS, read_pointer, write_pointer
 from support.console import WITHOUT_RATE, info, progress, reading, writing
 from support.jsonl import JsonlWriter
+from support.records import most_unreadable
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
 REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None}
 SUMS = ("samples", "loss", "plain_loss", "use_cot", "truncated", "tokens")  # of a step
-NO_ROOM = "the last checkpoint is kept: make room and continue with --resume"
+NO_ROOM = "make room and continue from the last checkpoint with --resume"
 
 
 class TrainingLog(contextlib.ExitStack):
@@ -34,10 +36,11 @@ class TrainingLog(contextlib.ExitStack):
         self.args, self.mode, self.folder = args, mode, folder
         self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
+        self.made_on = None  # the posts and settings of the last evaluation
         self.choices, self.writers, self.board = [], {}, None
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
         kept = ranks.from_rank0(self.open_files, step)
-        self.skipped = {line["id"] for line in kept["skipped.jsonl"]}
+        self.skipped = {line["id"]: line["image"] for line in kept["skipped.jsonl"]}
         for line in kept["log.jsonl"]:
             self.remember(line)
         if args.tensorboard:
@@ -99,7 +102,7 @@ class TrainingLog(contextlib.ExitStack):
             self.choices.append((batch.ids, plain, use_cot))
 
     def end_step(self, step, lr, norm, micro_batches):
-        """Write the step's line. Raises UserError once more than 1% of the posts were skipped."""
+        """Write the step's line. Raises UserError once too many posts were skipped."""
         sums = dict(zip(SUMS, self.ranks.all_reduce(self.sums), strict=True))
         if samples := sums["samples"]:  # none where no image can be read
             seconds = time.perf_counter() - self.started
@@ -148,21 +151,29 @@ class TrainingLog(contextlib.ExitStack):
                     self.board.add_scalar(f"{prefix}/{name}", value, step)
 
     def add_skipped(self, step, skipped):
-        """List posts whose image could not be read. Raises UserError once they are more than 1%."""
+        """List posts whose image could not be read. Raises UserError once they are too many."""
         for post in skipped:
-            self.skipped.add(post.id)
+            if post.id not in self.skipped:
+                self.ranks.info(f"left out: (id {shown(post.id)}) {post.image}: {post.reason}")
+            self.skipped[post.id] = post.image
             line = {"step": step, "id": post.id, "image": post.image, "reason": post.reason}
             self.write("skipped.jsonl", line)
-        if len(self.skipped) > self.order.count // 100:
+        if len(self.skipped) > most_unreadable(self.order.count) and not self.args.skip_unreadable:
             raise self.ranks.error(
-                f"{plural(len(self.skipped), 'image')} could not be read, more than 1% of the "
-                f"posts: see {self.folder / 'skipped.jsonl'}; {post.image}: {post.reason}"
+                f"{plural(len(self.skipped), 'image')} of {plural(self.order.count, 'post')} could "
+                f"not be read: {first_few([*self.skipped.values()])}; see "
+                f"{self.folder / 'skipped.jsonl'}; --skip-unreadable leaves them all out"
             )
 
     def add_evaluation(self, step, scores):
         """Write an evaluation's line, and let `best` name the best checkpoint; scores: rank 0's."""
         if scores:
-            line = {"step": step, "valid": scores}
+            with open(self.args.valid, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            made_on = [content, self.args.valid_posts, self.args.max_new_tokens]
+            line = {"step": step, "valid": scores, "made_on": made_on}
+            if self.best[1] and made_on != self.made_on:
+                info("other validation posts or --max-new-tokens: the best is chosen anew")
             self.write("log.jsonl", line)
             self.remember(line)
             say_evaluation(step / self.order.epoch_steps, step, scores, self.best[1] == step)
@@ -174,7 +185,9 @@ class TrainingLog(contextlib.ExitStack):
         """Remember an evaluation, a line of the log; `best` names one whose checkpoint is there."""
         self.evaluated = step = line["step"]
         f1 = line["valid"]["all"]["F1@1"]
-        if self.ranks.rank == 0 and f1 > self.best[0] and (self.folder / f"step-{step}").is_dir():
+        if line.get("made_on") != self.made_on:
+            self.best, self.made_on = (-1.0, 0), line.get("made_on")
+        if self.ranks.rank == 0 and f1 >= self.best[0] and (self.folder / f"step-{step}").is_dir():
             self.best = f1, step
             write_pointer(self.folder, "best", f"step-{step}")
 
@@ -293,6 +306,8 @@ def say_evaluation(epoch, step, scores, best):
     text += f"  {tokens:.1f} tokens a post, {reasoned:.0%} reasoned"
     for name, what in (("cut", "cut off"), ("unreadable", "images unreadable")):
         text += f"  {scores[name]} {what}" if scores[name] else ""
+    if not scores["all"]["F1@M"]:
+        text += "  nothing right: is the loss still high, or answers cut off (--max-new-tokens)?"
     info(text + "  (best)" * best)
 
 
