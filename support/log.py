@@ -14,7 +14,6 @@ from evaluate import first_few, plural, read_jsonl, shown
 from support.checkpoint import POINTERS, read_pointer, write_pointer
 from support.console import WITHOUT_RATE, info, progress, reading, writing
 from support.jsonl import JsonlWriter
-from support.records import most_unreadable
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
 REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None}
@@ -158,7 +157,8 @@ class TrainingLog(contextlib.ExitStack):
             self.skipped[post.id] = post.image
             line = {"step": step, "id": post.id, "image": post.image, "reason": post.reason}
             self.write("skipped.jsonl", line)
-        if len(self.skipped) > most_unreadable(self.order.count) and not self.args.skip_unreadable:
+        allowed = max(3, self.order.count // 100)
+        if len(self.skipped) > allowed and not self.args.skip_unreadable:
             raise self.ranks.error(
                 f"{plural(len(self.skipped), 'image')} of {plural(self.order.count, 'post')} could "
                 f"not be read: {first_few([*self.skipped.values()])}; see "

@@ -18,11 +18,6 @@ FIELDS = {  # what a record's fields must be
 TRIED = 200  # posts whose images are looked for before a run
 
 
-def most_unreadable(posts):
-    """How many images of so many posts may be unreadable before training stops: 1%, or three."""
-    return max(3, posts // 100)
-
-
 def problem(where, kind, told):
     """A UserError about a record: what is `told` of it, and the `kind` that many records share."""
     error = UserError(f"{where}: {told}")
@@ -106,7 +101,7 @@ def look_over(posts, for_training):
             f"{posts.path}: the image {shown(images[0])} is not there, nor is that of another post "
             f"({len(images)} tried); paths to image files begin at {posts.folder}"
         )
-        if for_training and posts.with_image > most_unreadable(len(posts)):
+        if for_training and 100 * posts.with_image > len(posts):  # more than training may skip
             raise UserError(text)
     else:
         return

@@ -183,7 +183,7 @@ def test_a_file_of_posts_stopped_and_continued(world, tmp_path, monkeypatch, cap
     assert infer_file(*arguments, "--out", tmp_path / "whole.jsonl") == 0
     whole = lines(tmp_path / "whole.jsonl")
     assert [p["id"] for p in whole] == [r["id"] for r in lines(world / "test.jsonl")]
-    assert set(whole[0]) - {"cut"} == {"id", "keyphrases", "think", "output", "tokens"}
+    assert set(whole[0]) - {"cut"} == {"id", "keyphrases", "think", "output", "tokens", "post"}
 
     out, all_here = tmp_path / "stopped.jsonl", infer.all_here
 

@@ -84,7 +84,7 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
     scores = line["valid"]
     told = re.search(
         r"^epoch 0\.75  step 3  F1@1 (\S+) all, (\S+) unseen  (\S+) tokens a post, (\d+)% reasoned"
-        r"(?:  (\d+) cut off)?  \(best\)$",
+        r"(?:  (\d+) cut off)?(?:  nothing right: .*)?  \(best\)$",
         shown,
         re.MULTILINE,
     )
@@ -112,25 +112,33 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
     assert (folder / "run" / "curves.png").is_file()
 
 
-def test_an_evaluation_that_is_not_the_best_and_one_without_unseen_keyphrases(tmp_path, capsys):
-    args = train.parse_args(["--train", "t", "--batch-size", "10"])
+def test_evaluations_as_good_as_the_best_with_nothing_right_and_without_unseen_keyphrases(
+    tmp_path, capsys
+):
+    (tmp_path / "valid.jsonl").touch()
+    args = train.parse_args(words("--train t --batch-size 10 --valid", tmp_path / "valid.jsonl"))
     scores = {name: {"posts": 2, "F1@1": 0.5} for name in ("all", "unseen")} | {"cut": 0}
+    scores["all"]["F1@M"] = 0.5
     scores["all"] |= {"tokens": 15.24, "reasoned": 0.584}
     scores["unreadable"] = 3
     from support.distributed import Ranks
 
     row, order = train.MODES["dynamic"], TrainingOrder(25, 10, 0, 3)
-    for step in (3, 7):
+    for step in (3, 7, 9):
         (tmp_path / f"step-{step}").mkdir()
     with Ranks("cpu") as ranks, TrainingLog(args, row, tmp_path, order, 0, ranks) as log:
         log.add_evaluation(3, scores)
         scores["unseen"]["posts"] = scores["unreadable"] = 0
-        log.add_evaluation(7, scores)
+        log.add_evaluation(7, scores)  # of two that are as good the later one is best
+        scores["all"] |= {"F1@1": 0.0, "F1@M": 0.0}
+        log.add_evaluation(9, scores)
     shown = re.findall(r"epoch .*", capsys.readouterr().err)
     both = "F1@1 50.0 all, 50.0 unseen  15.2 tokens a post, 58% reasoned  3 images unreadable"
     assert shown == [
         f"epoch 1  step 3  {both}  (best)",
-        "epoch 2.33  step 7  F1@1 50.0 all  15.2 tokens a post, 58% reasoned",
+        "epoch 2.33  step 7  F1@1 50.0 all  15.2 tokens a post, 58% reasoned  (best)",
+        "epoch 3  step 9  F1@1 0.0 all  15.2 tokens a post, 58% reasoned  nothing right: is the "
+        "loss still high, or answers cut off (--max-new-tokens)?",
     ]
 
 

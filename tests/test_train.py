@@ -186,8 +186,10 @@ def test_a_step_without_a_readable_image_trains_nothing(train_on, world, tmp_pat
 
 
 def test_many_unreadable_images_end_the_run(train_on, world, tmp_path):
-    with pytest.raises(UserError, match=r"more than 1%.*missing\.png"):
+    with pytest.raises(UserError, match=r"4 images of 128 posts .*missing\.png.*--skip-unreadable"):
         train_on("run", posts=with_bad_images(world, tmp_path, 0, 1, 64, 65))
+    run = train_on("all", "--skip-unreadable", posts=with_bad_images(world, tmp_path, *range(9)))
+    assert len({line["id"] for line in lines(run / "skipped.jsonl")}) == 9
 
 
 @pytest.mark.parametrize("script", ["train", "infer"])

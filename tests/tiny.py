@@ -79,8 +79,11 @@ def generate(model, encoder, batch, think="auto", max_new_tokens=512):
 
 
 def train_alone(*arguments):
-    """`python train.py ARGUMENTS` in this process; returns (model, encoder, run folder)."""
-    args = train.parse_args(words(*arguments))
+    """`python train.py ARGUMENTS` in this process; returns (model, encoder, run folder).
+
+    The toy's own micro-batch would hold all posts of a step.
+    """
+    args = train.parse_args(words("--micro-batch 4", *arguments))
     with Ranks(args.device) as ranks:
         return train.train(args, ranks)
 

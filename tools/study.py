@@ -87,7 +87,7 @@ def is_trained(cell):
     if not (cell.folder / "last").is_file():
         return False
     options, posts = train.parse_args(cell.train_options()), cell.args.posts
-    if changed_settings(cell.folder, train.run_settings(options, posts)):
+    if changed_settings(cell.folder, train.run_settings(options, posts), train.FREE_TO_CHANGE):
         return False  # train.py refuses to resume it, and names them
     steps = len(data.TrainingOrder(len(posts), options.batch_size, options.seed, options.epochs))
     evaluated = [line["step"] for line in read(cell.folder / "log.jsonl") if "valid" in line]
