@@ -427,8 +427,8 @@ def report(model, encoder, folder, posts, args, ranks):
         print(f"Reasoning  {prediction['think'] or f'none: {why_none}'}")
     record, _ = shown[0]
     image = str(posts.image_path(record) or "none")
-    post, name = f"{shlex.quote(image)} {shlex.quote(record['text'])}", folder / "last"
-    print(f"\nTry next:  python infer.py {post} --model {shlex.quote(str(name))}")
+    options = ["--model", str(folder / "last"), "--max-new-tokens", str(args.max_new_tokens)]
+    print(f"\nTry next:  python infer.py {shlex.join([image, record['text'], *options])}")
     return 1 if unreadable else 0
 
 

@@ -221,8 +221,9 @@ class Checkpoints:
         except Exception as error:  # safetensors raises an error of its own for a full disk
             if self.ranks.rank == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)
-            text = f"{folder}: the checkpoint could not be saved ({first_line(error)}); "
-            raise self.ranks.error(f"{text}the last one is kept, for --resume") from error
+            text = f"{folder}: the checkpoint could not be saved ({first_line(error)})"
+            kept = "; --resume goes on from the last one" if (self.run / "last").is_file() else ""
+            raise self.ranks.error(text + kept) from error
 
     def finish(self, weights, step, folder):
         """Write what rank 0 alone writes, and give the checkpoint its name."""

@@ -7,12 +7,13 @@ import shlex
 import shutil
 import textwrap
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
 from evaluate import first_few, plural, read_jsonl, shown
 from support.checkpoint import POINTERS, read_pointer, write_pointer
-from support.console import WITHOUT_RATE, info, progress, reading, writing
+from support.console import WITHOUT_RATE, info, progress, read_json, reading, writing
 from support.jsonl import JsonlWriter
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
@@ -36,6 +37,7 @@ class TrainingLog(contextlib.ExitStack):
         self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
         self.made_on = None  # the posts and settings of the last evaluation
+        self.truncated = 0
         self.choices, self.writers, self.board = [], {}, None
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
         kept = ranks.from_rank0(self.open_files, step)
@@ -44,11 +46,12 @@ class TrainingLog(contextlib.ExitStack):
             self.remember(line)
         if args.tensorboard:
             self.board = ranks.on_rank0(tensorboard_writer(), str(folder), purge_step=step + 1)
-        ranks.on_rank0(say_steps, args, mode, folder, step, len(order))
+        ranks.on_rank0(say_steps, args, mode, folder, step, order)
         options = {"initial": step, "bar_format": WITHOUT_RATE, "disable": ranks.rank > 0}
         self.bar = self.enter_context(progress(None, len(order), **options))
         for opened in filter(None, (*self.writers.values(), self.board)):
             self.callback(opened.close)
+        self.callback(self.say_truncated)
 
     def open_files(self, step):
         """Open the files and drop what is after `step`; returns {name: lines to remember}."""
@@ -62,6 +65,10 @@ class TrainingLog(contextlib.ExitStack):
                     writer.open()
                 self.writers[name] = writer
         return kept
+
+    def say_truncated(self):
+        if self.truncated:
+            self.ranks.info(f"{plural(self.truncated, 'text')} truncated to --max-length, so far")
 
     def write(self, name, *lines):
         """Append lines to one of the files. Raises UserError where the disk is full."""
@@ -120,6 +127,7 @@ class TrainingLog(contextlib.ExitStack):
             }
             if sums["truncated"]:
                 line["truncated"] = int(sums["truncated"])
+                self.truncated += line["truncated"]
             self.write("log.jsonl", line)
             if self.args.log_choices:
                 self.write_choices(step)
@@ -266,13 +274,14 @@ def say_output(out, done, failed=0):
     say("Writes", f"{out}: {', '.join(before)} before" if before else out)
 
 
-def say_steps(args, mode, folder, step, total):
+def say_steps(args, mode, folder, step, order):
     """How a run trains from `step` on, and where it writes."""
     start = f", from step {step + 1:,} on" if step else ""
     gamma = f", gamma {args.gamma}" if mode.trains == "either" else ""
-    posts, epochs = plural(args.batch_size, "post"), plural(args.epochs, "epoch")
+    posts = plural(min(args.batch_size, order.count), "post")
+    epochs = plural(args.epochs, "epoch")
     method = f"mode {args.mode}{gamma}, learning rate {args.lr:g}"
-    say("Steps", f"{total:,} with {posts} each, {epochs}{start}; {method}")
+    say("Steps", f"{len(order):,} with {posts} each, {epochs}{start}; {method}")
     say("Writes", folder)
 
 
@@ -312,7 +321,7 @@ def say_evaluation(epoch, step, scores, best):
 
 
 def say_end(args, folder, device, started):
-    """What a run that `started` (time.monotonic) took, its checkpoints, and three commands."""
+    """What a run that `started` (time.monotonic) took, its checkpoints, and commands to go on."""
     lines = read_jsonl(folder / "log.jsonl")
     scores = {f"step-{line['step']}": line["valid"] for _, _, line in lines if "valid" in line}
     say("Done", f"in {time.monotonic() - started:,.0f} s, peak memory {peak_memory(device)}")
@@ -323,9 +332,16 @@ def say_end(args, folder, device, started):
     for checkpoint, names in checkpoints.items():
         found = scores.get(checkpoint.name)
         say(", ".join(names).capitalize(), f"{checkpoint}{': ' + f1(found) if found else ''}")
-    posts, predictions = args.test or args.valid or "test.jsonl", folder / "preds.jsonl"
-    command("Predict", "infer.py --data", posts, "--out", predictions, "--model", folder)
-    command("Score", "evaluate.py", predictions, posts, "--train", args.train)
+    posts, predictions = args.test or args.valid or args.train, folder / "preds.jsonl"
+    names = ["--map", ",".join(map("=".join, args.map.items()))] if args.map else []
+    model = ["--model", folder, "--max-new-tokens", args.max_new_tokens]
+    command("Predict", "infer.py --data", posts, "--out", predictions, *model, *names)
+    if names:  # evaluate.py reads our names only
+        ours = folder / "posts.jsonl"
+        command("Import", "-m tools.dataset import", posts, *names, "--out", ours)
+        command("Score", "evaluate.py", predictions, ours)
+    else:
+        command("Score", "evaluate.py", predictions, posts, "--train", args.train)
     command("Curves", "-m tools.curves", folder, "--out", folder / "curves.png")
 
 
@@ -335,9 +351,16 @@ def command(label, script, *arguments):
 
 
 def say_toy(folder, images):
-    """Say so where a model is the toy and an image (None: there is none) is not a club world's."""
+    """Say so where a model is the toy and an image (None: there is none) is not of its world.
+
+    A toy that was trained on other posts knows these.
+    """
     worlds = (image.resolve().parents[:2] for image in images if image)
     foreign = (not any((place / "world.json").is_file() for place in two) for two in worlds)
+    run = folder.parent / "settings.json"
+    posts = read_json(run).get("train") if run.is_file() else None
+    if posts and not Path(posts).with_name("world.json").is_file():
+        return
     if (folder / "toy.json").is_file() and any(foreign):
         real = "--model Qwen/Qwen2.5-VL-3B-Instruct"
         info(f"{folder}: this model knows only the club world; real photos need a real one: {real}")

@@ -11,7 +11,15 @@ from itertools import product
 import pytest
 
 import evaluate
-from evaluate import MEASURES, UserError, read_jsonl, read_predictions, read_references, score
+from evaluate import (
+    MEASURES,
+    UserError,
+    digest,
+    read_jsonl,
+    read_predictions,
+    read_references,
+    score,
+)
 from test_evaluate import HERE, POSTS, PREDICTIONS
 
 CMKP = HERE.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
@@ -95,6 +103,22 @@ def test_bad_fields_are_named(tmp_path, reader, rows, field, value):
     path = write_lines(tmp_path / "a.jsonl", [rows[0], rows[1] | {field: value}])
     with pytest.raises(UserError, match=f"a.jsonl line 2: the field '{field}'"):
         reader(path)
+
+
+def test_predictions_of_other_posts_under_the_same_ids(tmp_path):
+    made = [
+        row | {"post": digest(post["text"])} for row, post in zip(PREDICTIONS, POSTS, strict=True)
+    ]
+    path = write_lines(tmp_path / "p.jsonl", made)
+    assert evaluate.align(read_predictions(path), POSTS) == made
+    others = [POSTS[0], *(post | {"text": "another"} for post in POSTS[1:])]
+    with pytest.raises(
+        UserError, match="posts of other texts .* same ids: 2 of 3 posts: id 'p2', 'p3'"
+    ):
+        evaluate.align(read_predictions(path), others)
+    spelt = [post | {"text": f" {post['text']}  "} for post in POSTS]
+    assert evaluate.align(made, spelt) == made
+    assert digest("rock &amp; café") == digest("rock & cafe\u0301")
 
 
 def test_align_by_id_and_by_line():

@@ -3,8 +3,11 @@
 import io
 import json
 import random
+import shlex
+import subprocess
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,7 @@ from tiny import train_alone, words
 from tools import dataset
 from tools.posts import read_entries
 
+ROOT = Path(__file__).parent.parent
 POST = {"id": "p0", "text": "two spare tickets", "image": None, "keyphrases": ["ticket sale"]}
 
 
@@ -212,6 +216,25 @@ def test_training_on_other_names_is_the_same_training(theirs, tmp_path, capsys):
     with pytest.raises(UserError, match="map was {'text': 'tweet'.*, is {'text': 'tweet'}"):
         run("theirs", "train.jsonl", "--map text=tweet --resume")
     assert run("theirs", "their_train.jsonl", MAP, "--resume") == mapped
+
+
+def test_the_commands_that_a_mapped_run_prints_work(theirs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a run"
+    files = ["--train", theirs / "their_train.jsonl", "--valid", theirs / "their_test.jsonl"]
+    sizes = "--epochs 0.1 --workers 0 --max-new-tokens 3", MAP
+    arguments = words(*files, "--model", theirs / "toy", "--out", out, *sizes)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    assert not train.main()
+    printed = capsys.readouterr().err.splitlines()
+    commands = [
+        line[10:] for line in printed if line[:10].strip() in ("Predict", "Import", "Score")
+    ]
+    assert len(commands) == 3
+    for command in commands:
+        command = [sys.executable, *shlex.split(command)[1:]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[1].split()[:2] == ["posts", "12"]
 
 
 def test_predicting_and_scoring_posts_in_other_names(theirs, tmp_path, capsys):

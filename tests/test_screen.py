@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -191,6 +192,11 @@ def test_the_toy_says_that_it_is_one(world, train_on, tmp_path, monkeypatch, cap
         post = [str(image), "it's two\nlines", "--model", str(run), "--max-new-tokens", "4"]
         assert call(monkeypatch, infer, *post) == 0
         assert capsys.readouterr().err.count("this model knows only the club world") == told
+    own = shutil.copy(world / "train.jsonl", tmp_path)  # the posts of somebody who has photos
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(settings | {"train": str(own)}))
+    post = [str(photo), "a text", "--model", str(run), "--max-new-tokens", "4"]
+    assert call(monkeypatch, infer, *post) == 0 and "knows only" not in capsys.readouterr().err
     record = lines(world / "test.jsonl")[0]
     for image, told in ((photo, 1), (drawn, 0)):
         posts = tmp_path / f"{told}.jsonl"
