@@ -10,7 +10,6 @@ Without --train it trains on the club world, with the toy model's own defaults (
 import argparse
 import json
 import math
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -49,7 +48,14 @@ from support.console import (
 )
 from support.distributed import Ranks, compute_dtype
 from support.jsonl import locked, to_line, write_atomic
-from support.log import TrainingLog, say_end, say_model, say_posts, tensorboard_writer
+from support.log import (
+    TrainingLog,
+    print_examples,
+    say_end,
+    say_model,
+    say_posts,
+    tensorboard_writer,
+)
 from support.records import mapped_keyphrases
 from tools.clubworld import TOY_DEFAULTS, write_beside
 
@@ -226,8 +232,7 @@ def train(args, ranks):
                 # The mean over all samples of the step. DDP and FSDP average gradients over ranks.
                 (loss.sum() / samples * ranks.world_size).backward()
                 log.add(batch, loss, plain_loss, use_cot)
-            ranks.drop_unused_gradients(model, micro_batches)
-            norm = clip_gradients(model, args.clip, step, ranks)
+            norm = clip_gradients(model, micro_batches, args.clip, step, ranks)
             optimizer.step()
             optimizer.zero_grad()
             log.end_step(step, lr, norm, micro_batches)
@@ -243,11 +248,12 @@ def train(args, ranks):
     return model, encoder, folder
 
 
-def clip_gradients(model, most, step, ranks):
+def clip_gradients(model, micro_batches, most, step, ranks):
     """Scale the gradients to a norm of at most `most` (0: as they are); returns their norm.
 
     Raises UserError where it is not finite.
     """
+    ranks.drop_unused_gradients(model, micro_batches)
     norm = full_tensor(clip_grad_norm_(model.parameters(), most or math.inf))
     if not norm.isfinite():
         raise ranks.error(
@@ -415,20 +421,7 @@ def report(model, encoder, folder, posts, args, ranks):
     if unreadable:
         file = folder / "test_preds.jsonl"
         print(f"{plural(unreadable, 'image')} could not be read: see the errors in {file}")
-    pairs = [(posts[index], prediction) for index, prediction in enumerate(predictions)]
-    reasoned = [pair for pair in pairs if pair[1]["think"]]
-    direct = [pair for pair in pairs if not pair[1]["think"]]
-    shown = (reasoned[:2] + direct + reasoned[2:])[:3]
-    for record, prediction in shown:
-        print(f"\nPost       {record['text']}  [{record.get('image')}]")
-        print(f"Reference  {data.plain_answer(record['keyphrases'])}")
-        print(f"Predicted  {data.plain_answer(prediction['keyphrases'])}")
-        why_none = prediction.get("error", "answered directly")
-        print(f"Reasoning  {prediction['think'] or f'none: {why_none}'}")
-    record, _ = shown[0]
-    image = str(posts.image_path(record) or "none")
-    options = ["--model", str(folder / "last"), "--max-new-tokens", str(args.max_new_tokens)]
-    print(f"\nTry next:  python infer.py {shlex.join([image, record['text'], *options])}")
+    print_examples(posts, predictions, folder, args.max_new_tokens)
     return 1 if unreadable else 0
 
 

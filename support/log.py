@@ -345,6 +345,24 @@ def say_end(args, folder, device, started):
     command("Curves", "-m tools.curves", folder, "--out", folder / "curves.png")
 
 
+def print_examples(posts, predictions, folder, max_new_tokens):
+    """Print three predictions, of which two reason if any do, and a command to try."""
+    pairs = [(posts[index], prediction) for index, prediction in enumerate(predictions)]
+    reasoned = [pair for pair in pairs if pair[1]["think"]]
+    direct = [pair for pair in pairs if not pair[1]["think"]]
+    shown = (reasoned[:2] + direct + reasoned[2:])[:3]
+    for record, prediction in shown:
+        print(f"\nPost       {record['text']}  [{record.get('image')}]")
+        print(f"Reference  {'; '.join(record['keyphrases'])}")
+        print(f"Predicted  {'; '.join(prediction['keyphrases'])}")
+        why_none = prediction.get("error", "answered directly")
+        print(f"Reasoning  {prediction['think'] or f'none: {why_none}'}")
+    record, _ = shown[0]
+    image = str(posts.image_path(record) or "none")
+    options = ["--model", str(folder / "last"), "--max-new-tokens", str(max_new_tokens)]
+    print(f"\nTry next:  python infer.py {shlex.join([image, record['text'], *options])}")
+
+
 def command(label, script, *arguments):
     """Print a command on one line, to be copied."""
     info(f"{label:<10} python {script} {shlex.join(map(str, arguments))}")
