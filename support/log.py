@@ -37,7 +37,7 @@ class TrainingLog(contextlib.ExitStack):
         self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
         self.made_on = None  # the posts and settings of the last evaluation
-        self.truncated = 0
+        self.truncated, self.told_of_zeros = 0, False
         self.choices, self.writers, self.board = [], {}, None
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
         kept = ranks.from_rank0(self.open_files, step)
@@ -185,6 +185,9 @@ class TrainingLog(contextlib.ExitStack):
             self.write("log.jsonl", line)
             self.remember(line)
             say_evaluation(step / self.order.epoch_steps, step, scores, self.best[1] == step)
+            if not scores["all"]["F1@M"] and not self.told_of_zeros:
+                info("no keyphrase is right: is the loss still high? are answers cut off?")
+                self.told_of_zeros = True
             for name, values in scores.items():
                 if isinstance(values, dict):
                     self.write_scalars(step, values, f"valid/{name}")
@@ -315,8 +318,6 @@ def say_evaluation(epoch, step, scores, best):
     text += f"  {tokens:.1f} tokens a post, {reasoned:.0%} reasoned"
     for name, what in (("cut", "cut off"), ("unreadable", "images unreadable")):
         text += f"  {scores[name]} {what}" if scores[name] else ""
-    if not scores["all"]["F1@M"]:
-        text += "  nothing right: is the loss still high, or answers cut off (--max-new-tokens)?"
     info(text + "  (best)" * best)
 
 
