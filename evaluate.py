@@ -44,6 +44,9 @@ def run(main):
         print(end="", flush=True)
     except UserError as error:
         code, message = 1, str(error)  # the error's frames may hold a progress bar
+    except ImportError as error:  # of a package that is missing, or doesn't fit another
+        hint = "pip install -r requirements.txt; pip uninstall torchvision, which is not needed"
+        code, message = 1, f"{error}; {hint}"
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the program that reads our output (`| head`) has ended

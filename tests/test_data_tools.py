@@ -325,6 +325,22 @@ def test_split_of_cmkp(tmp_path, overlap):
     assert_as_asked(before, written(tmp_path), (1000, 1000), overlap)
 
 
+def test_keyphrases_are_compared_in_one_form_of_unicode(tmp_path):
+    train = write(
+        tmp_path / "train.jsonl", [post("1", "a", ["cafe\u0301  x"]), post("2", "b", ["y"])]
+    )
+    test = write(tmp_path / "test.jsonl", [post("3", "a", ["café x"])])
+    assert as_json("stats", train, test)["overlap"] == 1.0
+    twice = [post("é", keyphrases=["café", "cafe\u0301"]), post("e\u0301")]
+    path = write(tmp_path / "twice.jsonl", [*twice, '{"id": "a", "text": "b", "text": "c"}'])
+    told = [problem["problem"] for problem in as_json("check", path, code=1)["problems"]]
+    assert "would be lost" in told[0] and "already used on line 1" in told[1]
+    assert "the field 'text' is there twice" in told[2]
+    entity = write(tmp_path / "html.jsonl", [post("h", keyphrases=["rock &amp; roll"])])
+    (problem,) = as_json("check", entity, code=1)["problems"]
+    assert "unescape HTML" in problem["problem"]
+
+
 # -------------------------------------------------------------------------------------------- check
 
 

@@ -458,6 +458,18 @@ def test_a_full_disk_under_the_log(world, tmp_path, monkeypatch):
         train_alone(*files, "--epochs 1 --workers 0")
 
 
+def test_a_torchvision_that_does_not_fit_torch(world, tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('no such operator')")
+    package = tmp_path / "torchvision-0.20.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.20.0\n")
+    command = [sys.executable, "infer.py", "none", "a text", "--model", world / "toy"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    told(done, "pip uninstall torchvision")
+
+
 def test_results_that_cannot_be_printed(tmp_path):
     path = tmp_path / "posts.jsonl"
     path.write_bytes(GOOD)
