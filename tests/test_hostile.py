@@ -390,15 +390,6 @@ def test_model_folders(world, tmp_path, monkeypatch, change, message):
     assert not any("REPORT" in message for message in shown)
 
 
-def test_weights_in_parts_load(world, tmp_path):
-    shutil.copytree(world / "toy", tmp_path / "model")
-    in_shards(tmp_path / "model")
-    one, other = (
-        load(str(folder))[0].state_dict() for folder in (world / "toy", tmp_path / "model")
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 # ------------------------------------------------------------------------------------------ outputs
 
 

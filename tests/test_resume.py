@@ -28,6 +28,11 @@ def weights(run):
     return load_file(checkpoint.read_pointer(run / "last") / "model.safetensors")
 
 
+def equal(one, other):
+    """Whether two dicts of tensors are the same to the last bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
@@ -47,10 +52,8 @@ def wait_for(condition, process):
 
 def same(one, other):
     """Whether two runs have the same weights, log, choices and best checkpoint."""
-    ours, theirs = weights(one), weights(other)
     return (
-        ours.keys() == theirs.keys()
-        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        equal(weights(one), weights(other))
         and timeless(one) == timeless(other)
         and lines(one / "choices.jsonl") == lines(other / "choices.jsonl")
         and (one / "best").read_text() == (other / "best").read_text()
