@@ -26,12 +26,6 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def toy(world):
-    vlm, encoder, _ = load(str(world / "toy"))
-    return vlm, encoder, data.Posts(world / "test.jsonl")
-
-
-@pytest.fixture(scope="module")
 def thinker(world, tmp_path_factory):
     """A toy trained just long enough to write tags."""
     out = tmp_path_factory.mktemp("thinker") / "run"
