@@ -115,7 +115,7 @@ KEY = "sk-proj-ThisMustBeNowhere-0123456789"
 ECHOES = {
     "key": lambda r: error(500, f"sent with Bearer {KEY}", {"X-Echo": KEY}),
     "key in JSON": lambda r: Raw(503, json.dumps({"error": KEY}).replace("-", "\\u002d")),
-    "slow down": lambda r: error(429, KEY, {"retry-after": "0.3"}),
+    "429": lambda r: error(429, KEY, {"retry-after": "0.3"}),  # the only one: it is on the screen
     "drip": lambda r: Raw(200, completion(r, right(r)), drip=20),
 }
 # The command itself, but with shorter waits between two tries.
