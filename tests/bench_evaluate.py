@@ -1,8 +1,7 @@
-"""How long evaluate.py takes. By hand: python tests/bench_evaluate.py [PREDICTIONS REFERENCES]
+"""How long evaluate.py takes. By hand: python tests/bench_evaluate.py
 
-Without arguments it scores synthetic posts, as many as CMKP's test set and MMKP-360k's training set
-have; else the two files. Prints the best time of three runs, from the start of the process to the
-table, and the peak of memory.
+It scores synthetic posts, as many as CMKP's test set and MMKP-360k's training set have. Prints the
+best time of three runs, from the start of the process to the table, and the peak of memory.
 """
 
 import json
@@ -63,8 +62,8 @@ def measure(*arguments, runs=3):
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        cases = [sys.argv[1:]] if sys.argv[1:] else map(write_posts, [Path(folder)] * 2, SIZES)
-        for predictions, references in cases:
+        for posts in SIZES:
+            predictions, references = write_posts(Path(folder), posts)
             measure(predictions, references)
             measure(predictions, references, "--train", references)
             measure(predictions, references, "--bootstrap", "1000")

@@ -29,25 +29,23 @@ from support.checkpoint import checkpoint_of  # noqa: E402
 from support.console import HelpFormatter, positive_int, progress  # noqa: E402
 from support.decoding import Greedy  # noqa: E402
 
+BATCH = 8  # posts
 SHORT, LONG = 4, 120  # tokens of an answer with --random; no answer is longer
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--model", default="out/run/last", help="a trained model; python train.py makes one")
-    add("--data", default="out/clubworld-0/test.jsonl", help="posts to predict (JSONL)")
     add("--random", action="store_true", help="a larger model with random weights instead")
     add("--posts", type=positive_int, help="the first N posts only")
-    add("--batch-size", type=positive_int, default=8, help="posts of a batch")
     add("--rounds", type=positive_int, default=3, help="runs of each way")
     return parser.parse_args()
 
 
 def trained(args):
-    """(model, encoder, encoded posts) of --model and --data."""
-    model, encoder, _ = model_file.load(checkpoint_of(args.model))
-    posts = data.Posts(args.data)
+    """(model, encoder, encoded posts) of the run and the world that `python train.py` has left."""
+    model, encoder, _ = model_file.load(checkpoint_of("out/run/last"))
+    posts = data.Posts("out/clubworld-0/test.jsonl")
     encoded = data.EncodedPosts(posts, encoder, with_answers=False)
     count = min(args.posts or len(posts), len(posts))
     return model, encoder, [encoded[index] for index in progress(range(count), count, "encoding")]
@@ -98,10 +96,10 @@ class EndsAtLength(Greedy):
                 answer.ended = False
 
 
-def plain(model, encoder, samples, args):
+def plain(model, encoder, samples):
     found = {}
-    for start in range(0, len(samples), args.batch_size):
-        batch = data.collate(samples[start : start + args.batch_size], encoder)
+    for start in range(0, len(samples), BATCH):
+        batch = data.collate(samples[start : start + BATCH], encoder)
         width = batch.prompt["input_ids"].shape[1]
         limits = torch.tensor([limit(identity) for identity in batch.ids])
 
@@ -125,12 +123,12 @@ def plain(model, encoder, samples, args):
     return found
 
 
-def ours(model, encoder, samples, args):
+def ours(model, encoder, samples):
     def batches():
-        window = max(1, 32 // args.batch_size) * args.batch_size
+        window = max(1, 32 // BATCH) * BATCH
         for start in range(0, len(samples), window):
             posts = samples[start : start + window]
-            for chunk in data.by_length(posts, -(-len(posts) // args.batch_size)):
+            for chunk in data.by_length(posts, -(-len(posts) // BATCH)):
                 yield data.collate(chunk, encoder)
 
     return dict(model_file.write_answers(model, encoder, batches(), max_new_tokens=LONG))
@@ -143,17 +141,17 @@ def main():
     model.eval()
     if args.random:
         model_file.Greedy = EndsAtLength
-    seconds, expected = {plain: [], ours: []}, plain(model, encoder, samples, args)  # a warm-up
+    seconds, expected = {plain: [], ours: []}, plain(model, encoder, samples)  # a warm-up
     for turn in progress(range(2 * args.rounds), 2 * args.rounds, "timing", "run"):
         way = (plain, ours, ours, plain)[turn % 4]
         start = time.process_time()
-        found = way(model, encoder, samples, args)
+        found = way(model, encoder, samples)
         seconds[way].append(time.process_time() - start)
         equal = sum(found[identity] == expected[identity] for identity in expected)
         assert equal == len(samples), f"{way.__name__}: only {equal} answers equal plain's"
     lengths = [tokens for _, tokens, _ in expected.values()]
     print(
-        f"{len(samples)} posts, batches of {args.batch_size}, one thread; answers of "
+        f"{len(samples)} posts, batches of {BATCH}, one thread; answers of "
         f"{statistics.mean(lengths):.1f} tokens on average; all equal in {args.rounds} rounds"
     )
     for way, times in seconds.items():

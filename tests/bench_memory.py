@@ -7,7 +7,6 @@ measured: in it the optimizer has its state. What an operation takes internally 
 bf16 (--device cuda) is the CPU's autocast.
 """
 
-import argparse
 import json
 import sys
 import weakref
@@ -21,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from model import empty_model  # noqa: E402
-from support.console import HelpFormatter  # noqa: E402
 from tiny import TOKENS, batch_of, random_posts  # noqa: E402
 from tools import memory  # noqa: E402
 from train import TrainingStep, freeze  # noqa: E402
@@ -150,12 +148,7 @@ def compare(names, cases):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES], help="which small models")
-    add("--cases", nargs="+", default=CASES, help="the settings to measure, each as one argument")
-    args = parser.parse_args()
-    for result in compare(args.shapes, args.cases):
+    for result in compare(SHAPES, CASES):
         off = round(result["estimated"] / result["measured"] - 1, 3)
         print(json.dumps(result | {"off": off}), flush=True)
 

@@ -123,6 +123,7 @@ ANSWERS = {
     "thoughts before": lambda r: f"<think>{THOUGHTS}</think>\n\n{right(r)}",
     "thoughts before, not opened": lambda r: f"{THOUGHTS} </think>\n\n{right(r)}",
     "end of a turn": lambda r: completion(r, right(r), "EOS"),
+    "then closed": lambda r: Raw(200, completion(r, right(r)), cut=10**9),
 }
 
 # What passes: (the answer, how the reason of a post begins that always meets it).

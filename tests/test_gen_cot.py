@@ -41,7 +41,7 @@ def lines(path):
     """The records of a JSONL file, none of one that is not there."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def ids(records):
@@ -53,10 +53,11 @@ def number(request):
     return int(re.search(r"post-(\d+)", text_of(request))[1])
 
 
-def test_a_record_and_a_request(tmp_path):
+def test_a_record_and_a_request(tmp_path, capsys):
     posts = write_posts(tmp_path, 3, size=(1500, 1000))
     with Server() as server:
         assert gen(posts, server, "--max-pixels", 100 * 28 * 28, "--temperature", 0.5) == 0
+    assert "300 tokens sent, 60 received" in capsys.readouterr().err
     before, after = lines(posts), lines(tmp_path / "cot.jsonl")
     assert after == [record | {"cot": REASONING, "teacher": "teacher"} for record in before]
     for record in after:

@@ -1,9 +1,13 @@
 """Runs of the teacher that meet faults, and that are stopped, killed and go on."""
 
+import json
+import os
 import random
 import re
+import resource
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -11,11 +15,22 @@ import pytest
 
 import gen_cot
 from evaluate import UserError
-from kill_gen_cot import kill_run
-from server import ANSWERS, FAILING, HANG, PASSING, REASONING, Server, error, right, write_posts
+from server import (
+    ANSWERS,
+    FAILING,
+    HANG,
+    PASSING,
+    REASONING,
+    Raw,
+    Server,
+    completion,
+    error,
+    right,
+    write_posts,
+)
 from support import client
 from support.jsonl import to_line
-from test_gen_cot import gen, ids, lines, no_keys, number, python, written  # noqa: F401
+from test_gen_cot import ROOT, gen, ids, lines, no_keys, number, python, written  # noqa: F401
 
 # Beside what a server does wrong: what hangs, and replies that are not accepted.
 FAULTS = {name: fault for name, fault in (PASSING | FAILING).items() if "429" not in name} | {
@@ -96,10 +111,66 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     assert all(f" {count} {kind}" in told for kind, count in kinds.items())
 
 
+KEY = "sk-proj-ThisMustBeNowhere-0123456789"
+ECHOES = {
+    "key": lambda r: error(500, f"sent with Bearer {KEY}", {"X-Echo": KEY}),
+    "key in JSON": lambda r: Raw(503, json.dumps({"error": KEY}).replace("-", "\\u002d")),
+    "429": lambda r: error(429, KEY, {"retry-after": "0.3"}),  # the only one: it is on the screen
+    "drip": lambda r: Raw(200, completion(r, right(r)), drip=20),
+}
+# The command itself, but with shorter waits between two tries.
+SCRIPT = "import sys, gen_cot; sys.exit(gen_cot.write_reasoning(gen_cot.parse_args(), 0.02))"
+
+
 def test_killed_while_the_server_misbehaves_in_every_way(tmp_path):
     """Each post is in one of the two files, none is asked for again, the key is nowhere."""
-    requests, faults = kill_run(tmp_path, posts=120, kills=2)
-    assert 120 < requests < 500 and len(faults) > 15
+    posts, draw, met = write_posts(tmp_path, 120), random.Random(0), Counter()
+    files = tmp_path / "cot.jsonl", tmp_path / "cot.failed.jsonl"
+    passing = {name: (FAULTS | RATE_LIMITS)[name][0] for name in TEMPORARY} | ECHOES
+    failing = {name: answer for name, (answer, _) in FAILING.items()}
+    taken, asked_again = set(), []
+
+    def done():
+        return sum((ids(lines(file)) for file in files), [])
+
+    def reply(request, tries):
+        post = f"post-{number(request)}"
+        if post in taken:
+            asked_again.append(post)
+        of_post, of_request = random.Random(post), random.Random(f"{post} {tries}")
+        kinds = failing if of_post.random() < 0.05 else ANSWERS
+        name = of_post.choice(list(kinds))
+        time.sleep(of_request.expovariate(20))
+        if of_request.random() < 0.25:
+            kinds, name = passing, of_request.choice(list(passing))
+        met[name] += 1
+        return kinds[name](request)
+
+    with Server(reply) as server, open(tmp_path / "screen.txt", "wb") as screen:
+        options = f"--model m --base-url {server.url} --workers 16 --timeout 2 --max-retries 8"
+        command = [sys.executable, "-c", SCRIPT, posts, "--out", files[0], *options.split()]
+        environment = os.environ | {"OPENAI_API_KEY": KEY}
+        for kill in (True, True, False):
+            moment = len(taken) + draw.randrange(1, 40)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=screen, stderr=screen, env=environment
+            )
+            while process.poll() is None:
+                taken.update(done())
+                if kill and len(taken) >= moment:
+                    time.sleep(draw.uniform(0, 0.05))
+                    process.kill()
+                    break
+                time.sleep(0.02)
+            assert process.wait() == (-signal.SIGKILL if kill else 1)
+            taken.update(done())
+    order, (good, failed) = ids(lines(posts)), (ids(lines(file)) for file in files)
+    assert sorted(good + failed) == sorted(order) and not asked_again
+    for part in (good, failed):
+        assert part and part == sorted(part, key=order.index)
+    for path in tmp_path.iterdir():
+        assert KEY.encode() not in path.read_bytes(), f"the key is in {path.name}"
+    assert 120 < len(server.log) < 500 and len(met.keys() - ANSWERS.keys()) > 15
 
 
 def test_a_torn_line_is_gone_before_anything_is_added(tmp_path):
@@ -200,33 +271,9 @@ def test_replies_under_way_at_ctrl_c_are_kept(tmp_path):
     assert sorted(ids(lines(tmp_path / "cot.jsonl"))) == sorted(server.asked())
 
 
-def test_two_runs_do_not_share_an_out(tmp_path):
-    posts, inside, over = write_posts(tmp_path, 3), threading.Event(), threading.Event()
-
-    def reply(request, tries):
-        inside.set()
-        over.wait(60)
-        return right(request)
-
-    with Server(reply) as server:
-        command = [posts, "--out", "cot.jsonl", "--model", "m", "--base-url", server.url]
-        first = python(*command, cwd=tmp_path)
-        inside.wait(60)
-        second = python(*command, cwd=tmp_path)
-        told = second.communicate(timeout=60)[1]
-        over.set()
-        first.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 1) and len(server.log) == 3
-    assert told.startswith("error: cot.jsonl: another run is writing to it")
-    assert len(told.splitlines()) == 1
-
-
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path):
-    import resource
-
     posts, before = write_posts(tmp_path, 40), resource.getrlimit(resource.RLIMIT_FSIZE)
     with Server() as server:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
         try:
             with pytest.raises(UserError, match="cot.jsonl: can't be written"):

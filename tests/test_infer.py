@@ -1,4 +1,7 @@
-"""Prediction: greedy generation against transformers' own, one post, files, stopping, going on."""
+"""Prediction: thinking or not, one post, files, stopping, going on.
+
+That generation is transformers' own, test_generate.py and test_published.py show.
+"""
 
 import itertools
 import json
@@ -9,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 import data
 import infer
@@ -21,12 +23,6 @@ from tiny import generate, train_alone, words
 from train import TrainingStep
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def toy(world):
-    vlm, encoder, _ = load(str(world / "toy"))
-    return vlm, encoder, data.Posts(world / "test.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +43,6 @@ def taught(world, thinker):
 def batch_of(encoder, posts, indices):
     dataset = data.EncodedPosts(posts, encoder, with_answers=False)
     return data.collate([dataset[index] for index in indices], encoder)
-
-
-def test_batched_generation_equals_transformers_own_on_each_post_alone(toy, monkeypatch):
-    """And penalties of the model's folder are not inherited."""
-    vlm, encoder, posts = toy
-    with monkeypatch.context() as patch:
-        penalties = dict(do_sample=True, temperature=5.0, repetition_penalty=3.0, top_k=3)
-        patch.setattr(vlm, "generation_config", GenerationConfig(**penalties))
-        together = generate(vlm, encoder, batch_of(encoder, posts, range(8)), max_new_tokens=12)
-        assert vlm.generation_config.repetition_penalty == 3.0
-    for index, (text, tokens, ended) in enumerate(together):
-        prompt = batch_of(encoder, posts, [index]).prompt
-        options = dict(eos_token_id=encoder.end_of_turn, pad_token_id=encoder.pad)
-        own = vlm.generate(**prompt, **options, do_sample=False, max_new_tokens=12)
-        own = own[0, prompt["input_ids"].shape[1] :].tolist()
-        assert ended == (encoder.end_of_turn in own) and tokens == len(own)
-        own = own[:-1] if ended else own
-        assert text == encoder.tokenizer.decode(own, skip_special_tokens=True)
 
 
 def test_generation_after_a_training_step_and_the_reverse(taught):

@@ -18,7 +18,7 @@ from model import FAMILIES, load
 from support import checkpoint
 from support.adapters import adapter_config, add_adapter, base_name, merge_adapter, read_adapter
 from test_processes import finished, launch
-from test_resume import lines, timeless
+from test_resume import equal, lines, timeless
 from tiny import batch_of, literal, random_posts, tiny_model, train_alone, words
 from train import TrainingStep
 
@@ -33,10 +33,6 @@ def peft():
 
 def adapter_weights(run):
     return load_file(checkpoint.read_pointer(run / "last") / "adapter_model.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def logits(model, encoder):
@@ -179,7 +175,7 @@ def test_a_stopped_adapter_run_resumes_to_the_same_weights(
     with pytest.raises(UserError, match="lora was 8, is 4"):
         train_on("stopped", OPTIONS, "--lora 4 --resume")
     stopped = train_on("stopped", OPTIONS, "--resume")
-    assert same(adapter_weights(stopped), adapter_weights(adapter_run))
+    assert equal(adapter_weights(stopped), adapter_weights(adapter_run))
     assert timeless(stopped) == timeless(adapter_run)
 
 

@@ -4,7 +4,6 @@ Run as a script, this file is what torchrun starts.
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -33,11 +32,12 @@ from support.jsonl import to_line
 from support.log import TrainingLog
 from test_resume import lines, weights
 from tiny import batch_of, literal, random_posts, tiny_model, train_alone, words
-from train import TrainingStep
+from train import MODES, TrainingStep
 
 ROOT = Path(__file__).parent.parent
-# Two steps of each mode; and twenty of dynamic, with validation.
-SHORT = ("sft", "cot", "multitask", "dynamic")
+# Layers with a recurrent state, with experts, and a head of its own or not; and a gamma between the
+# first losses of two posts without an image, so that one of them reasons.
+KINDS = {"Qwen3.5-4B": 6.96, "Qwen3.5-35B-A3B": 7.0}
 
 
 def arguments(posts, out, mode="dynamic", *options):
@@ -56,15 +56,28 @@ def arguments(posts, out, mode="dynamic", *options):
 
 @pytest.fixture(scope="module")
 def posts(world):
-    """Posts with and without images, and a model of few layers: gloo takes its time for each."""
+    """Posts with and without images, and models of few layers: gloo takes its time for each."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    def write(name, records):
+        (world / f"{name}.jsonl").write_text("".join(map(to_line, records)))
+
+    records = lines(world / "train.jsonl")
     for record in records[::3]:
         record["image"] = None
-    for name, count in (("long", 59), ("short", 14)):
-        text = "".join(json.dumps(record) + "\n" for record in records[:count])
-        (world / f"{name}.jsonl").write_text(text)
+    write("long", records[:59])
+    write("short", records[:14])
+    write("odd", odd_steps(world))
+    few = [{"id": str(n), "text": "the foxes " * n, "cot": "so"} for n in range(7)]
+    for n, record in enumerate(few):
+        record["keyphrases"] = ["foxes", "paris"][: 1 + n % 2]
+    for n in (1, 2, 4):
+        few[n]["image"] = f"{n}.png"
+        pixels = np.random.default_rng(n).integers(0, 256, (64, 32 * n + 24), dtype=np.uint8)
+        Image.fromarray(pixels).save(world / f"{n}.png")
+    write("few", few)
+    for kind in KINDS:
+        published.write(world / kind, kind)
     config = AutoConfig.from_pretrained(world / "toy")
     config.text_config.num_hidden_layers, config.vision_config.depth = 2, 1
     config.text_config.layer_types = config.text_config.layer_types[:2]
@@ -74,6 +87,17 @@ def posts(world):
     checkpoint.copy_side_files(world / "toy", world / "small")
     config.save_pretrained(world / "small")
     return world / "long.jsonl"
+
+
+def odd_steps(world):
+    """Five steps of four posts: with images, without, without, no readable image, with images."""
+    records = lines(world / "train.jsonl")[:20]
+    order = data.TrainingOrder(20, 4, 3, 1)
+    for step in range(len(order)):
+        for index in order[step]:
+            image = records[index]["image"]
+            records[index]["image"] = [image, None, None, "gone.png", image][step]
+    return records
 
 
 def steps(run):
@@ -116,116 +140,46 @@ def finished(process, code=0, limit=600):
 def alone(posts, tmp_path_factory):
     """The runs of a single process, with all posts of a step in one micro-batch."""
     out = tmp_path_factory.mktemp("alone")
-    train_alone(*arguments(posts, out / "long"))
-    for mode in SHORT:
-        train_alone(*arguments(posts.with_name("short.jsonl"), out / mode, mode))
+    with Ranks("cpu") as ranks:
+        every_run(ranks, posts.parent, out)
     return out
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_processes_give_a_single_ones_losses_and_choices(posts, alone, tmp_path, engine):
-    finished(launch(2, "runs", engine, posts, tmp_path))
-    for run in sorted(tmp_path.iterdir()):
-        single = alone / run.name.partition("-")[0]
-        expected = steps(single)
-        assert len(expected) == len(steps(run)) == (20 if single.name == "long" else 2)
-        for ours, theirs in zip(steps(run), expected, strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+def test_two_processes_train_as_one_does(posts, alone, tmp_path, engine):
+    finished(launch(2, "runs", engine, posts.parent, tmp_path))
+    counts = {"long": 20} | dict.fromkeys([*MODES, *KINDS], 2)
+    for name, count in counts.items():
+        run, single = tmp_path / name, alone / name
+        assert len(steps(single)) == len(steps(run)) == count
+        for ours, theirs in zip(steps(run), steps(single), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
             for key in ("cot_share", "samples", "tokens"):
                 assert ours[key] == theirs[key]
-        assert_same_updates(run, single, posts.parent / "small")
-    assert len(list(tmp_path.iterdir())) == 1 + 2 * len(SHORT)
-    evaluations = [line for line in lines(tmp_path / "long-3" / "log.jsonl") if "valid" in line]
+        source = posts.parent / (name if name in KINDS else "small")
+        assert_same_updates(run, single, source)
+        if name == "long" or name in KINDS:
+            assert any(0 < line["cot_share"] < 1 for line in steps(single))
+        if name in KINDS:
+            assert ("lm_head.weight" in weights(run)) == ("A3B" in name)
+    evaluations = [line for line in lines(tmp_path / "long" / "log.jsonl") if "valid" in line]
     assert [line["valid"]["posts"] for line in evaluations] == [8] * 2
-    assert any(0 < line["cot_share"] < 1 for line in steps(alone / "long"))
 
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_train_qwen3_5_as_one_does(tmp_path, engine):
-    """Layers with a recurrent state, with experts, and a head of its own or not."""
-    records = [{"id": str(n), "text": "the foxes " * n, "cot": "so"} for n in range(7)]
-    for n, record in enumerate(records):
-        record["keyphrases"] = ["foxes", "paris"][: 1 + n % 2]
-    for n in (1, 2, 4):
-        records[n]["image"] = f"{n}.png"
-        pixels = np.random.default_rng(n).integers(0, 256, (64, 32 * n + 24), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{n}.png")
-    (tmp_path / "posts.jsonl").write_text("".join(map(to_line, records)))
-    kinds = ["Qwen3.5-4B", "Qwen3.5-35B-A3B"]
-    for kind in kinds:
-        published.write(tmp_path / kind, kind)
-        train_alone(*qwen3_5_arguments(tmp_path, kind, "alone"))
-    finished(launch(2, "qwen3_5", engine, tmp_path, *kinds))
-    for kind in kinds:
-        expected, ours = (steps(tmp_path / f"{kind}-{name}") for name in ("alone", "two"))
-        for one, other in zip(ours, expected, strict=True):
-            assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
-            assert one["cot_share"] == other["cot_share"]
-        assert len(ours) == 2 and any(0 < line["cot_share"] < 1 for line in ours)
-        assert ("lm_head.weight" in weights(tmp_path / f"{kind}-two")) == ("A3B" in kind)
-        two, alone = (tmp_path / f"{kind}-{name}" for name in ("two", "alone"))
-        assert_same_updates(two, alone, tmp_path / kind)
-
-
-def qwen3_5_arguments(folder, kind, name):
-    """Settings of a run over seven posts, four a step."""
-    files = ["--train", folder / "posts.jsonl", "--model", folder / kind]
-    sizes = "--epochs 1 --batch-size 4 --micro-batch 2 --lr 1e-3 --warmup 0 --workers 0"
-    # Between the first losses of two posts without an image, so that one of them reasons.
-    gamma = {"Qwen3.5-4B": 6.96, "Qwen3.5-35B-A3B": 7.0}[kind]
-    return words(*files, "--out", folder / f"{kind}-{name}", "--gamma", gamma, sizes)
-
-
-@pytest.fixture(scope="module")
-def odd_steps(posts):
-    """Five steps of four posts: with images, without, without, no readable image, with images."""
-    records = lines(posts.with_name("train.jsonl"))[:20]
-    order = data.TrainingOrder(20, 4, 3, 1)
-    for step in range(len(order)):
-        for index in order[step]:
-            image = str(posts.parent / records[index]["image"])
-            records[index]["image"] = [image, None, None, "gone.png", image][step]
-    path = posts.with_name("odd.jsonl")
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def odd_run(ranks, posts, out):
-    """Train on the odd steps with much weight decay; the updates vary smoothly with gradients."""
-    make_optimizer = train.make_optimizer
-
-    def smooth(*args):
-        optimizer = make_optimizer(*args)
-        for group in optimizer.param_groups:
-            group["eps"] = 1.0
-        return optimizer
-
-    options = "--batch-size 4 --micro-batch 2 --weight-decay 5 --save-every 1 --keep 9"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_optimizer", smooth)
-        patch.setattr(TrainingLog, "add_skipped", lambda *_: None)
-        train.train(train.parse_args(arguments(posts, out, "dynamic", options)), ranks)
-
-
-def test_steps_without_images_or_posts_are_those_of_a_single_process(odd_steps, tmp_path):
-    """Weights that no post of a step used do not move, on any number of processes."""
-    with Ranks("cpu") as ranks:
-        odd_run(ranks, odd_steps, tmp_path / "alone")
-    finished(launch(2, "odd", odd_steps, tmp_path))
-    runs = [tmp_path / name for name in ("alone", "ddp", "fsdp")]
-    before = [load_file(odd_steps.parent / "small" / "model.safetensors")] * 3
+    # Weights that no post of a step used do not move.
+    before = [load_file(posts.parent / "small" / "model.safetensors")] * 2
     for step in range(1, 6):
-        after = [load_file(run / f"step-{step}" / "model.safetensors") for run in runs]
+        folders = [out / "odd" / f"step-{step}" for out in (alone, tmp_path)]
+        after = [load_file(folder / "model.safetensors") for folder in folders]
         for name, expected in after[0].items():
             used = step != 4 and (step in (1, 5) or "visual" not in name)
             for old, new in zip(before, after, strict=True):
                 same = torch.equal(old[name], new[name])
                 assert not same if used and expected.ndim > 1 else same or used, (step, name)
-                assert (new[name] - expected).abs().max() <= 1e-6, (step, name)
+            assert (after[1][name] - expected).abs().max() <= 1e-6, (step, name)
         before = after
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp_path):
+def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp_path, monkeypatch):
     """Two sharded processes, then one, then three: together the run that was never stopped."""
     out, script = tmp_path / "run", ROOT / "train.py"
     first = arguments(posts, out, "dynamic", "--save-every 3")
@@ -233,22 +187,18 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(posts, alone, tmp
     output = finished(launch(2, "until", 7, "fsdp", *first), 1)
     assert output.count("stopped after step 7 of 20") == 1 and 'train.py", line' not in output
     assert (out / "last").read_text() == "step-7\n"
+
     # A signal in the first step of this process: the step is ended and saved, and the next process
     # goes on from there.
-    code = """
-import train
-from support.checkpoint import Stop
+    def enter(stop):
+        stop.asked = signal.SIGTERM
+        return stop
 
-def enter(self):
-    self.asked = 15
-    return self
-
-Stop.__enter__, Stop.__exit__ = enter, lambda *_: None
-train.run(train.main)
-"""
-    command = [sys.executable, "-c", code, *first, "--resume"]
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 143 and "stopped after step 8 of 20" in again.stderr, again.stderr
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(checkpoint.Stop, "__enter__", enter)
+        patch.setattr(checkpoint.Stop, "__exit__", lambda *_: None)
+        train_alone(*first, "--resume")
+    assert (out / "last").read_text() == "step-8\n"
     finished(launch(3, *first, "--parallel fsdp --resume", script=script))
     for ours, theirs in zip(steps(out), steps(alone / "long"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
@@ -302,18 +252,38 @@ def test_the_dummy_image_changes_nothing(family, context):
 # ----------------------------------------------------------------------------- what torchrun starts
 
 
-def runs(ranks, posts, out):
-    """All runs in one launch: a rank's share of a step at once, and in three micro-batches."""
-    posts, out = Path(posts), Path(out)
-    train.train(
-        train.parse_args(arguments(posts, out / "long-3", "dynamic", "--micro-batch 1")), ranks
-    )
-    thirds = math.ceil(9 / ranks.world_size / 3)
-    for mode in SHORT:
-        for name, size in ((f"{mode}-1", 1000), (f"{mode}-3", thirds)):
-            short = posts.with_name("short.jsonl")
-            options = arguments(short, out / name, mode, "--micro-batch", size)
-            train.train(train.parse_args(options), ranks)
+def every_run(ranks, folder, out):
+    """Twenty steps of dynamic with validation, two of each mode and kind, and the odd steps.
+
+    On several ranks a rank's share of a step is read in micro-batches, in three or one by one.
+    """
+
+    def run(name, posts, mode, size, *options):
+        size = 1000 if ranks.world_size == 1 else size
+        settings = ["--micro-batch", size, *options]
+        posts = folder / f"{posts}.jsonl"
+        train.train(train.parse_args(arguments(posts, out / name, mode, *settings)), ranks)
+
+    run("long", "long", "dynamic", 1)
+    for mode in MODES:
+        run(mode, "short", mode, math.ceil(9 / ranks.world_size / 3))
+    for kind, gamma in KINDS.items():
+        few = ["--model", folder / kind, "--gamma", gamma]
+        run(kind, "few", "dynamic", 1, *few, "--batch-size 4 --lr 1e-3 --warmup 0 --seed 0")
+    make_optimizer = train.make_optimizer
+
+    def smooth(*args):
+        """Its updates vary smoothly with the gradients."""
+        optimizer = make_optimizer(*args)
+        for group in optimizer.param_groups:
+            group["eps"] = 1.0
+        return optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_optimizer", smooth)
+        patch.setattr(TrainingLog, "add_skipped", lambda *_: None)
+        options = "--batch-size 4 --weight-decay 5 --save-every 1 --keep 9"
+        run("odd", "odd", "dynamic", 2, options)
 
 
 def send(number, step, rank, ranks):
@@ -330,21 +300,10 @@ def send(number, step, rank, ranks):
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    if what == "qwen3_5":
-        engine, folder, *kinds = rest
+    if what == "runs":
+        engine, *folders = rest
         with Ranks("cpu", engine) as ranks:
-            for kind in kinds:
-                arguments = qwen3_5_arguments(Path(folder), kind, "two")
-                train.train(train.parse_args(arguments), ranks)
-    elif what == "runs":
-        engine, *rest = rest
-        with Ranks("cpu", engine) as ranks:
-            runs(ranks, *rest)
-    elif what == "odd":
-        posts, out = map(Path, rest)
-        with Ranks("cpu") as ranks:
-            for ranks.parallel in ("ddp", "fsdp"):
-                odd_run(ranks, posts, out / ranks.parallel)
+            every_run(ranks, *map(Path, folders))
     else:
         step, engine, *options = rest
         args = train.parse_args(options)

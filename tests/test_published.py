@@ -2,10 +2,7 @@
 
 import copy
 import json
-import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from functools import partialmethod
 from pathlib import Path
@@ -29,7 +26,6 @@ from support.distributed import Ranks
 from support.jsonl import to_line
 from tiny import generate, train_alone, words
 
-ROOT = Path(__file__).parent.parent
 FOXES = "the foxes play, and the post names them <tool_call>"
 TEXTS = ["hello there", FOXES, "日本 😀 <|im_end|>", "a"]
 SIZES = [(112, 84), None, (150, 301), (448, 64)]
@@ -275,40 +271,6 @@ def test_qwen3_5_learns(kind, options, posts, tmp_path):
     assert torch.equal(logits(load(str(run))[0].eval(), batch), logits(model.eval(), batch))
     losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.97 * losses[0]
-
-
-def test_nothing_but_our_own_lines_is_on_the_screen(posts, pictures, tmp_path):
-    """In a new process that trains and predicts: a library warns only once."""
-    published.write(tmp_path / "model", "Qwen3.5-4B")
-    script = """
-import sys
-
-sys.path.append("tests")
-import infer
-from pathlib import Path
-from typing import NamedTuple
-from tiny import train_alone, words
-
-posts, picture, folder = map(Path, sys.argv[1:])
-run = folder / "run"
-train_alone("--model", folder, "--train", posts, "--out", run, "--epochs 1 --workers 0")
-few = "--workers 0 --max-new-tokens 3 --model"
-for image in (picture, "none"):
-    infer.infer_one(infer.parse_args(words(image, "hello --json", few, run)))
-files = words("--data", posts, "--out", folder / "preds.jsonl", few, folder)
-infer.infer_file(infer.parse_args(files))
-"""
-    command = [sys.executable, "-c", script, posts, pictures[0], tmp_path / "model"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["hello"] * 2
-    shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
-    ours = re.compile(
-        r"(posts: )? *\d+%\||the answer was cut off after 3 tokens; |.*\.jsonl: 4 posts, "
-        r"|(loading|saving) \S+ …$| {11}\S"
-        r"|(Posts|Model|Device|Steps|Writes|Done|Last|Predict|Score|Curves) +\S"
-    )
-    assert shown and not [line for line in shown if not ours.match(line)]
 
 
 @each_layout

@@ -86,7 +86,8 @@ def test_a_gpu_without_bfloat16_computes_in_float32(monkeypatch, capability, bf1
     assert asked == [bf16]
 
 
-def test_a_cpu_computes_in_float32_and_another_device_is_refused():
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_a_cpu_computes_in_float32_and_another_device_is_refused(name):
     assert compute_dtype(pick_device("cpu")) == torch.float32
-    with pytest.raises(UserError, match="--device gpu: can't be read .*; try auto or cpu"):
-        pick_device("gpu")
+    with pytest.raises(UserError, match=f"--device {name}: can't be read .*; try auto or cpu"):
+        pick_device(name)
