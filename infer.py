@@ -18,7 +18,17 @@ import sys
 from pathlib import Path
 
 import data
-from evaluate import UserError, digest, one_line, parse_prediction, plural, reasoned, run, shown
+from evaluate import (
+    UserError,
+    canonical,
+    digest,
+    one_line,
+    parse_prediction,
+    plural,
+    reasoned,
+    run,
+    shown,
+)
 from support.checkpoint import checkpoint_of, differences, find_model
 from support.client import Client, Failed, add_server_options, chat_request
 from support.console import ArgumentParser, info, out_of_memory, positive_int, progress, writing
@@ -112,7 +122,7 @@ def infer_file(args):
     writer, made_with = JsonlWriter(out, len(posts)), identity(args, folder)
     with locked(out), contextlib.closing(writer):
         say_posts(posts)
-        index_of = {hash(posts[index]["id"]): index for index in range(len(posts))}
+        index_of = {hash(canonical(posts[index]["id"])): index for index in range(len(posts))}
         failed = read_finished(made_with, writer, index_of)
         todo = [index for index in range(len(posts)) if index not in writer]
         todo.sort(key=failed.__contains__)  # again after those that were never tried
@@ -127,7 +137,7 @@ def infer_file(args):
                         writer.sort()  # without what is predicted again
                 with contextlib.closing(predictions):
                     for prediction in progress(predictions, len(posts), "posts", initial=done):
-                        index = index_of[hash(prediction["id"])]
+                        index = index_of[hash(canonical(prediction["id"]))]
                         prediction["post"] = digest(posts[index]["text"])
                         with writing(out, KEPT):
                             writer.append(prediction, index=index)
