@@ -153,7 +153,7 @@ def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
 
     def ask(encoded, index):
         asked.append(encoded.posts[index]["id"])
-        return data.Skipped("", "", "")
+        return data.Skipped("?", "", "")
 
     monkeypatch.setattr(EncodedPosts, "__getitem__", ask)
     with pytest.raises(KeyError):
