@@ -3,7 +3,9 @@
 `read_prompt` and `answer_loss` are the two functions that the step in `train.py` is made of.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -45,13 +47,18 @@ def read_prompt(model, inputs):
         return inputs
     positions, cache = rope_positions(model, inputs), DynamicCache(config=model.config)
     options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
-    hidden = model.model(**inputs, **options).last_hidden_state  # (B, P, hidden)
+    # Here transformers waits for a GPU: to check that images have their tokens (the number is read
+    # twice), to leave out a mask where nothing is padded, and in the backward pass for the tokens'
+    # places. Then the step waits for its choices alone (see `Targets.where`).
+    hidden = model.model(**inputs | options).last_hidden_state  # (B, P, hidden)
     next_position = positions.amax((0, 2)) + 1  # text follows the largest position of an image
     return Prompt(inputs["attention_mask"], next_position, hidden[:, -1:], cache)
 
 
 def rope_positions(model, inputs):
     """M-RoPE's positions (3, B, P) of a prompt's tokens: time, rows and columns."""
+    if "position_ids" in inputs:  # computed with the batch: here, a GPU would be waited for
+        return inputs["position_ids"]
     without_pixels = {name: x for name, x in inputs.items() if name != "pixel_values"}
     return model.model.get_rope_index(**without_pixels)[0]
 
@@ -69,11 +76,11 @@ def answer_loss(model, prompt, targets):
         hidden = read_together(model, prompt, ids, mask)
     # hidden is (B, T, hidden): the prompt's last token predicts the answer's first. Logits for
     # the answers only: the product with the vocabulary is what costs most in a small model.
-    is_answer = targets.mask.bool()
-    logits = model.lm_head(hidden[is_answer]).float()  # (answer tokens, vocabulary)
-    losses = TokenLoss.apply(logits, targets.ids[is_answer])
-    token_loss = torch.zeros_like(is_answer, dtype=losses.dtype)  # (B, T), 0 at the padding
-    token_loss = token_loss.masked_scatter(is_answer, losses)
+    places = targets.places()
+    logits = model.lm_head(hidden[places]).float()  # (answer tokens, vocabulary)
+    losses = TokenLoss.apply(logits, targets.ids[places])
+    token_loss = torch.zeros_like(targets.ids, dtype=losses.dtype)  # (B, T), 0 at the padding
+    token_loss = token_loss.index_put(places, losses)
     return token_loss.sum(1) / targets.mask.sum(1)
 
 
@@ -91,13 +98,17 @@ def read_after(model, prompt, ids, mask):
 
 def read_together(model, inputs, ids, mask):
     """The same in one pass over prompt and answer, which keeps no cache."""
+    output = model.model(**append_tokens(model, inputs, ids, mask), use_cache=False)
+    return output.last_hidden_state[:, -ids.shape[1] - 1 :]
+
+
+def append_tokens(model, inputs, ids, mask):
+    """The inputs of B posts with text behind their prompts, given as ids and mask (B, A)."""
     positions = rope_positions(model, inputs)
     behind = answer_positions(positions.amax((0, 2)) + 1, ids)
     added = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(mask)}
     joined = {name: torch.cat([inputs[name], x], dim=1) for name, x in added.items()}
-    joined["position_ids"] = torch.cat([positions, behind], dim=2)
-    hidden = model.model(**inputs | joined, use_cache=False).last_hidden_state
-    return hidden[:, -ids.shape[1] - 1 :]
+    return inputs | joined | {"position_ids": torch.cat([positions, behind], dim=2)}
 
 
 def answer_positions(first, ids):
@@ -175,11 +186,8 @@ def read_prompts(model, batches, greedy):
     for batch in batches:
         inputs = batch.to(model.device).prompt
         if begun := greedy.begun:
-            added = {"input_ids": begun, "attention_mask": [1] * len(begun)}
-            added["mm_token_type_ids"] = [0] * len(begun)
-            for name, values in added.items():
-                columns = inputs[name].new_tensor(values).expand(len(batch), -1)
-                inputs[name] = torch.cat([inputs[name], columns], dim=1)
+            ids = inputs["input_ids"].new_tensor(begun).expand(len(batch), -1)
+            inputs = append_tokens(model, inputs, ids, torch.ones_like(ids))
         prompt = read_prompt(model, inputs)
         lengths, positions = prompt.attention_mask.sum(1).tolist(), prompt.next_position.tolist()
         generations = [
@@ -222,6 +230,75 @@ def bf16_on_cuda(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+# ------------------------------------------------------------------------------- the vision tower
+
+
+def pack_images(model):
+    """Let the vision tower attend to all windows, or images, of one length in one call.
+
+    With sdpa, transformers makes a call for each window of each image. A function whose name has
+    "flash" in it gets all of them at once. Returns the model.
+    """
+    from transformers import AttentionInterface
+
+    tower = model.model.visual
+    if tower.config._attn_implementation == "sdpa":
+        AttentionInterface.register("flash_by_length", attend_by_length)
+        # Not by transformers' own setter: it would look for a package of this name.
+        tower.config._attn_implementation = "flash_by_length"  # never saved
+        tower.register_forward_pre_hook(read_sizes_on_cpu, with_kwargs=True)
+    return model
+
+
+def read_sizes_on_cpu(tower, args, kwargs):
+    """Compute on the CPU what follows from the images' sizes, which a GPU would be waited for.
+
+    transformers computes the rest of it, such as windows, where the sizes are.
+    """
+    from transformers import vision_utils
+
+    device, grid, merge = args[0].device, kwargs["grid_thw"].cpu(), tower.spatial_merge_size
+    planned = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}
+    if hasattr(tower, "pos_embed"):  # learned positions, from Qwen3 on
+        indices_and_weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        planned |= zip(("interp_indices", "interp_weights"), indices_and_weights, strict=True)
+    planned = {name: x.to(device, non_blocking=True) for name, x in planned.items()}
+    return args, kwargs | planned | {"grid_thw": grid}
+
+
+def attend_by_length(module, query, key, value, *_, cu_seq_lens_q, scaling=None, **__):
+    """Attention within each of the windows that lie one behind the other.
+
+    query, key, value: (1, heads, N, size); cu_seq_lens_q: where each window begins, and N. Returns
+    ((1, N, heads, size), None), as transformers has it.
+    """
+    windows, order, inverse = group_by_length(tuple(cu_seq_lens_q.tolist()), query.device)
+    rows = [x.squeeze(0).transpose(0, 1).index_select(0, order) for x in (query, key, value)]
+    sizes = [count * length for length, count in windows.items()]
+    outputs = []
+    for shape, *parts in zip(windows.items(), *(x.split(sizes) for x in rows), strict=True):
+        length, count = shape
+        parts = [x.unflatten(0, (count, length)).transpose(1, 2) for x in parts]
+        output = torch.nn.functional.scaled_dot_product_attention(*parts, scale=scaling)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, inverse)[None], None
+
+
+@lru_cache(maxsize=8)  # all blocks of a pass ask for the same few
+def group_by_length(starts, device):
+    """({length: number of windows}, patches in the order of their windows' length, its inverse)."""
+    lengths = torch.tensor(starts).diff()
+    order = lengths.repeat_interleave(lengths).argsort(stable=True)
+    windows = Counter(sorted(lengths.tolist()))
+    return windows, *(x.to(device, non_blocking=True) for x in (order, order.argsort()))
+
+
 # ---------------------------------------------------------------------------------------- loading
 
 
@@ -261,10 +338,15 @@ def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
 
 def make_encoder(folder, config, tokenizer, image_processor, options=None):
     """The Encoder of a model; without `options` it is as the folder has it. Raises UserError."""
+    from transformers import MODEL_MAPPING
+
     settings = config.image_token_id, options or EncoderOptions(**read_own(folder))
+    # It needs the config alone: processes that prepare posts get no copy of the weights.
+    inner = object.__new__(MODEL_MAPPING[type(config)])
+    inner.config = config
     with reading(f"{folder}: its chat template", COPY):  # a program of its own
         try:
-            return Encoder(tokenizer, image_processor, *settings)
+            return Encoder(tokenizer, image_processor, *settings, inner.get_rope_index)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
 
@@ -328,7 +410,7 @@ def read_weights(folder, dtype):
             f"{folder}/config.json: tie_word_embeddings is true, but in the weights lm_head and "
             "embedding differ; set it to false to use both"
         )
-    return model
+    return pack_images(model)
 
 
 def empty_model(config, dtype=torch.float32, device="cpu"):
@@ -342,13 +424,13 @@ def empty_model(config, dtype=torch.float32, device="cpu"):
         config = AutoConfig.from_pretrained(config, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, trust_remote_code=False
+            config, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
         )
-    if device == "meta":
-        return model
-    model.to_empty(device=device)
-    model.tie_weights()
-    return model.eval()
+    if device != "meta":
+        model.to_empty(device=device)
+        model.tie_weights()
+        model.eval()
+    return pack_images(model)
 
 
 def unsharded_model(model):
