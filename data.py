@@ -250,8 +250,7 @@ class Encoder:
     (`opens_think`), y_c goes on from there, and y_s closes it first. Transformers' processor needs
     torchvision, so the image placeholder is expanded here: a token for merge_size² patches.
 
-    rope_index: the model's `get_rope_index`, by which `collate` computes positions; else the model
-    computes them.
+    rope_index: the model's `get_rope_index`, with which `collate` computes positions.
 
     Raises UserError where the prompt or the chat template can't be used.
     """
@@ -444,7 +443,7 @@ def padded(lists, pad, left=False):
 class Targets:
     """Target tokens, padded on the right: `ids` and `mask` (1 at answer tokens), both (B, T).
 
-    lengths: the answers' numbers of tokens, known on the CPU: to read them waits for a GPU.
+    lengths: the answers' numbers of tokens, on the CPU: to read them would wait for a GPU.
     """
 
     ids: "torch.Tensor"
@@ -459,14 +458,6 @@ class Targets:
         tensors = (x.to(device, non_blocking=True) for x in (self.ids, self.mask))
         return Targets(*tensors, self.lengths)
 
-    def places(self):
-        """Rows and columns of all answer tokens."""
-        import torch
-
-        places = [(row, place) for row, n in enumerate(self.lengths) for place in range(n)]
-        places = torch.tensor(places).view(-1, 2)
-        return places.to(self.ids.device, non_blocking=True).unbind(1)
-
     def where(self, keep, other):
         """These targets where `keep` (B,) is true, `other`'s elsewhere, as wide as they need."""
         import torch
@@ -478,7 +469,7 @@ class Targets:
             ours, theirs = (pad(x, (0, width - x.shape[1])) for x in (ours, theirs))
             return torch.where(keep[:, None], ours, theirs)
 
-        # This waits for a GPU: the lengths of the answers that it chose decide what comes next.
+        # The one read of the step's own: the chosen answers' lengths are the next pass's shape.
         pairs = zip(keep.tolist(), self.lengths, other.lengths, strict=True)
         lengths = [ours if kept else theirs for kept, ours, theirs in pairs]
         longest = max(3, *lengths)
@@ -511,14 +502,11 @@ class Batch:
         return len(self.ids)
 
     def to(self, device):
-        prompt = {
-            # To read an image's size waits for a GPU.
-            name: value if name == "image_grid_thw" else value.to(device, non_blocking=True)
-            for name, value in self.prompt.items()
-        }
+        names = self.prompt.keys() - {"image_grid_thw"}  # which would be read back
+        prompt = {name: self.prompt[name].to(device, non_blocking=True) for name in names}
         targets = (self.plain, self.cot, self.has_cot)
         plain, cot, has_cot = (x if x is None else x.to(device) for x in targets)
-        return replace(self, prompt=prompt, plain=plain, cot=cot, has_cot=has_cot)
+        return replace(self, prompt=self.prompt | prompt, plain=plain, cot=cot, has_cot=has_cot)
 
 
 def collate(samples, encoder, pixel_values=None):

@@ -3,9 +3,7 @@
 `read_prompt` and `answer_loss` are the two functions that the step in `train.py` is made of.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from support.checkpoint import base_of, find_model, full_tensor, read_own
 from support.console import hide_loading_report, read_json, reading
 from support.decoding import AnswerCache, Generation, Greedy, continue_cache
 from support.distributed import compute_dtype, parameters_and_buffers
+from support.vision import pack_images
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 
@@ -47,9 +46,8 @@ def read_prompt(model, inputs):
         return inputs
     positions, cache = rope_positions(model, inputs), DynamicCache(config=model.config)
     options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
-    # Here transformers waits for a GPU: to check that images have their tokens (the number is read
-    # twice), to leave out a mask where nothing is padded, and in the backward pass for the tokens'
-    # places. Then the step waits for its choices alone (see `Targets.where`).
+    # Here transformers reads four values back: two to check that images have their tokens, one to
+    # leave out the mask where nothing is padded, and in the backward pass the number of tokens.
     hidden = model.model(**inputs | options).last_hidden_state  # (B, P, hidden)
     next_position = positions.amax((0, 2)) + 1  # text follows the largest position of an image
     return Prompt(inputs["attention_mask"], next_position, hidden[:, -1:], cache)
@@ -76,7 +74,7 @@ def answer_loss(model, prompt, targets):
         hidden = read_together(model, prompt, ids, mask)
     # hidden is (B, T, hidden): the prompt's last token predicts the answer's first. Logits for
     # the answers only: the product with the vocabulary is what costs most in a small model.
-    places = targets.places()
+    places = targets.mask.nonzero_static(size=sum(targets.lengths)).unbind(1)
     logits = model.lm_head(hidden[places]).float()  # (answer tokens, vocabulary)
     losses = TokenLoss.apply(logits, targets.ids[places])
     token_loss = torch.zeros_like(targets.ids, dtype=losses.dtype)  # (B, T), 0 at the padding
@@ -228,75 +226,6 @@ def bf16_on_cuda(device):
     """The autocast of training and generation: bf16 on a GPU that has it, else none."""
     bf16 = compute_dtype(device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-# ------------------------------------------------------------------------------- the vision tower
-
-
-def pack_images(model):
-    """Let the vision tower attend to all windows, or images, of one length in one call.
-
-    With sdpa, transformers makes a call for each window of each image. A function whose name has
-    "flash" in it gets all of them at once. Returns the model.
-    """
-    from transformers import AttentionInterface
-
-    tower = model.model.visual
-    if tower.config._attn_implementation == "sdpa":
-        AttentionInterface.register("flash_by_length", attend_by_length)
-        # Not by transformers' own setter: it would look for a package of this name.
-        tower.config._attn_implementation = "flash_by_length"  # never saved
-        tower.register_forward_pre_hook(read_sizes_on_cpu, with_kwargs=True)
-    return model
-
-
-def read_sizes_on_cpu(tower, args, kwargs):
-    """Compute on the CPU what follows from the images' sizes, which a GPU would be waited for.
-
-    transformers computes the rest of it, such as windows, where the sizes are.
-    """
-    from transformers import vision_utils
-
-    device, grid, merge = args[0].device, kwargs["grid_thw"].cpu(), tower.spatial_merge_size
-    planned = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}
-    if hasattr(tower, "pos_embed"):  # learned positions, from Qwen3 on
-        indices_and_weights = vision_utils.get_vision_interpolation_indices_and_weights(
-            grid,
-            num_grid_per_side=tower.num_grid_per_side,
-            mode=tower.interpolation_mode,
-            align_corners=tower.interpolation_align_corners,
-            spatial_merge_size=merge,
-        )
-        planned |= zip(("interp_indices", "interp_weights"), indices_and_weights, strict=True)
-    planned = {name: x.to(device, non_blocking=True) for name, x in planned.items()}
-    return args, kwargs | planned | {"grid_thw": grid}
-
-
-def attend_by_length(module, query, key, value, *_, cu_seq_lens_q, scaling=None, **__):
-    """Attention within each of the windows that lie one behind the other.
-
-    query, key, value: (1, heads, N, size); cu_seq_lens_q: where each window begins, and N. Returns
-    ((1, N, heads, size), None), as transformers has it.
-    """
-    windows, order, inverse = group_by_length(tuple(cu_seq_lens_q.tolist()), query.device)
-    rows = [x.squeeze(0).transpose(0, 1).index_select(0, order) for x in (query, key, value)]
-    sizes = [count * length for length, count in windows.items()]
-    outputs = []
-    for shape, *parts in zip(windows.items(), *(x.split(sizes) for x in rows), strict=True):
-        length, count = shape
-        parts = [x.unflatten(0, (count, length)).transpose(1, 2) for x in parts]
-        output = torch.nn.functional.scaled_dot_product_attention(*parts, scale=scaling)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, inverse)[None], None
-
-
-@lru_cache(maxsize=8)  # all blocks of a pass ask for the same few
-def group_by_length(starts, device):
-    """({length: number of windows}, patches in the order of their windows' length, its inverse)."""
-    lengths = torch.tensor(starts).diff()
-    order = lengths.repeat_interleave(lengths).argsort(stable=True)
-    windows = Counter(sorted(lengths.tolist()))
-    return windows, *(x.to(device, non_blocking=True) for x in (order, order.argsort()))
 
 
 # ---------------------------------------------------------------------------------------- loading

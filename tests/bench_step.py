@@ -15,10 +15,10 @@ measured in a process of its own, and so is that of each mode:
     python tests/bench_step.py --shape 3b --layers 2 --rounds 3     # to try that without a GPU
     python tests/bench_step.py --count                     # what a GPU would be asked to do
 
---count runs a micro-batch of each mode, forward and backward, through models of the depth of 3B
-and 7B with narrow layers, and counts the operations that PyTorch dispatches, the kernels among them
-(all but views), and the values that are read back, for which a GPU is waited for. Reads are counted
-on a CPU: three of them are of the images' sizes, which stay there, and no GPU is waited for.
+--count runs a micro-batch of each mode, forward and backward, through narrow models of the depth of
+3B and 7B. It counts the operations that PyTorch dispatches, the kernels (all but views), and the
+values that are read back, for which a GPU is waited for. Three of these are of the images' sizes,
+which stay on the CPU; that `dynamic` reads its choices is not dispatched there, and not counted.
 
 Model FLOPs utilisation is the step's model FLOPs over its time and over the card's dense bf16 peak;
 tools/cost.py has their formula. On a machine with other users, CPU time says more than the clock:
@@ -42,8 +42,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from data import Batch, Targets  # noqa: E402
-from model import pack_images  # noqa: E402
 from support.console import HelpFormatter, fraction, positive_int, progress, read_json  # noqa: E402
+from support.vision import pack_images  # noqa: E402
 from tiny import literal  # noqa: E402
 from tools.cost import PEAKS, Flops, Lengths  # noqa: E402
 from tools.memory import SHAPES  # noqa: E402
@@ -61,7 +61,8 @@ NARROW_TEXT = dict(hidden_size=32, intermediate_size=32, vocab_size=64, num_atte
 NARROW_TEXT |= dict(num_key_value_heads=2, bos_token_id=None, eos_token_id=None)
 NARROW_TEXT["rope_parameters"] = {"rope_theta": 1e6, "mrope_section": [1, 1, 2]}
 NARROW_VISION = dict(hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
-READS = ("_local_scalar_dense", "nonzero", "unique", "masked_scatter_backward")
+# Operations that read a value back.
+READS = ("_local_scalar_dense", "nonzero", "unique_consecutive", "masked_scatter_backward")
 WAYS = {
     "a": "two passes, logits everywhere",
     "b": "two passes, logits at answers",
@@ -239,7 +240,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.counts["operations"] += 1
         self.counts["kernels"] += not function.is_view
-        self.counts["reads"] += any(part in function.name() for part in READS)
+        self.counts["reads"] += function.name().removeprefix("aten::") in READS
         return function(*args, **(kwargs or {}))
 
 

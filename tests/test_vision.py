@@ -1,4 +1,4 @@
-"""The vision tower as model.py sets it up, against transformers' own."""
+"""What keeps a GPU busy: the vision tower in few calls, positions that come with the batch."""
 
 import argparse
 import pickle
@@ -10,10 +10,12 @@ import torch
 import transformers
 
 import bench_step
+import support.vision
 from data import EncodedPosts, Posts, collate
-from model import FAMILIES, empty_model, load, pack_images, rope_positions
+from model import FAMILIES, empty_model, load, rope_positions
 from support.checkpoint import read_pointer
 from support.console import read_json
+from support.vision import pack_images
 from tiny import batch_of, generate, literal, random_posts, tiny_model
 from train import TrainingStep
 
@@ -44,7 +46,8 @@ def test_windows_of_one_length_in_one_call_equal_one_by_one(family, posts, monke
         calls.append(options)
         return attend(*args, **options)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    for module in (torch.nn.functional, support.vision):
+        monkeypatch.setattr(module, "scaled_dot_product_attention", count)
     batch, numbers, found = batch_of(posts), [], []
     images = {name: batch.prompt[name] for name in ("pixel_values", "image_grid_thw")}
     for model in (own, packed):
