@@ -250,12 +250,14 @@ class Encoder:
     (`opens_think`), y_c goes on from there, and y_s closes it first. Transformers' processor needs
     torchvision, so the image placeholder is expanded here: a token for merge_size² patches.
 
+    rope_index: the model's `get_rope_index`, with which `collate` computes positions.
+
     Raises UserError where the prompt or the chat template can't be used.
     """
 
-    def __init__(self, tokenizer, image_processor, image_token_id, options=None):
+    def __init__(self, tokenizer, image_processor, image_token_id, options=None, rope_index=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.image_token_id = image_token_id
+        self.image_token_id, self.rope_index = image_token_id, rope_index
         self.prompt, self.max_pixels, self.max_length = options or EncoderOptions()
         if self.prompt.count("{text}") != 1:
             raise UserError("the prompt must contain {text} once, to say where the post goes")
@@ -439,13 +441,22 @@ def padded(lists, pad, left=False):
 
 @dataclass
 class Targets:
-    """Target tokens, padded on the right: `ids` and `mask` (1 at answer tokens), both (B, T)."""
+    """Target tokens, padded on the right: `ids` and `mask` (1 at answer tokens), both (B, T).
+
+    lengths: the answers' numbers of tokens, on the CPU: to read them would wait for a GPU.
+    """
 
     ids: "torch.Tensor"
     mask: "torch.Tensor"
+    lengths: list[int] | None = None
+
+    def __post_init__(self):
+        if self.lengths is None:
+            self.lengths = self.mask.sum(1).tolist()
 
     def to(self, device):
-        return Targets(*(x.to(device, non_blocking=True) for x in (self.ids, self.mask)))
+        tensors = (x.to(device, non_blocking=True) for x in (self.ids, self.mask))
+        return Targets(*tensors, self.lengths)
 
     def where(self, keep, other):
         """These targets where `keep` (B,) is true, `other`'s elsewhere, as wide as they need."""
@@ -458,9 +469,12 @@ class Targets:
             ours, theirs = (pad(x, (0, width - x.shape[1])) for x in (ours, theirs))
             return torch.where(keep[:, None], ours, theirs)
 
+        # The one read of the step's own: the chosen answers' lengths are the next pass's shape.
+        pairs = zip(keep.tolist(), self.lengths, other.lengths, strict=True)
+        lengths = [ours if kept else theirs for kept, ours, theirs in pairs]
+        longest = max(3, *lengths)
         ids, mask = pick(self.ids, other.ids), pick(self.mask, other.mask)
-        longest = max(3, int(mask.sum(1).max()))
-        return Targets(ids[:, :longest], mask[:, :longest])
+        return Targets(ids[:, :longest], mask[:, :longest], lengths)
 
 
 @dataclass
@@ -468,7 +482,8 @@ class Batch:
     """One micro-batch of B posts.
 
     prompt: the model's inputs: input_ids, attention_mask, mm_token_type_ids (B, P), padded on the
-        left, and pixel_values (patches, values), image_grid_thw (images, 3) where there are images.
+        left, position_ids (3, B, P) where the encoder has them computed, and pixel_values (patches,
+        values), image_grid_thw (images, 3), which stays on the CPU, where there are images.
     plain, cot: the two possible targets of each post; without reasoning, cot repeats plain.
     has_cot: (B,) bool.
     truncated: how many of the posts' texts were truncated.
@@ -487,10 +502,11 @@ class Batch:
         return len(self.ids)
 
     def to(self, device):
-        prompt = {name: value.to(device, non_blocking=True) for name, value in self.prompt.items()}
+        names = self.prompt.keys() - {"image_grid_thw"}  # which would be read back
+        prompt = {name: self.prompt[name].to(device, non_blocking=True) for name in names}
         targets = (self.plain, self.cot, self.has_cot)
         plain, cot, has_cot = (x if x is None else x.to(device) for x in targets)
-        return replace(self, prompt=prompt, plain=plain, cot=cot, has_cot=has_cot)
+        return replace(self, prompt=self.prompt | prompt, plain=plain, cot=cot, has_cot=has_cot)
 
 
 def collate(samples, encoder, pixel_values=None):
@@ -514,8 +530,11 @@ def collate(samples, encoder, pixel_values=None):
         "mm_token_type_ids": (input_ids == encoder.image_token_id).int(),  # 1 at image tokens
     }
     if grids := [sample.grid for sample in samples if sample.grid is not None]:
-        prompt["pixel_values"] = concat_images(samples) if pixel_values is None else pixel_values
         prompt["image_grid_thw"] = torch.cat(grids)
+    if encoder.rope_index:
+        prompt["position_ids"] = encoder.rope_index(**prompt)[0]
+    if grids:
+        prompt["pixel_values"] = concat_images(samples) if pixel_values is None else pixel_values
     plain = cot = with_cot = None
     if samples[0].plain is not None:
         plain = Targets(*padded([sample.plain for sample in samples], encoder.pad))

@@ -15,6 +15,7 @@ from support.checkpoint import base_of, find_model, full_tensor, read_own
 from support.console import hide_loading_report, read_json, reading
 from support.decoding import AnswerCache, Generation, Greedy, continue_cache
 from support.distributed import compute_dtype, parameters_and_buffers
+from support.vision import pack_images
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 
@@ -45,13 +46,17 @@ def read_prompt(model, inputs):
         return inputs
     positions, cache = rope_positions(model, inputs), DynamicCache(config=model.config)
     options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
-    hidden = model.model(**inputs, **options).last_hidden_state  # (B, P, hidden)
+    # Here transformers reads four values back: two to check that images have their tokens, one to
+    # leave out the mask where nothing is padded, and in the backward pass the number of tokens.
+    hidden = model.model(**inputs | options).last_hidden_state  # (B, P, hidden)
     next_position = positions.amax((0, 2)) + 1  # text follows the largest position of an image
     return Prompt(inputs["attention_mask"], next_position, hidden[:, -1:], cache)
 
 
 def rope_positions(model, inputs):
     """M-RoPE's positions (3, B, P) of a prompt's tokens: time, rows and columns."""
+    if "position_ids" in inputs:  # computed with the batch: here, a GPU would be waited for
+        return inputs["position_ids"]
     without_pixels = {name: x for name, x in inputs.items() if name != "pixel_values"}
     return model.model.get_rope_index(**without_pixels)[0]
 
@@ -69,11 +74,11 @@ def answer_loss(model, prompt, targets):
         hidden = read_together(model, prompt, ids, mask)
     # hidden is (B, T, hidden): the prompt's last token predicts the answer's first. Logits for
     # the answers only: the product with the vocabulary is what costs most in a small model.
-    is_answer = targets.mask.bool()
-    logits = model.lm_head(hidden[is_answer]).float()  # (answer tokens, vocabulary)
-    losses = TokenLoss.apply(logits, targets.ids[is_answer])
-    token_loss = torch.zeros_like(is_answer, dtype=losses.dtype)  # (B, T), 0 at the padding
-    token_loss = token_loss.masked_scatter(is_answer, losses)
+    places = targets.mask.nonzero_static(size=sum(targets.lengths)).unbind(1)
+    logits = model.lm_head(hidden[places]).float()  # (answer tokens, vocabulary)
+    losses = TokenLoss.apply(logits, targets.ids[places])
+    token_loss = torch.zeros_like(targets.ids, dtype=losses.dtype)  # (B, T), 0 at the padding
+    token_loss = token_loss.index_put(places, losses)
     return token_loss.sum(1) / targets.mask.sum(1)
 
 
@@ -91,13 +96,17 @@ def read_after(model, prompt, ids, mask):
 
 def read_together(model, inputs, ids, mask):
     """The same in one pass over prompt and answer, which keeps no cache."""
+    output = model.model(**append_tokens(model, inputs, ids, mask), use_cache=False)
+    return output.last_hidden_state[:, -ids.shape[1] - 1 :]
+
+
+def append_tokens(model, inputs, ids, mask):
+    """The inputs of B posts with text behind their prompts, given as ids and mask (B, A)."""
     positions = rope_positions(model, inputs)
     behind = answer_positions(positions.amax((0, 2)) + 1, ids)
     added = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(mask)}
     joined = {name: torch.cat([inputs[name], x], dim=1) for name, x in added.items()}
-    joined["position_ids"] = torch.cat([positions, behind], dim=2)
-    hidden = model.model(**inputs | joined, use_cache=False).last_hidden_state
-    return hidden[:, -ids.shape[1] - 1 :]
+    return inputs | joined | {"position_ids": torch.cat([positions, behind], dim=2)}
 
 
 def answer_positions(first, ids):
@@ -175,11 +184,8 @@ def read_prompts(model, batches, greedy):
     for batch in batches:
         inputs = batch.to(model.device).prompt
         if begun := greedy.begun:
-            added = {"input_ids": begun, "attention_mask": [1] * len(begun)}
-            added["mm_token_type_ids"] = [0] * len(begun)
-            for name, values in added.items():
-                columns = inputs[name].new_tensor(values).expand(len(batch), -1)
-                inputs[name] = torch.cat([inputs[name], columns], dim=1)
+            ids = inputs["input_ids"].new_tensor(begun).expand(len(batch), -1)
+            inputs = append_tokens(model, inputs, ids, torch.ones_like(ids))
         prompt = read_prompt(model, inputs)
         lengths, positions = prompt.attention_mask.sum(1).tolist(), prompt.next_position.tolist()
         generations = [
@@ -261,10 +267,15 @@ def load(name, device="cpu", dtype=torch.float32, options=None, weights=True):
 
 def make_encoder(folder, config, tokenizer, image_processor, options=None):
     """The Encoder of a model; without `options` it is as the folder has it. Raises UserError."""
+    from transformers import MODEL_MAPPING
+
     settings = config.image_token_id, options or EncoderOptions(**read_own(folder))
+    # It needs the config alone: processes that prepare posts get no copy of the weights.
+    inner = object.__new__(MODEL_MAPPING[type(config)])
+    inner.config = config
     with reading(f"{folder}: its chat template", COPY):  # a program of its own
         try:
-            return Encoder(tokenizer, image_processor, *settings)
+            return Encoder(tokenizer, image_processor, *settings, inner.get_rope_index)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
 
@@ -328,7 +339,7 @@ def read_weights(folder, dtype):
             f"{folder}/config.json: tie_word_embeddings is true, but in the weights lm_head and "
             "embedding differ; set it to false to use both"
         )
-    return model
+    return pack_images(model)
 
 
 def empty_model(config, dtype=torch.float32, device="cpu"):
@@ -342,13 +353,13 @@ def empty_model(config, dtype=torch.float32, device="cpu"):
         config = AutoConfig.from_pretrained(config, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, trust_remote_code=False
+            config, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
         )
-    if device == "meta":
-        return model
-    model.to_empty(device=device)
-    model.tie_weights()
-    return model.eval()
+    if device != "meta":
+        model.to_empty(device=device)
+        model.tie_weights()
+        model.eval()
+    return pack_images(model)
 
 
 def unsharded_model(model):

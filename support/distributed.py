@@ -254,7 +254,7 @@ def zero_of_dummy_image(vision, device):
     config, merge = vision.config, vision.config.spatial_merge_size
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     image, grid = torch.zeros(merge**2, values, device=device), torch.tensor([[1, merge, merge]])
-    output = vision(image, grid_thw=grid.to(device), return_dict=True)
+    output = vision(image, grid_thw=grid, return_dict=True)
     features = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     return 0 * sum(feature.float().sum() for feature in features)
 

@@ -13,6 +13,12 @@ measured in a process of its own, and so is that of each mode:
     python tests/bench_step.py --profile                   # where the time of c goes
     python tests/bench_step.py --shape 3b --device cuda    # the real shape, random weights, bf16
     python tests/bench_step.py --shape 3b --layers 2 --rounds 3     # to try that without a GPU
+    python tests/bench_step.py --count                     # what a GPU would be asked to do
+
+--count runs a micro-batch of each mode, forward and backward, through narrow models of the depth of
+3B and 7B. It counts the operations that PyTorch dispatches, the kernels (all but views), and the
+values that are read back, for which a GPU is waited for. Three of these are of the images' sizes,
+which stay on the CPU; that `dynamic` reads its choices is not dispatched there, and not counted.
 
 Model FLOPs utilisation is the step's model FLOPs over its time and over the card's dense bf16 peak;
 tools/cost.py has their formula. On a machine with other users, CPU time says more than the clock:
@@ -32,10 +38,12 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from data import Batch, Targets  # noqa: E402
 from support.console import HelpFormatter, fraction, positive_int, progress, read_json  # noqa: E402
+from support.vision import pack_images  # noqa: E402
 from tiny import literal  # noqa: E402
 from tools.cost import PEAKS, Flops, Lengths  # noqa: E402
 from tools.memory import SHAPES  # noqa: E402
@@ -48,6 +56,13 @@ SMALL_TEXT["rope_parameters"] = {"rope_theta": 1e6, "mrope_section": [8, 12, 12]
 SMALL_VISION = dict(
     hidden_size=128, intermediate_size=344, depth=8, num_heads=4, out_hidden_size=256
 )
+# As narrow as can be: the depth alone decides how many operations there are.
+NARROW_TEXT = dict(hidden_size=32, intermediate_size=32, vocab_size=64, num_attention_heads=4)
+NARROW_TEXT |= dict(num_key_value_heads=2, bos_token_id=None, eos_token_id=None)
+NARROW_TEXT["rope_parameters"] = {"rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+NARROW_VISION = dict(hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
+# Operations that read a value back.
+READS = ("_local_scalar_dense", "nonzero", "unique_consecutive", "masked_scatter_backward")
 WAYS = {
     "a": "two passes, logits everywhere",
     "b": "two passes, logits at answers",
@@ -75,11 +90,15 @@ def parse_args():
     dtype_help = "bfloat16 halves the memory of weights, gradients and AdamW's state"
     add("--weights", choices=["float32", "bfloat16"], default="float32", help=dtype_help)
     add("--profile", action="store_true", help="only show c's ten slowest operators")
+    add("--count", action="store_true", help="only count the operations of each mode")
+    add("--json", action="store_true", help="print the counts as JSON")
     add("--memory-of", choices=[*WAYS, *MODES], help=argparse.SUPPRESS)
+    if "--count" in sys.argv:
+        parser.set_defaults(image=484, prompt=644, cot_share=0.5)
     return parser.parse_args()
 
 
-def build(shape, layers=None, dtype=torch.float32, device="cpu"):
+def build(shape, layers=None, dtype=torch.float32, device="cpu", narrow=False):
     """A model with random weights of at most `layers` layers in each tower."""
     import transformers
 
@@ -88,6 +107,9 @@ def build(shape, layers=None, dtype=torch.float32, device="cpu"):
     if shape == "small":
         fields["text_config"] |= SMALL_TEXT
         fields["vision_config"] |= SMALL_VISION
+    if narrow:
+        fields["text_config"] |= NARROW_TEXT
+        fields["vision_config"] |= NARROW_VISION
     marks = dict(image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8)
     config = transformers.AutoConfig.for_model(**fields, **marks)
     text, vision = config.text_config, config.vision_config
@@ -96,7 +118,8 @@ def build(shape, layers=None, dtype=torch.float32, device="cpu"):
     vision.fullatt_block_indexes = list(range(7, vision.depth, 8)) or [vision.depth - 1]
     torch.manual_seed(0)
     with torch.device(device):
-        return transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype).train()
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    return pack_images(model.train())
 
 
 def build_with_optimizer(args):
@@ -119,9 +142,11 @@ def random_batch(args, model):
         "input_ids": ids,
         "attention_mask": mask,
         "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-        "pixel_values": torch.randn(args.posts * 4 * args.image, 3 * 2 * 14 * 14, generator=draw),
         "image_grid_thw": torch.tensor([[1, side, side]] * args.posts),
     }
+    prompt["position_ids"] = model.model.get_rope_index(**prompt)[0]
+    pixels = args.posts * 4 * args.image, 3 * 2 * 14 * 14
+    prompt["pixel_values"] = torch.randn(pixels, generator=draw)
 
     def targets(length):
         ids = torch.randint(low, high, (args.posts, length), generator=draw)
@@ -140,6 +165,7 @@ def full_pass(model, prompt, targets):
     """Per-sample losses (B,) of prompt + targets in one pass with logits at every token."""
     ids = torch.cat([prompt["input_ids"], targets.ids], dim=1)
     inputs = prompt | {
+        "position_ids": None,
         "input_ids": ids,
         "attention_mask": torch.cat([prompt["attention_mask"], targets.mask], dim=1),
         "mm_token_type_ids": (ids == model.config.image_token_id).int(),
@@ -202,6 +228,43 @@ def model_flops(model, batch):
     known += (samples - reasoning) * flops.training(lengths, "sft")
     ours = samples * flops.training(lengths, "dynamic", reasoning / samples)
     return {"c": ours, "d": known}
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations, kernels and reads in its block."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = dict.fromkeys(("operations", "kernels", "reads"), 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts["operations"] += 1
+        self.counts["kernels"] += not function.is_view
+        self.counts["reads"] += function.name().removeprefix("aten::") in READS
+        return function(*args, **(kwargs or {}))
+
+
+def count(args, shape):
+    """{mode: {"operations": n, "kernels": n, "reads": n}} of a narrow model of a shape's depth."""
+    model = build(shape, args.layers, narrow=True)
+    batch, counts = random_batch(args, model), {}
+    for parameter in model.parameters():  # gradients are added up, as in all but the first
+        parameter.grad = torch.zeros_like(parameter)
+    for mode in MODES:
+        with Counter() as counter:
+            TrainingStep(model, mode, torch.inf)(batch)[0].sum().backward()
+        counts[mode] = counter.counts
+    return counts
+
+
+def print_counts(args):
+    counts = {shape: count(args, shape) for shape in ("3b", "7b")}
+    if args.json:
+        return print(json.dumps(counts))
+    print("| | operations | kernels | reads |\n|---|---|---|---|")
+    for shape, modes in counts.items():
+        for mode, numbers in modes.items():
+            print(f"| {shape}, {mode} | {' | '.join(map(str, numbers.values()))} |")
 
 
 def peak_memory(way):
@@ -277,6 +340,8 @@ def print_table(seconds, busy, memory, tokens, flops, peak):
 def main():
     args = parse_args()
     torch.set_float32_matmul_precision("high")
+    if args.count:
+        return print_counts(args)
     if args.memory_of:
         return print_memory(args)
     # Before anything is made here: on Linux, a process's peak begins with its parent's.
