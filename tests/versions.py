@@ -1,9 +1,9 @@
 """Which versions of packages work: the step's and the published layouts' tests with others.
 
-    python tests/versions.py transformers==5.0.0 torch==2.11.0,transformers==5.17.0
+    python tests/versions.py transformers==5.24.0 torch==2.11.0,transformers==5.17.0
 
 Each argument is a fresh virtual environment with requirements.txt, in which these versions stand in
-for its own. One line is printed for each; the exit code is 1 where any of them failed.
+for its own. Printed is what pip or pytest says at the end; the exit code is 1 if any of them failed.
 """
 
 import re
@@ -29,14 +29,16 @@ def requirements(changes):
     return list(by_name.values())
 
 
-def last_line(command):
-    """(whether a command succeeded, the last line that it printed)."""
+def run(command):
+    """(whether a command succeeded, what it printed of failed tests, and its last line)."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     try:
         done = subprocess.run(command, cwd=ROOT, timeout=60 * MINUTES, **options)
     except subprocess.TimeoutExpired:
         return False, f"not finished after {MINUTES} minutes"
-    return done.returncode == 0, (done.stdout.strip().splitlines() or [""])[-1]
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, "\n".join(failed[:5] + lines[-1:])
 
 
 def try_versions(changes):
@@ -45,10 +47,10 @@ def try_versions(changes):
         venv.create(folder, with_pip=True)
         python = f"{folder}/bin/python"
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        installed, text = last_line([*pip, *requirements(changes)])
+        installed, text = run([*pip, *requirements(changes)])
         if not installed:
             return False, text
-        return last_line([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS])
+        return run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS])
 
 
 def main():
