@@ -3,7 +3,7 @@
     python tests/versions.py transformers==5.24.0 torch==2.11.0,transformers==5.17.0
 
 Each argument is a fresh virtual environment with requirements.txt, in which these versions stand in
-for its own. Printed is what pip or pytest says at the end; the exit code is 1 if any of them failed.
+for its own. Printed is what pip or pytest says at the end; the exit code is 1 if any failed.
 """
 
 import re
