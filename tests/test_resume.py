@@ -178,10 +178,8 @@ def test_only_a_runs_own_checkpoints_are_listed_and_pruned(tmp_path):
 def test_the_disk_has_room_for_what_a_run_will_keep(train_on, world, monkeypatch):
     """16 steps of two epochs: a checkpoint that stays, the best, and one that is being written."""
     counts = {"": 2, "--keep 5": 2, "--save-every 3": 2, "--keep 5 --save-every 3": 6}
-    sizes = [4 + 8]  # bytes of a float32 weight and AdamW's state, for each of the parameters
-    sizes[0] *= sum(
-        weight.numel() for weight in load_file(world / "toy/model.safetensors").values()
-    )
+    parameters = load_file(world / "toy/model.safetensors").values()
+    size = (4 + 8) * sum(map(torch.numel, parameters))  # float32 weights and AdamW's state
     valid = ["--valid", world / "valid.jsonl"]
 
     def start(out, free, *options):
@@ -191,13 +189,13 @@ def test_the_disk_has_room_for_what_a_run_will_keep(train_on, world, monkeypatch
 
     for options, count in counts.items():
         with pytest.raises(UserError, match=rf"GB are free, and {count} checkpoints of 0.0 GB"):
-            start("run", count * sizes[0] - 1, options)
+            start("run", count * size - 1, options)
     with pytest.raises(UserError, match="3 checkpoints"):
-        start("run", 3 * sizes[0] - 1, "--save-every 3", *valid)
-    run = start("run", 2 * sizes[0])
+        start("run", 3 * size - 1, "--save-every 3", *valid)
+    run = start("run", 2 * size)
     assert {file.name for file in run.glob("step-*")} == {"step-16"}
     written = sum(file.stat().st_size for file in run.glob("step-16/**/*.safetensors"))
-    assert written == pytest.approx(sizes[0], rel=0.01)
+    assert written == pytest.approx(size, rel=0.01)
     start("run", 0, "--resume")  # finished: nothing will be written
 
 

@@ -219,6 +219,7 @@ class Plan:
         return f"{tokens:.3g} tokens, {flops}; {hours}"
 
     def hours(self, read, generate):
+        """The hours of one GPU of each kind for so many FLOPs."""
         shares = self.args.utilization
         seconds = read / shares[0] + generate / shares[1]
         hours = ", ".join(f"{card} {seconds / peak / 3600:,.1f}" for card, peak in PEAKS.items())

@@ -448,7 +448,7 @@ def check_args(args):
         raise UserError("--train is missing; the club worlds go without --test, --model, --paper")
     if args.train and not (args.model and args.test):
         raise UserError("--model or --test is missing: with --train both are needed")
-    if args.valid and Path(args.train or "").exists() and not Path(args.valid).exists():
+    if args.train and args.valid and Path(args.train).exists() and not Path(args.valid).exists():
         raise UserError(f"--valid {args.valid}: no such file")
     if args.paper:
         paper = read_json(PAPER)
