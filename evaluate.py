@@ -11,6 +11,7 @@ This file needs only numpy and also works when it is copied elsewhere.
 """
 
 import argparse
+import difflib
 import gc
 import hashlib
 import html
@@ -740,9 +741,16 @@ def non_negative_int(text):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Prints a usage error as one line."""
+    """Prints a usage error as one line; names the option that an unknown one is near to."""
 
     def error(self, message):
+        if unknown := re.search("unrecognized arguments: .*?(--[^ =]+)", message):
+            # By its name, or by what its help says: --lr, "peak learning rate".
+            names = {name: name for name in self._option_string_actions}
+            for name, action in self._option_string_actions.items():
+                names.setdefault(f"--{action.help}".replace(" ", "-"), name)
+            if near := difflib.get_close_matches(unknown[1], names, 1):
+                message += f" (the nearest option is {names[near[0]]})"
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 

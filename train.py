@@ -212,6 +212,7 @@ def train(args, ranks):
     order = data.TrainingOrder(len(posts), args.batch_size, args.seed, args.epochs)
     encoded = data.EncodedPosts(posts, encoder, with_answers=True)
     start = checkpoints.restore()
+    ranks.on_rank0(checkpoints.check_space, args, order, start)
     loader = data.load_steps(encoded, order, args.micro_batch, args.workers, ranks, start)
 
     def validate(step):

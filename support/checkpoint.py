@@ -18,7 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from evaluate import UserError, shown
+from evaluate import UserError, plural, shown
 from support.adapters import ADAPTER, adapter_config, base_name, need_peft, write_adapter
 from support.console import first_line, info, positive_int, read_json, reading, writing
 from support.jsonl import follow_umask, write_atomic
@@ -42,9 +42,9 @@ def find_model(name, files=MODEL_FILES):
     if is_local(str(folder)):
         if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
             hint = "name a folder that holds one, or one like Qwen/Qwen2.5-VL-3B-Instruct"
-            raise UserError(f"{folder}: no model here; {hint}")
+            raise UserError(f"{folder}: no model here; {hint}{runs_beside(folder)}")
         return folder
-    with reading(name, "it must be a local folder, or a model on the hub"):
+    with reading(name, f"it must be a local folder, or a model on the hub{runs_beside(folder)}"):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, allow_patterns=list(files)))
@@ -62,6 +62,12 @@ def checkpoint_of(name):
     if (path / "settings.json").is_file():
         raise UserError(f"{name}: this run has no checkpoint yet; each epoch's end saves one")
     return name
+
+
+def runs_beside(folder):
+    """The end of a message: the runs that are where `folder` should be."""
+    runs = sorted(str(file.parent) for file in folder.parent.glob("*/settings.json"))
+    return f"; runs there: {', '.join(runs)}" if runs else ""
 
 
 def is_local(name):
@@ -191,6 +197,18 @@ def differences(before, now):
 # ------------------------------------------------------------------------------ saving and resuming
 
 
+def checkpoint_size(parameters, trained, adapter=False):
+    """Bytes of a checkpoint: float32 weights (an adapter's alone) and AdamW's two averages."""
+    return 4 * (trained if adapter else parameters) + 8 * trained
+
+
+def checkpoints_kept(args, order, start=0):
+    """(how many checkpoints stay, how many are saved after step `start`) of a run of train.py."""
+    every, steps = args.save_every or len(order), range(start + 1, len(order) + 1)
+    saved = sum(order.ends_epoch(step) or step % every == 0 for step in steps)
+    return args.keep + bool(args.valid), saved
+
+
 class Checkpoints:
     """Saves the checkpoints of a run, and restores the last one.
 
@@ -255,6 +273,24 @@ class Checkpoints:
             return 0
         state = optimizer_state(self.model, self.optimizer)
         return self.ranks.on_all_ranks(read_state, state, folder)
+
+    def check_space(self, args, order, start):
+        """Raise UserError where the disk has no room for what the run will keep.
+
+        A checkpoint is written before an older one is removed.
+        """
+        kept, saved = checkpoints_kept(args, order, start)
+        count = min(saved, kept + 1 - len(list_checkpoints(self.run)))
+        parameters = list(self.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        total, adapter = sum(p.numel() for p in parameters), bool(adapter_config(self.model))
+        size, free = checkpoint_size(total, trained, adapter), shutil.disk_usage(self.run).free
+        if count * size > free:
+            raise UserError(
+                f"{self.run}: {free / 1e9:.1f} GB are free, and {plural(count, 'checkpoint')} of "
+                f"{size / 1e9:.1f} GB will be written; make room, lower --keep, or name an --out "
+                "on another disk"
+            )
 
     def prune(self, keep):
         """Remove all checkpoints but the newest `keep` and those that `last` and `best` name."""

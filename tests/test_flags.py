@@ -55,6 +55,24 @@ def test_no_help_shows_a_default_that_is_none(command, monkeypatch, capsys):
     assert "usage:" in shown and "default: None" not in shown
 
 
+@pytest.mark.parametrize(
+    "command, option, nearest",
+    [
+        ("train", "--leraning-rate", "--lr"),
+        ("train", "--batchsize", "--batch-size"),
+        ("infer", "--modle=x", "--model"),
+        ("evaluate", "--boostrap", "--bootstrap"),
+    ],
+)
+def test_the_option_near_to_an_unknown_one_is_named(command, option, nearest, monkeypatch, capsys):
+    files = ["a", "b"] if command in ("infer", "evaluate") else []
+    monkeypatch.setattr(sys, "argv", [command, *files, option])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(command).main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"unrecognized arguments: {option} (the nearest option is {nearest});" in line
+
+
 # ----------------------------------------------------------------------------- a run or one line
 
 

@@ -148,6 +148,40 @@ def test_only_a_runs_own_checkpoints_are_listed_and_pruned(tmp_path):
     assert left == {"step-4", "step-6", "step-10", "last", "best", *others}
 
 
+def test_the_disk_has_room_for_what_a_run_will_keep(train_on, world, monkeypatch):
+    """16 steps of two epochs: a checkpoint that stays, the best, and one that is being written."""
+    counts = {"": 2, "--keep 5": 2, "--save-every 3": 2, "--keep 5 --save-every 3": 6}
+    parameters = load_file(world / "toy/model.safetensors").values()
+    size = (4 + 8) * sum(map(torch.numel, parameters))  # float32 weights and AdamW's state
+    valid = ["--valid", world / "valid.jsonl"]
+
+    def start(out, free, *options):
+        usage = shutil._ntuple_diskusage(0, 0, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+        return train_on(out, *options)
+
+    for options, count in counts.items():
+        with pytest.raises(UserError, match=rf"GB are free, and {count} checkpoints of 0.0 GB"):
+            start("run", count * size - 1, options)
+    with pytest.raises(UserError, match="3 checkpoints"):
+        start("run", 3 * size - 1, "--save-every 3", *valid)
+    run = start("run", 2 * size)
+    assert {file.name for file in run.glob("step-*")} == {"step-16"}
+    written = sum(file.stat().st_size for file in run.glob("step-16/**/*.safetensors"))
+    assert written == pytest.approx(size, rel=0.01)
+    start("run", 0, "--resume")  # finished: nothing will be written
+
+
+def test_a_model_that_is_not_there_is_told_with_the_runs_that_are(tmp_path, monkeypatch):
+    for name in ("run", "run2"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "settings.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("out/runn", "./out/runn"):  # the first could be one of the hub
+        with pytest.raises(UserError, match="; runs there: out/run, out/run2$"):
+            checkpoint.find_model(name)
+
+
 def test_a_best_checkpoint_that_is_not_there_is_dropped(train_on, world, capsys):
     """Of a run that was copied without it."""
     options = ["--valid", world / "valid.jsonl"]

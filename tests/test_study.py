@@ -137,6 +137,9 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     tables = (out / "tables.md").read_text()
     sft = next(line for line in tables.splitlines() if line.startswith("| sft |"))
     assert sft.endswith("| 60.83 |")
+    assert re.search(
+        "The paper's .* none for a model of 0.000 billion parameters.\n\n\\| F1@1", tables
+    )
     low, high = (100 * end for end in scores["sft"]["all"]["interval"]["F1@1"])
     assert sft.startswith(
         f"| sft | {100 * scores['sft']['all']['F1@1']:.1f} ({low:.1f}–{high:.1f})"
@@ -231,6 +234,16 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
     assert any(" --model Doubao-1.5-pro --base-url https://ark" in line for line in lines)
     assert sum("infer.py" in line for line in lines) == 5
     assert any(line.startswith("# memory of each of 8 GPUs: ") for line in lines)
+    note = "# The paper's figures are those of Qwen2.5-VL-7B: it has none for a model of 3.755"
+    assert lines[0].startswith(note) == (size == "3B")
+    # Each row's last checkpoint and its best: weights and AdamW's state, 12 bytes a parameter.
+    one = 12 * {"3B": 3.754622976, "7B": 8.292166656}[size]
+    assert sft.endswith(f"; disk: {2 * one:.1f} GB")
+    every = [re.findall(r"H100 ([\d.]+)", line) for line in lines if "FLOPs" in line]
+    total, disk = lines[-1].split("; disk: ")
+    assert disk == f"{8 * one:.1f} GB, and {one:.1f} GB more during a save"
+    hours = float(re.search(r"H100 ([\d.]+)", total)[1])
+    assert len(every) == 9 and hours == pytest.approx(sum(float(h) for (h,) in every), abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +254,12 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
         ("--model x --test y", "--train is missing"),
         ("--paper mmkp-v2 --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--posts TRAIN TEST is"),
         ("--paper mmkp --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--lengths TEXT IMAGE"),
+        (
+            "--train x --test y --dry-run --model MODEL",
+            "x: no such file, and --posts TRAIN TEST is",
+        ),
+        ("--train NO_IMAGES --test y --dry-run --model MODEL", "y: no such file"),
+        ("--train NO_IMAGES --test y --valid z --model MODEL", "--valid z: no such file"),
         ("--train NO_IMAGES --test NO_IMAGES --model MODEL --dry-run", "no image can be read"),
         ("--train x --test y --model z -- --mode sft", "--mode can't stand after --"),
         ("--train x --test y --model z -- --map=text=a", "--map can't stand after --"),

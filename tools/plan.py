@@ -1,7 +1,7 @@
 """The commands of a study (see tools/study.py), and on paper what they compute.
 
 FLOPs are those of tools/cost.py; GPU-hours follow from a card's peak and `--utilization`; memory is
-that of tools/memory.py.
+that of tools/memory.py. Disk space is that of the checkpoints which a row keeps.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import gen_cot
 import train
 from evaluate import UserError, plural
 from model import make_encoder, read_image_processor, read_tokenizer
-from support.checkpoint import find_model
+from support.checkpoint import checkpoint_size, checkpoints_kept, find_model
 from support.console import ArgumentParser
 from tools import memory
 from tools.cost import PEAKS, Flops, Lengths, passes
@@ -136,15 +136,17 @@ class Plan:
         counts = args.posts or args.paper_data.get("posts", {}).values()
         if posts and not args.posts:
             counts = len(posts), len(data.Posts(args.test))
+        absent = f"{args.train}: no such file, and"
         if not counts:
-            raise UserError("--posts TRAIN TEST is missing: there are no files to count posts in")
+            raise UserError(f"{absent} --posts TRAIN TEST is missing: no posts to count")
         if not posts and not args.lengths:
-            raise UserError("--lengths TEXT IMAGE PLAIN COT is missing: no posts to measure")
+            raise UserError(f"{absent} --lengths TEXT IMAGE PLAIN COT is missing: none to measure")
         self.train_posts, self.test_posts = counts
         self.missing = round(self.train_posts * (posts.without_cot / len(posts) if posts else 1))
         given = args.lengths
         self.lengths = Lengths(*given) if given else measured_lengths(args, posts, self.model)
         self.flops = Flops(self.model)
+        self.read = self.generate = self.disk = self.largest = 0  # of all commands so far
 
     def teacher(self, out):
         """The reasoning of the posts that have none, written to the file `out`."""
@@ -172,7 +174,7 @@ class Plan:
     def training(self, cell):
         """The training of a cell; the costs include validation."""
         args, share = train.parse_args(cell.train_options()), cell.cot_share(self.args.cot_share)
-        steps = len(data.TrainingOrder(self.train_posts, args.batch_size, args.seed, args.epochs))
+        order = data.TrainingOrder(self.train_posts, args.batch_size, args.seed, args.epochs)
         posts = args.epochs * self.train_posts
         answers = sum(length * part for length, part, _ in passes(self.lengths, args.mode, share))
         validated = math.ceil(args.epochs) * args.valid_posts if args.valid else 0
@@ -180,8 +182,22 @@ class Plan:
         read += posts * self.flops.training(self.lengths, args.mode, share, args)
         costs = self.costs(posts * (self.lengths.prompt + answers), read, generate)
         yield f"\n# {cell.row}: training"
-        yield f"# {plural(steps, 'step')}, {costs}"
+        yield f"# {plural(len(order), 'step')}, {costs}; disk: {self.checkpoints(args, order)}"
         yield shell("train.py", cell.train_options(), self.args.launch)
+
+    def checkpoints(self, args, order):
+        """The disk space that a training's checkpoints take in the end."""
+        count = memory.count_parameters(self.model, args.lora, args.freeze_vision)
+        size = checkpoint_size(count.total, count.trained, bool(args.lora))
+        kept = min(checkpoints_kept(args, order)) * size
+        self.disk, self.largest = self.disk + kept, max(self.largest, size)
+        return f"{kept / 1e9:,.1f} GB"
+
+    def total(self):
+        """What all commands take together, those of the teacher left out."""
+        disk = f"{self.disk / 1e9:,.1f} GB, and {self.largest / 1e9:,.1f} GB more during a save"
+        yield "\n# all rows, validation included"
+        yield f"# {self.hours(self.read, self.generate)}; disk: {disk}"
 
     def inference(self, cell):
         """The inference of a cell."""
@@ -197,17 +213,25 @@ class Plan:
         return posts * (self.lengths.prompt + answer), posts * read, posts * generate
 
     def costs(self, tokens, read, generate):
-        """Tokens, FLOPs, and the hours of one GPU of each kind."""
+        """Tokens, FLOPs, and the hours of one GPU of each kind, which are added to the total."""
+        self.read, self.generate = self.read + read, self.generate + generate
+        flops, hours = f"{read + generate:.3g} FLOPs", self.hours(read, generate)
+        return f"{tokens:.3g} tokens, {flops}; {hours}"
+
+    def hours(self, read, generate):
+        """The hours of one GPU of each kind for so many FLOPs."""
         shares = self.args.utilization
         seconds = read / shares[0] + generate / shares[1]
         hours = ", ".join(f"{card} {seconds / peak / 3600:,.1f}" for card, peak in PEAKS.items())
-        return f"{tokens:.3g} tokens, {read + generate:.3g} FLOPs; GPU-hours: {hours}"
+        return f"GPU-hours: {hours}"
 
 
 def commands(args, cells):
     """The lines of a shell script that does the whole study; what they cost stands in comments."""
     plan, trained = Plan(args), [cell for cell in cells if cell.mode != "zero-shot"]
     average = ", ".join(f"{value:.0f} {name}" for name, value in vars(plan.lengths).items())
+    if args.paper_note:
+        yield f"# {args.paper_note}"
     yield f"# {plural(plan.train_posts, 'post')} to train on, {plan.test_posts:,} to predict"
     yield f"# tokens of an average post: {average}"
     if plan.missing and any(cell.cot_share(1) for cell in trained):
@@ -222,6 +246,7 @@ def commands(args, cells):
     yield "\n# scores"
     for cell, other in [(cell, None) for cell in cells] + pairs(cells):
         yield shell("evaluate.py", cell.score_options(other))
+    yield from plan.total()
 
 
 def pairs(cells):

@@ -374,7 +374,8 @@ def study(args):
         tables.append(paired_table(cells, paper.get("measure", "F1@1")))
         if not args.train:
             tables.append(law_table([c for c in cells if c.gamma is not None], args.out))
-        yield f"### {title}\n\n" + "\n".join(filter(None, tables))
+        note = f"{args.paper_note}\n\n" if args.paper_note else ""
+        yield f"### {title}\n\n{note}" + "\n".join(filter(None, tables))
         by_name |= {cell.row + cell.args.suffix: found for cell, found in scores.items()}
     write_atomic(args.out / "scores.json", json.dumps(by_name, indent=1) + "\n")
 
@@ -416,7 +417,7 @@ def parse_args(arguments=None):
         args.rows = ROWS if args.train else ROWS[1:]
     if args.gammas is None:
         args.gammas = [] if args.train else [0, 0.1, 0.2, 0.4, 0.8, math.inf]
-    args.suffix, args.paper_data, args.defaults = "", {}, []
+    args.suffix, args.paper_data, args.paper_note, args.defaults = "", {}, None, []
     return args
 
 
@@ -436,16 +437,28 @@ def add_plan_options(add):
         add(flag, nargs=len(names), metavar=names, type=kind, default=default, help=text)
 
 
+def parameters(model):
+    """How many parameters a model has."""
+    return memory.count_parameters(memory.read_model(model)[0]).total
+
+
 def check_args(args):
     """Raise UserError for what does not go together; apply the paper's settings."""
     if not args.train and (args.dry_run or args.test or args.model or args.paper):
         raise UserError("--train is missing; the club worlds go without --test, --model, --paper")
     if args.train and not (args.model and args.test):
         raise UserError("--model or --test is missing: with --train both are needed")
+    if args.train and args.valid and Path(args.train).exists() and not Path(args.valid).exists():
+        raise UserError(f"--valid {args.valid}: no such file")
     if args.paper:
         paper = read_json(PAPER)
         args.paper_data = {"model": paper["model"], **paper["data"][args.paper]}
-        size = memory.count_parameters(memory.read_model(args.model)[0]).total
+        size, papers = map(parameters, (args.model, f"Qwen/{paper['model']}-Instruct"))
+        if size != papers:
+            args.paper_note = (
+                f"The paper's figures are those of {paper['model']}: it has none for a model of "
+                f"{size / 1e9:.3f} billion parameters."
+            )
         epochs = "5" if size < LARGE else "3"
         args.defaults = ["--lr", str(args.paper_data["lr"]), "--epochs", epochs, "--gamma", "0.4"]
     # evaluate.py reads our field names only.
