@@ -425,8 +425,8 @@ class EncodedPosts:
 def padded(lists, pad, left=False):
     """Lists of token ids as `ids` and `mask` (1 at the tokens), both (B, T) with T at least 3.
 
-    A model reads all of a target but the last token, and kernels that read a single token, as
-    generation does, may have no backward (Qwen3.5).
+    T is 3 at least because a model reads all of a target but its last token, and Qwen3.5's kernels
+    for a single token have no backward.
     """
     import torch
 
@@ -469,7 +469,7 @@ class Targets:
             ours, theirs = (pad(x, (0, width - x.shape[1])) for x in (ours, theirs))
             return torch.where(keep[:, None], ours, theirs)
 
-        # The one read of the step's own: the chosen answers' lengths are the next pass's shape.
+        # The step's only copy from GPU to CPU: the lengths are the shape of the next pass.
         pairs = zip(keep.tolist(), self.lengths, other.lengths, strict=True)
         lengths = [ours if kept else theirs for kept, ours, theirs in pairs]
         longest = max(3, *lengths)

@@ -46,8 +46,8 @@ def read_prompt(model, inputs):
         return inputs
     positions, cache = rope_positions(model, inputs), DynamicCache(config=model.config)
     options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
-    # Here transformers reads four values back: two to check that images have their tokens, one to
-    # leave out the mask where nothing is padded, and in the backward pass the number of tokens.
+    # Here transformers copies four values from GPU to CPU: two to check that images have their
+    # tokens, one to leave out the mask where nothing is padded, one in the backward pass.
     hidden = model.model(**inputs | options).last_hidden_state  # (B, P, hidden)
     next_position = positions.amax((0, 2)) + 1  # text follows the largest position of an image
     return Prompt(inputs["attention_mask"], next_position, hidden[:, -1:], cache)
@@ -55,7 +55,7 @@ def read_prompt(model, inputs):
 
 def rope_positions(model, inputs):
     """M-RoPE's positions (3, B, P) of a prompt's tokens: time, rows and columns."""
-    if "position_ids" in inputs:  # computed with the batch: here, a GPU would be waited for
+    if "position_ids" in inputs:  # computed with the batch: here, it would wait for the GPU
         return inputs["position_ids"]
     without_pixels = {name: x for name, x in inputs.items() if name != "pixel_values"}
     return model.model.get_rope_index(**without_pixels)[0]
@@ -156,8 +156,8 @@ def write_answers(model, encoder, batches, think="auto", max_new_tokens=512):
     """Yield (id, (text, generated tokens, whether it ended)) of each post as it becomes known.
 
     Greedy decoding with continuous batching: prompts are read a Batch at a time, and as many
-    answers are written at once as the largest Batch has posts. The last of them takes the slot of
-    one that is finished, and the next prompt the slot at the end.
+    answers are written at once as the largest Batch has posts. When an answer is finished, the last
+    one moves to its slot, and the next prompt takes the slot at the end.
 
     think: "auto" lets the model decide; "always" starts the answer with <think>; "never" keeps
     <think> out of the whole answer. Where the chat template has opened <think>, "always" bans

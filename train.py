@@ -4,7 +4,7 @@
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --train train.jsonl --valid valid.jsonl
     torchrun --nproc-per-node 8 train.py …            # the same on eight GPUs
 
-Without --train it trains on the club world, with the toy model's own defaults (see below).
+Without --train it trains on the club world, with the toy's own defaults (the end of --help).
 """
 
 import argparse
@@ -146,7 +146,7 @@ def parse_args(arguments=None, parser=None):
 class TrainingStep(nn.Module):
     """Per-sample losses of a micro-batch of B posts.
 
-    It is a module so that all passes of a step stand in one forward, as DDP and FSDP need. The
+    It is a module because DDP and FSDP need all passes of a step in one forward. The
     method is `dynamic` (Ma et al., EMNLP 2025, section 3). Every mode returns (loss,
     plain_loss, use_cot), each (B,): `loss` carries the gradient; `plain_loss` is L(y_s), or None;
     `use_cot` is true where the target was y_c.
@@ -237,10 +237,10 @@ def train(args, ranks):
             optimizer.step()
             optimizer.zero_grad()
             log.end_step(step, lr, norm, micro_batches)
-            stopped = ranks.any(stop.asked)
-            if stopped or order.ends_epoch(step) or step % (args.save_every or len(order)) == 0:
+            is_due = order.ends_epoch(step) or step % (args.save_every or len(order)) == 0
+            if is_due or ranks.any(stop.asked):
                 checkpoints.save(step)
-                if stopped:
+                if ranks.any(stop.asked):  # perhaps during the save
                     stop.leave(
                         f"stopped after step {step} of {len(order)}; --resume continues", ranks
                     )

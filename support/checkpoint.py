@@ -24,7 +24,7 @@ from support.console import first_line, info, positive_int, read_json, reading, 
 from support.jsonl import follow_umask, write_atomic
 
 OPTIMIZER, PROGRESS = "optimizer", "progress.json"
-PROMPT_FILE, ENCODER_FILE = "prompt.txt", "encoder.json"  # what posts become a model's inputs by
+PROMPT_FILE, ENCODER_FILE = "prompt.txt", "encoder.json"  # how posts become a model's inputs
 POINTERS = ("best", "last")
 LIMITS = ("max_pixels", "max_length")
 BY_CONTENT = {"train", "prompt_file"}  # settings that name a file whose content is compared
