@@ -87,18 +87,15 @@ def parse_args():
     add("--modes", nargs="*", choices=MODES, default=MODES, help="modes whose memory is measured")
     add("--rounds", type=positive_int, default=7, help="steps of each way, after one to warm up")
     add("--device", default="cpu", help="cpu or cuda; on cuda under bf16 autocast")
-    dtype_help = "bfloat16 halves the memory of weights, gradients and AdamW's state"
-    add("--weights", choices=["float32", "bfloat16"], default="float32", help=dtype_help)
     add("--profile", action="store_true", help="only show c's ten slowest operators")
     add("--count", action="store_true", help="only count the operations of each mode")
-    add("--json", action="store_true", help="print the counts as JSON")
     add("--memory-of", choices=[*WAYS, *MODES], help=argparse.SUPPRESS)
     if "--count" in sys.argv:
         parser.set_defaults(image=484, prompt=644, cot_share=0.5)
     return parser.parse_args()
 
 
-def build(shape, layers=None, dtype=torch.float32, device="cpu", narrow=False):
+def build(shape, layers=None, device="cpu", narrow=False):
     """A model with random weights of at most `layers` layers in each tower."""
     import transformers
 
@@ -118,13 +115,13 @@ def build(shape, layers=None, dtype=torch.float32, device="cpu", narrow=False):
     vision.fullatt_block_indexes = list(range(7, vision.depth, 8)) or [vision.depth - 1]
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     return pack_images(model.train())
 
 
 def build_with_optimizer(args):
     """(model, optimizer) of a learning rate of 0, so that the weights stay the same."""
-    model = build(args.shape, args.layers, getattr(torch, args.weights), args.device)
+    model = build(args.shape, args.layers, args.device)
     return model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
@@ -259,8 +256,6 @@ def count(args, shape):
 
 def print_counts(args):
     counts = {shape: count(args, shape) for shape in ("3b", "7b")}
-    if args.json:
-        return print(json.dumps(counts))
     print("| | operations | kernels | reads |\n|---|---|---|---|")
     for shape, modes in counts.items():
         for mode, numbers in modes.items():
@@ -356,7 +351,7 @@ def main():
         name = torch.cuda.get_device_name()
     weights = sum(weight.numel() for weight in model.parameters())
     print(
-        f"{args.shape}, {weights / 1e6:.0f} million weights in {args.weights}, {name}; "
+        f"{args.shape}, {weights / 1e6:.0f} million weights in float32, {name}; "
         f"{args.posts} posts of {args.prompt} prompt tokens ({args.image} image), answers of "
         f"{args.plain} and {args.cot}, {args.cot_share:.0%} reason; {args.rounds} rounds",
         flush=True,

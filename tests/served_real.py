@@ -200,7 +200,7 @@ def check_llm(engine, folder, posts):
             print(
                 f"gen_cot.py: exit code {code}, {len(asked)} requests in {seconds:.0f} s, "
                 f"{len(known.intersection(asked))} of posts that were done; "
-                f"{len(rows(good))} with reasoning, {len(rows(failed))} failed",
+                f"{len(rows(good))} with reasoning, {len(rows(failed))} failed"
             )
     assert sorted(row["id"] for row in rows(good, failed)) == sorted(id_of.values())
     print("every post is in exactly one of the two files; the first of each:")

@@ -10,17 +10,7 @@ import pytest
 
 import gen_cot
 from evaluate import UserError
-from server import (
-    CERTIFICATE,
-    DROP,
-    Raw,
-    Server,
-    completion,
-    error,
-    right,
-    text_of,
-    write_posts,
-)
+from server import CERTIFICATE, DROP, Raw, Server, completion, error, right, text_of, write_posts
 from support import client
 from test_gen_cot import gen, ids, lines, no_keys, number, python  # noqa: F401
 

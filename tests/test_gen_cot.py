@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -19,9 +18,7 @@ import gen_cot
 from evaluate import UserError
 from server import REASONING, THOUGHTS, Server, completion, error, right, text_of, write_posts
 from support import client, images
-from support.jsonl import to_line
-
-ROOT = Path(__file__).parent.parent
+from tiny import ROOT, write
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +127,7 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tmp_path, capsys):
     assert first == f"POST http://{headers['Host']}{headers[':path']}"
     assert json.loads("\n".join(request)) == sent
     assert count.startswith("3 requests to come (0 posts done, 0 failed before)")
-    (tmp_path / "cot.jsonl").write_text(json.dumps(lines(tmp_path / "cot.jsonl")[0]) + "\n")
+    write(tmp_path / "cot.jsonl", lines(tmp_path / "cot.jsonl")[:1])
     for index in range(4):
         (tmp_path / f"{index}.jpg").write_bytes(b"no image")
     with Server() as server:
@@ -309,7 +306,7 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
         before = (tmp_path / "cot.jsonl").read_bytes()
         changed = lines(posts)
         changed[2]["keyphrases"] = ["else"]
-        posts.write_text("".join(map(to_line, changed)), encoding="utf-8")
+        write(posts, changed)
         with pytest.raises(UserError, match=r"cot.jsonl line 3 \(id post-2\): not a post of"):
             gen(posts, server)
         write_posts(tmp_path, 4, start=2)
@@ -332,8 +329,7 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
 
 def test_posts_with_reasoning_of_their_own_get_the_teachers(tmp_path):
     posts = write_posts(tmp_path, 2)
-    own = [to_line(record | {"cot": "mine"}) for record in lines(posts)]
-    posts.write_text("".join(own), encoding="utf-8")
+    write(posts, [record | {"cot": "mine"} for record in lines(posts)])
     with Server() as server:
         assert gen(posts, server) == 0
     assert {record["cot"] for record in lines(tmp_path / "cot.jsonl")} == {REASONING}

@@ -14,13 +14,12 @@ from PIL import Image
 import data
 import infer
 import model as model_file
-from evaluate import UserError, read_predictions
+from evaluate import UserError, digest, read_predictions
 from server import HANG, Server, completion, error, text_of, write_posts
 from support import images
-from support.jsonl import to_line
 from test_gen_cot import ids, lines, no_keys, number, python  # noqa: F401
 from test_gen_cot_runs import wait_for
-from tiny import generate
+from tiny import generate, write
 
 
 def served(posts, server, *options, out="preds.jsonl", model="toy"):
@@ -79,8 +78,7 @@ def test_served_predictions_are_those_of_the_model_here(world, toy, tmp_path):
         record["image"] = record["image"] and str(world / record["image"])
     plain = [record | {"image": None} for record in records]
     for name, posts in (("text", plain), ("images", records)):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(map(to_line, posts)), encoding="utf-8")
+        file = write(tmp_path / f"{name}.jsonl", posts)
         prompts.clear()
         with Server(reply) as server:
             options = {"out": f"{name}.served.jsonl", "model": world / "toy"}
@@ -138,7 +136,10 @@ def test_outputs_of_every_kind(tmp_path):
     with Server(reply) as server:
         assert served(posts, server) == 1
     blank, cut = {"tokens": 20, "keyphrases": ["flower", "blue"]}, {"keyphrases": [], "cut": True}
-    *answers, parsed, unsafe = lines(tmp_path / "preds.jsonl")
+    predictions = lines(tmp_path / "preds.jsonl")
+    digests = [prediction.pop("post") for prediction in predictions]
+    assert digests == [digest(post["text"]) for post in lines(posts)]
+    *answers, parsed, unsafe = predictions
     assert parsed["error"].startswith("reasoning only: serve without a reasoning parser")
     assert unsafe["error"] == "not finished: the server says SAFETY" and not unsafe["keyphrases"]
     assert answers == [
