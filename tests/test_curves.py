@@ -139,11 +139,9 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     log = [step_line(1)]
     make_run(tmp_path / "fine", log)
     make_run(tmp_path / "empty", [])
-    make_run(tmp_path / "foreign", [{"loss": 1}])
     make_run(tmp_path / "strange", log, choices=[{"step": 1, "id": 7}])
     for arguments, message in (
         (["empty"], "no training step in its log yet"),
-        (["foreign"], "log.jsonl: can't be read .*; name the folder of a run"),
         (["strange"], "choices.jsonl: can't be read .'plain_loss'.; did"),
         (["fine", "--out", "curves.html"], "curves.html: --out must end in .png or .svg"),
     ):

@@ -41,6 +41,10 @@ def test_posts_are_read_from_disk_one_by_one(tmp_path):
     assert [posts[i] for i in range(len(posts))] == records
     assert pickle.loads(pickle.dumps(posts))[49] == records[49]
     assert (posts.with_image, posts.without_cot, posts.keyphrase_count) == (2, 53, 54)
+    for content, told in (("\n\r\n \n", "no posts"), ("{}\r{}\r", "one whole JSON object a line")):
+        path.write_text(content, newline="")
+        with pytest.raises(UserError, match=f"posts.jsonl.*{told}"):
+            Posts(path)
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -116,16 +120,7 @@ def test_a_long_text_is_truncated_and_the_rest_kept(tmp_path):
     assert "Post: the foxes play the foxes" in encoder.tokenizer.decode(sample.prompt)
 
 
-SIZES = [
-    (20_000, 100),
-    (100, 20_000),
-    (5000, 3),
-    (1, 1),
-    (10, 11),
-    (700, 30),
-    (640, 480),
-    (57, 999),
-]
+SIZES = [(20_000, 100), (100, 20_000), (5000, 3), (1, 1), (10, 11), (700, 30), (640, 480)]
 
 
 def tokens_of(sample):

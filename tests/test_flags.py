@@ -8,7 +8,6 @@ import math
 import pytest
 
 from evaluate import UserError, non_negative_int
-from server import Server, write_posts
 from support import console
 from tiny import call, lines, words, write
 
@@ -53,7 +52,6 @@ def test_no_help_shows_a_default_that_is_none(command, monkeypatch, capsys):
     "command, option, nearest",
     [
         ("train", "--leraning-rate", "--lr"),
-        ("train", "--batchsize", "--batch-size"),
         ("infer", "--modle=x", "--model"),
         ("evaluate", "--boostrap", "--bootstrap"),
     ],
@@ -131,22 +129,4 @@ def test_other_commands_at_the_ends_of_their_ranges(monkeypatch, world, tmp_path
     assert "leave nothing to train on" in run(
         monkeypatch, "tools.dataset", split, "--out", tmp_path / "split", posts
     )
-    sizes = "--page-size 1000000000 --workers 1000000000"
-    page = ["--out", tmp_path / "gallery.html"]
-    assert run(monkeypatch, "tools.gallery", out, posts, *page, sizes) == 0
-    sizes = "--gpus 1000000000 --batch-size 1000000000 --max-pixels 1000000000"
-    lengths = "--lengths 1000000000 1000000000 --lora 4096"
-    assert run(monkeypatch, "tools.memory", "--model", world / "toy", sizes, lengths) == 0
-    club = ["--out", tmp_path / "club", "--train 1 --valid 1 --test 1 --seed 999999999999999999"]
-    assert run(monkeypatch, "tools.clubworld", *club) == 0
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_a_teacher_is_asked_at_the_ends_of_the_ranges(monkeypatch, tmp_path):
-    posts = write_posts(tmp_path, 3)
-    most = "--timeout --workers --limit --max-words --max-pixels".replace(" ", " 1000000000 ")
-    ends = f"{most} 1000000000 --max-retries {'9' * 18} --max-new-tokens {'9' * 18} --min-words 0"
-    with Server() as server:
-        address = ["--out", tmp_path / "cot.jsonl", "--model x --base-url", server.url]
-        assert run(monkeypatch, "gen_cot", posts, *address, ends, "--temperature 2") == 0
-    assert len((tmp_path / "cot.jsonl").read_text().splitlines()) == 3

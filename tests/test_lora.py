@@ -227,18 +227,21 @@ def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path):
             load(str(folder))
 
 
-def test_without_peft_one_line_says_what_to_install(world, tmp_path, monkeypatch):
-    """Always run: the import is blocked, whether the package is there or not."""
+def test_without_a_package_one_line_says_what_to_install(world, tmp_path, monkeypatch):
+    """Always run: the imports are blocked, whether the packages are there or not."""
     (tmp_path / "adapter").mkdir()
     settings = '{"peft_type": "LORA", "base_model_name_or_path": "x"}'
     (tmp_path / "adapter" / "adapter_config.json").write_text(settings)
-    monkeypatch.setitem(sys.modules, "peft", None)
+    for module in ("peft", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
     files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
     for script, options in (
         (train, [*files, "--lora 8"]),
         (infer, ["none text --model", tmp_path / "adapter"]),
+        (train, [*files, "--tensorboard"]),
     ):
-        with pytest.raises(UserError, match="pip install peft$"):
+        package = "tensorboard" if "--tensorboard" in options else "peft"
+        with pytest.raises(UserError, match=f"pip install {package}$"):
             call(monkeypatch, script, *words(*options))
     assert not (tmp_path / "run").exists()
 

@@ -165,16 +165,6 @@ def test_the_disk_has_room_for_what_a_run_will_keep(train_on, world, monkeypatch
     start("run", 0, "--resume")  # finished: nothing will be written
 
 
-def test_a_model_that_is_not_there_is_told_with_the_runs_that_are(tmp_path, monkeypatch):
-    for name in ("run", "run2"):
-        (tmp_path / "out" / name).mkdir(parents=True)
-        (tmp_path / "out" / name / "settings.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    for name in ("out/runn", "./out/runn"):  # the first could be one of the hub
-        with pytest.raises(UserError, match="; runs there: out/run, out/run2$"):
-            checkpoint.find_model(name)
-
-
 def test_a_best_checkpoint_that_is_not_there_is_dropped(train_on, world, capsys):
     """Of a run that was copied without it."""
     options = ["--valid", world / "valid.jsonl"]

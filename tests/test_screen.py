@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import evaluate
 import infer
@@ -20,9 +21,6 @@ from tiny import call, lines, words, write
 def paragraphs(text):
     """{label: text} of a header's paragraphs, each on one line."""
     return dict(re.findall(r"^(\S.{9}) (.*)$", text.replace("\n" + " " * 11, " "), re.MULTILINE))
-
-
-# ------------------------------------------------------------------------------------- a whole run
 
 
 def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeypatch, capsys):
@@ -50,11 +48,8 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
     )
     assert header["Validation"].startswith(f"{valid}: 8 posts, 8 with an image, 8 with reasoning")
     assert header["Validation"].endswith("; the first 4 are used")
-    from safetensors import safe_open
-
     last = read_pointer(folder / "run" / "last")
-    with safe_open(last / "model.safetensors", "pt") as weights:
-        sizes = {name: weights.get_tensor(name).numel() for name in weights.keys()}  # noqa: SIM118
+    sizes = {name: weight.numel() for name, weight in load_file(last / "model.safetensors").items()}
     trained = sum(size for name, size in sizes.items() if "visual" not in name)
     assert header["Model     "] == (
         f"{world / 'toy'}: {sum(sizes.values()) / 1e6:.2f} million parameters, "
@@ -130,15 +125,6 @@ def test_evaluations_as_good_as_the_best_with_nothing_right_and_without_unseen_k
         "epoch 3  step 9  F1@1 0.0 all  15.2 tokens a post, 58% reasoned",
         "epoch 3.33  step 10  F1@1 0.0 all  15.2 tokens a post, 58% reasoned",
     ]
-
-
-# ------------------------------------------------------------------------------------------- bars
-
-
-# -------------------------------------------------------------------------------- the other headers
-
-
-# --------------------------------------------------------------------------------------- the toy
 
 
 def test_the_toy_says_that_it_is_one(world, train_on, tmp_path, monkeypatch, capsys):

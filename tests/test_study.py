@@ -219,14 +219,11 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
     flops = float(re.search(r"([\d.e+]+) FLOPs", sft)[1])
     by_hand = 6 * (TEXT[size] * 410 + VISION * 4 * 300) * 330614 * epochs
     assert by_hand < flops < 1.07 * by_hand
-    hours = {card: float(re.search(rf"{card} ([\d.]+)", sft)[1]) for card in ("H100", "A100")}
-    assert hours["A100"] == pytest.approx(hours["H100"] * 989 / 312, rel=0.01)
-    assert hours["H100"] == pytest.approx(flops / (0.5 * 989e12) / 3600, rel=0.05)
+    hours = float(re.search(r"H100 ([\d.]+)", sft)[1])
+    assert hours == pytest.approx(flops / (0.5 * 989e12) / 3600, rel=0.05)
     requests = 330614 * 1e-6 * (2 * (len(gen_cot.PROMPT) / 4 + 410) + 8 * 100)
     assert any(line.endswith(f" out; it costs {requests:,.0f}") for line in lines)
-    assert any(" --model Doubao-1.5-pro --base-url https://ark" in line for line in lines)
     assert sum("infer.py" in line for line in lines) == 5
-    assert any(line.startswith("# memory of each of 8 GPUs: ") for line in lines)
     note = "# The paper's figures are those of Qwen2.5-VL-7B: it has none for a model of 3.755"
     assert lines[0].startswith(note) == (size == "3B")
     # Each row's last checkpoint and its best: weights and AdamW's state, 12 bytes a parameter.

@@ -263,15 +263,6 @@ def test_tensorboard_shows_what_the_log_says(train_on, world, monkeypatch):
     assert len(expected) == 2 and found["valid/all/F1@1"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_without_tensorboard_one_line_says_what_to_install(world, tmp_path, monkeypatch):
-    """Whether the package is there or not: the import is blocked."""
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
-    with pytest.raises(UserError, match="pip install tensorboard$"):
-        call(monkeypatch, train, *files, "--tensorboard")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     "given, told", [("--model x", "--train is missing"), ("--train x", "--model is missing")]
 )
