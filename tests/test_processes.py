@@ -17,8 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import write
-
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
@@ -32,7 +30,17 @@ from support import checkpoint
 from support.distributed import Ranks, run_all_layers
 from support.log import TrainingLog
 from test_resume import weights
-from tiny import ROOT, batch_of, lines, literal, random_posts, tiny_model, train_alone, words
+from tiny import (
+    ROOT,
+    batch_of,
+    lines,
+    literal,
+    random_posts,
+    tiny_model,
+    train_alone,
+    words,
+    write,
+)
 from train import MODES, TrainingStep
 
 # Layers with a recurrent state, with experts, and a head of its own or not; and a gamma between the
