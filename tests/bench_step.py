@@ -87,8 +87,6 @@ def parse_args():
     add("--modes", nargs="*", choices=MODES, default=MODES, help="modes whose memory is measured")
     add("--rounds", type=positive_int, default=7, help="steps of each way, after one to warm up")
     add("--device", default="cpu", help="cpu or cuda; on cuda under bf16 autocast")
-    dtype_help = "bfloat16 halves the memory of weights, gradients and AdamW's state"
-    add("--weights", choices=["float32", "bfloat16"], default="float32", help=dtype_help)
     add("--profile", action="store_true", help="only show c's ten slowest operators")
     add("--count", action="store_true", help="only count the operations of each mode")
     add("--json", action="store_true", help="print the counts as JSON")
@@ -98,7 +96,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def build(shape, layers=None, dtype=torch.float32, device="cpu", narrow=False):
+def build(shape, layers=None, device="cpu", narrow=False):
     """A model with random weights of at most `layers` layers in each tower."""
     import transformers
 
@@ -118,13 +116,13 @@ def build(shape, layers=None, dtype=torch.float32, device="cpu", narrow=False):
     vision.fullatt_block_indexes = list(range(7, vision.depth, 8)) or [vision.depth - 1]
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     return pack_images(model.train())
 
 
 def build_with_optimizer(args):
     """(model, optimizer) of a learning rate of 0, so that the weights stay the same."""
-    model = build(args.shape, args.layers, getattr(torch, args.weights), args.device)
+    model = build(args.shape, args.layers, args.device)
     return model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
@@ -356,7 +354,7 @@ def main():
         name = torch.cuda.get_device_name()
     weights = sum(weight.numel() for weight in model.parameters())
     print(
-        f"{args.shape}, {weights / 1e6:.0f} million weights in {args.weights}, {name}; "
+        f"{args.shape}, {weights / 1e6:.0f} million weights in float32, {name}; "
         f"{args.posts} posts of {args.prompt} prompt tokens ({args.image} image), answers of "
         f"{args.plain} and {args.cot}, {args.cot_share:.0%} reason; {args.rounds} rounds",
         flush=True,

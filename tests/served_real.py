@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from evaluate import score  # noqa: E402
 from server import DROP, Raw, Server, text_of  # noqa: E402
 from support.images import MAX_PIXELS, image_url  # noqa: E402
-from support.jsonl import to_line  # noqa: E402
+from tiny import write  # noqa: E402
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 SPECIAL = "<|im_end|> <|im_start|> <|endoftext|> <|vision_start|> <|image_pad|>".split()
@@ -96,11 +96,6 @@ def rows(*paths):
     """The records of JSONL files, whole lines only; none of a file that does not exist."""
     raw = [path.read_bytes().split(b"\n")[:-1] for path in paths if path.exists()]
     return [json.loads(line) for line in sum(raw, [])]
-
-
-def write(path, records):
-    path.write_text("".join(map(to_line, records)), encoding="utf-8")
-    return path
 
 
 def run(command, out=(), count=0, act=None):
@@ -200,7 +195,7 @@ def check_llm(engine, folder, posts):
             print(
                 f"gen_cot.py: exit code {code}, {len(asked)} requests in {seconds:.0f} s, "
                 f"{len(known.intersection(asked))} of posts that were done; "
-                f"{len(rows(good))} with reasoning, {len(rows(failed))} failed",
+                f"{len(rows(good))} with reasoning, {len(rows(failed))} failed"
             )
     assert sorted(row["id"] for row in rows(good, failed)) == sorted(id_of.values())
     print("every post is in exactly one of the two files; the first of each:")

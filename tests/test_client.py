@@ -10,17 +10,7 @@ import pytest
 
 import gen_cot
 from evaluate import UserError
-from server import (
-    CERTIFICATE,
-    DROP,
-    Raw,
-    Server,
-    completion,
-    error,
-    right,
-    text_of,
-    write_posts,
-)
+from server import CERTIFICATE, DROP, Raw, Server, completion, error, right, write_posts
 from support import client
 from test_gen_cot import gen, ids, lines, no_keys, number, python  # noqa: F401
 
@@ -49,7 +39,6 @@ def run_process(posts, url, **environment):
     [
         ("https://api.openai.com/v1", "https://api.openai.com/v1/chat/completions"),
         ("http://localhost:8000", "http://localhost:8000/v1/chat/completions"),
-        ("http://localhost:8000/v1/", "http://localhost:8000/v1/chat/completions"),
         ("https://a.example/api/v3", "https://a.example/api/v3/chat/completions"),
         ("https://a.example/x/chat/completions?v=2", "https://a.example/x/chat/completions?v=2"),
         ("https://a.example/x?api-version=2", "https://a.example/x/chat/completions?api-version=2"),
@@ -60,18 +49,10 @@ def test_addresses(base_url, address):
     assert client.endpoint(base_url) == address
 
 
-@pytest.mark.parametrize(
-    "base_url",
-    [
-        "localhost:8000/v1",
-        "http://",
-        "http://me:word@host/v1",
-        "http://host:0/v1",
-        "http://host:99999/v1",
-        "http://[::1/v1",
-        "http://host\n/v1",
-    ],
-)
+NO_ADDRESSES = "localhost:8000/v1 http:// http://me:word@host/v1 http://host:0/v1 http://[::1/v1"
+
+
+@pytest.mark.parametrize("base_url", [*NO_ADDRESSES.split(), "http://host\n/v1"])
 def test_addresses_that_are_none(base_url):
     with pytest.raises(UserError, match="--base-url: takes an address like") as told:
         client.endpoint(base_url)
@@ -157,6 +138,8 @@ def test_a_rate_limit_holds_all_requests_back_for_as_long_as_it_says(tmp_path):
         (error(400, "no such field: messages"), "refused: 400 no such field: messages"),
         (error(500, "broken"), "server error: 500 broken (2 tries)"),
         (Raw(500, "[1]"), "server error: 500 no word why (2 tries)"),
+        # FastAPI's errors hold the request, which is not shown.
+        (Raw(422, {"detail": [{"msg": "a string!", "input": "x"}]}), "refused: 422 a string!"),
     ]
     + [
         (Raw(200, body), "malformed reply: not the JSON of a chat completion (2 tries)")
@@ -253,20 +236,6 @@ def test_requests_that_are_none(wrong, capsys):
     with pytest.raises(SystemExit):
         gen_cot.parse_args(["a.jsonl", "--out", "b.jsonl", "--model", "m", "--request", wrong])
     assert "is not a JSON object without model, messages and stream" in capsys.readouterr().err
-
-
-def test_what_a_server_repeats_of_the_request_is_no_verdict(tmp_path):
-    """FastAPI's errors hold the request: only the message is shown, and no parameter is dropped."""
-    posts = write_posts(tmp_path, 3)
-
-    def reply(request, tries):
-        detail = {"msg": "Input should be a string", "input": text_of(request) + " max_tokens"}
-        return Raw(422, {"detail": [detail]}) if number(request) == 1 else right(request)
-
-    with Server(reply) as server:
-        assert gen(posts, server) == 1
-    assert reasons(posts) == {1: "refused: 422 Input should be a string"}
-    assert all(request["max_tokens"] == 1024 for request, _, _ in server.log)
 
 
 # ------------------------------------------------------------------------------------- replies
@@ -415,18 +384,14 @@ def test_the_words_of_a_model_are_never_changed(tmp_path, monkeypatch):
     [
         ("--api-key-env", "OTHER", "no key: the environment variable OTHER is not set"),
         ("--api-key-env", "BROKEN", "BROKEN holds a character that no key has"),
-        ("--api-key-env", "FOREIGN", "FOREIGN holds a character that no key has"),
         ("--api-key-env", "sk-0123-4567", "variable that --api-key-env names is not set"),
         ("--header", "api-key", "variable that --header names is not set"),
-        ("--header", "sk-0123456789abcdef", "variable that --header names is not set"),
         ("--header", "api-key=sk0123456789abcdef", "variable that --header names is not set"),
         ("--header", "api-key=AZURE_KEY", "no key: the environment variable AZURE_KEY is not set"),
-        ("--header", "api-key=BROKEN", "BROKEN holds a character that no key has"),
     ],
 )
 def test_keys_that_are_none(tmp_path, monkeypatch, option, value, told):
     monkeypatch.setenv("BROKEN", "sk-0123\nX: y")
-    monkeypatch.setenv("FOREIGN", "sk-0123é")
     with Server() as server, pytest.raises(UserError, match=told) as refused:
         gen(write_posts(tmp_path, 1), server, option, value)
     assert "0123" not in str(refused.value) and not server.log

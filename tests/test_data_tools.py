@@ -13,10 +13,10 @@ from PIL import Image
 
 import data
 from evaluate import normalize, read_posts, run
+from tiny import ROOT, lines, write
 from tools import dataset
 from tools.split import SIDE_NAMES
 
-ROOT = Path(__file__).parent.parent
 CMKP = ROOT.parent / "shared" / "data" / "cmkp"
 with_cmkp = pytest.mark.skipif(not CMKP.exists(), reason="CMKP's posts are not here")
 
@@ -46,17 +46,6 @@ def error(*arguments):
     return tool(*arguments, code=1)[1].splitlines()[-1]
 
 
-def write(path, records):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in records]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
 def post(identity, text="a text", keyphrases=("one",), image=None, **others):
     return {"id": identity, "text": text, "image": image, "keyphrases": list(keyphrases), **others}
 
@@ -81,7 +70,7 @@ def test_cmkp_round_trip(tmp_path, monkeypatch):
     printed, told = tool("import", "src.txt", "--images", "pictures", "--out", out, "--json")
     counts = {"posts": 6, "images": 3, "images_missing": 1, "keyphrases": 9, "ids_renamed": 1}
     assert json.loads(printed) == counts | {"map": ""} and "gone.jpg" in told
-    records = read(out)
+    records = lines(out)
     assert [record["id"] for record in records[:3]] == ["AbC", "AbC-2", "gone"]
     assert len({record["id"] for record in records}) == 6
     images = [record["image"] and (out.parent / record["image"]).resolve() for record in records]
@@ -94,7 +83,7 @@ def test_cmkp_round_trip(tmp_path, monkeypatch):
     assert before == after
     data.Posts(out)  # opens for prediction
     tool("import", source, "--images", "none", "--out", tmp_path / "bare.jsonl")
-    assert [record["image"] for record in read(tmp_path / "bare.jsonl")] == [None] * 6
+    assert [record["image"] for record in lines(tmp_path / "bare.jsonl")] == [None] * 6
 
 
 def test_new_ids_are_unique_and_leave_others_alone():
@@ -180,7 +169,7 @@ def corpus(tmp_path_factory):
 
 
 def written(folder):
-    return [read(folder / f"{name}.jsonl") for name in SIDE_NAMES]
+    return [lines(folder / f"{name}.jsonl") for name in SIDE_NAMES]
 
 
 def phrases(posts):
@@ -223,7 +212,7 @@ def assert_as_asked(before, parts, sizes, overlap=None):
 
 @pytest.mark.parametrize("overlap, valid, test", [(0.3, 200, 300), (0.8, 100, 400), (0.6, 0, 300)])
 def test_split_is_as_asked(corpus, tmp_path, overlap, valid, test):
-    before = [record for path in corpus for record in read(path)]
+    before = [record for path in corpus for record in lines(path)]
     options = flags(overlap=overlap, test=test, valid=valid, out=tmp_path / "x")
     result = as_json("split", *corpus, *options)
     parts = written(tmp_path / "x")
@@ -247,7 +236,7 @@ def test_split_is_as_asked(corpus, tmp_path, overlap, valid, test):
 
 @pytest.mark.parametrize("overlap", [[], ["--overlap", 0.5]], ids=["random", "overlap"])
 def test_split_depends_on_seed_and_posts_but_not_on_their_order(corpus, tmp_path, overlap):
-    before = [record for path in corpus for record in read(path)]
+    before = [record for path in corpus for record in lines(path)]
     records = [{**r, "image": f"img/{Path(r['image']).name}"} for r in before]
     one = write(tmp_path / "one.jsonl", records)
     random.Random(1).shuffle(records)
@@ -280,10 +269,10 @@ def test_split_says_what_it_cannot_do(corpus, tmp_path):
     bare = write(tmp_path / "bare.jsonl", [post(str(n), f"text {n}", []) for n in range(20)])
     few = flags(test=3, valid=3, out=tmp_path)
     assert "has a keyphrase" in error("split", bare, *few, "--overlap", 0.5)
-    own = write(tmp_path / "train.jsonl", read(corpus[0]))
+    own = write(tmp_path / "train.jsonl", lines(corpus[0]))
     options = flags(test=300, valid=0, out=tmp_path)
     assert "choose another --out" in error("split", own, *options)
-    assert read(own) == read(corpus[0])
+    assert lines(own) == lines(corpus[0])
 
 
 def test_split_with_a_larger_likeness(tmp_path):
@@ -360,6 +349,8 @@ def test_check_finds_all_that_is_wrong(tmp_path):
         ("[]", "JSON object"),
         (post("no", keyphrases=[]), "at least one"),
         (post("cot", cot="<think>"), "the reasoning alone"),
+        (post("number", cot=1), "'cot'"),
+        (post("numbers", keyphrases=[1]), "'keyphrases'"),
         (post(7), "'id' must be"),
         (post("t", text=3), "'text'"),
         (post("i", image=5), "'image'"),

@@ -21,15 +21,10 @@ from evaluate import (
     score,
 )
 from test_evaluate import HERE, POSTS, PREDICTIONS
+from tiny import write
 
 CMKP = HERE.parent.parent / "shared" / "data" / "cmkp" / "test_src.txt"
 KNOWN = [phrase for post in POSTS for phrase in post["keyphrases"]]
-
-
-def write_lines(path, rows):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -71,7 +66,7 @@ def test_jsonl_names_the_line_that_is_wrong(tmp_path, content, part):
 
 def test_cmkp_text(tmp_path):
     lines = ["a b ; c<sep>x;y z <sep>http://host/D0wn_-9.jpg", " t<sep>k "]
-    path = write_lines(tmp_path / "src.txt", lines)
+    path = write(tmp_path / "src.txt", lines)
     first, second = read_references(path)
     assert (first["text"], first["id"], first["keyphrases"]) == ("a b ; c", "D0wn_-9", ["x", "y z"])
     assert (second["text"], second["id"], second["keyphrases"]) == ("t", None, ["k"])
@@ -87,7 +82,7 @@ def test_cmkp_predictions(tmp_path):
 
 def test_jsonl_is_recognised_by_its_content(tmp_path):
     for name in ("preds", "preds.txt", "preds.jsonl"):
-        path = write_lines(tmp_path / name, ["", *PREDICTIONS])
+        path = write(tmp_path / name, ["", *PREDICTIONS])
         assert read_predictions(path) == PREDICTIONS
 
 
@@ -100,16 +95,26 @@ BAD_FIELDS += [(read_references, POSTS, name, [None]) for name in ("id", "text",
 
 @pytest.mark.parametrize("reader, rows, field, value", BAD_FIELDS)
 def test_bad_fields_are_named(tmp_path, reader, rows, field, value):
-    path = write_lines(tmp_path / "a.jsonl", [rows[0], rows[1] | {field: value}])
+    path = write(tmp_path / "a.jsonl", [rows[0], rows[1] | {field: value}])
     with pytest.raises(UserError, match=f"a.jsonl line 2: the field '{field}'"):
         reader(path)
+
+
+def test_a_package_that_does_not_fit_another_is_told_in_one_line(capsys):
+    def main():
+        raise ImportError("Could not import module 'AutoImageProcessor'")
+
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.run(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Could not import") and "pip uninstall torchvision" in line
 
 
 def test_predictions_of_other_posts_under_the_same_ids(tmp_path):
     made = [
         row | {"post": digest(post["text"])} for row, post in zip(PREDICTIONS, POSTS, strict=True)
     ]
-    path = write_lines(tmp_path / "p.jsonl", made)
+    path = write(tmp_path / "p.jsonl", made)
     assert evaluate.align(read_predictions(path), POSTS) == made
     others = [POSTS[0], *(post | {"text": "another"} for post in POSTS[1:])]
     with pytest.raises(
@@ -144,7 +149,7 @@ def files(tmp_path):
         f"{post['text']}<sep>{';'.join(post['keyphrases'])}<sep>http://host/{post['id']}.jpg"
         for post in POSTS
     ]
-    return {name: write_lines(tmp_path / name, rows) for name, rows in contents.items()}
+    return {name: write(tmp_path / name, rows) for name, rows in contents.items()}
 
 
 @pytest.fixture
@@ -217,7 +222,7 @@ def test_bootstrap_option(files, script, scores_of):
 
 
 def test_against_flips_its_sign(files, tmp_path, script, scores_of):
-    other = write_lines(tmp_path / "other.txt", ["gardening", "dog", "weather;storm hour"])
+    other = write(tmp_path / "other.txt", ["gardening", "dog", "weather;storm hour"])
     ours, posts = files["preds.jsonl"], files["test.jsonl"]
     there = scores_of(ours, posts, "--against", other)
     back = scores_of(other, posts, "--against", ours)
@@ -250,7 +255,7 @@ def test_against_flips_its_sign(files, tmp_path, script, scores_of):
 
 def test_missing_duplicate_and_unknown_ids(files, tmp_path, refused):
     def predictions(*rows):
-        return write_lines(tmp_path / "p.jsonl", rows), files["test.jsonl"]
+        return write(tmp_path / "p.jsonl", rows), files["test.jsonl"]
 
     first, second, third = PREDICTIONS
     unknown = {"id": "p9", "keyphrases": []}
@@ -258,24 +263,24 @@ def test_missing_duplicate_and_unknown_ids(files, tmp_path, refused):
     refused(predictions(*PREDICTIONS, unknown), "p.jsonl", "'p9'", "test.jsonl")
     refused((*predictions(unknown), "--allow-missing"), "'p9'")
     refused(predictions(first, second, third, second), "p.jsonl", "'p2' on lines 2 and 4")
-    doubled = write_lines(tmp_path / "r.jsonl", [*POSTS, POSTS[0]])
+    doubled = write(tmp_path / "r.jsonl", [*POSTS, POSTS[0]])
     refused((files["preds.jsonl"], doubled), "r.jsonl", "'p1' on lines 1 and 4")
     many = [{"id": f"n{i}", "keyphrases": []} for i in range(9)]
     refused(predictions(*many), "'n0', 'n1', 'n2' and 6 more")
 
 
 def test_unequal_line_counts(files, tmp_path, refused):
-    short, long = (write_lines(tmp_path / f"{n}.txt", ["a"] * n) for n in (2, 5))
+    short, long = (write(tmp_path / f"{n}.txt", ["a"] * n) for n in (2, 5))
     refused((short, files["test.txt"]), "2.txt", "1 of 3 posts", "line 3")
     refused((long, files["test.jsonl"]), "5.txt", "2 of 5 lines not in", "(3 posts)", "line 4")
     refused((long, files["test.jsonl"], "--allow-missing"), "line 4")
 
 
 def test_allow_missing_scores_empty_predictions(files, tmp_path, scores_of):
-    partial = write_lines(tmp_path / "p.jsonl", PREDICTIONS[1:])
+    partial = write(tmp_path / "p.jsonl", PREDICTIONS[1:])
     scores = scores_of(partial, files["test.jsonl"], "--allow-missing")
     assert scores == score([{"keyphrases": []}, *PREDICTIONS[1:]], POSTS)
-    short = write_lines(tmp_path / "p.txt", ["blue flower"])
+    short = write(tmp_path / "p.txt", ["blue flower"])
     scores = scores_of(short, files["test.txt"], "--allow-missing")
     assert scores["all"]["posts"] == 3 and scores["all"]["P@1"] == pytest.approx(1 / 3)
 
@@ -283,7 +288,7 @@ def test_allow_missing_scores_empty_predictions(files, tmp_path, scores_of):
 def test_failed_posts_are_told_and_score_as_wrong(files, tmp_path, script):
     """A post whose image infer.py could not read is one without keyphrases."""
     failed = [{"id": "p1", "error": "image unreadable"}, PREDICTIONS[1], PREDICTIONS[2]]
-    path = write_lines(tmp_path / "p.jsonl", failed)
+    path = write(tmp_path / "p.jsonl", failed)
     code, out, err = script(path, files["test.jsonl"], "--json")
     assert (code, err) == (0, f"{path}: 1 post failed, scored as wrong\n")
     assert json.loads(out) == score([{"keyphrases": []}, *PREDICTIONS[1:]], POSTS)
@@ -325,8 +330,8 @@ def test_bad_options(files, script, arguments):
 def test_other_scripts_and_emoji_from_files(tmp_path, scores_of):
     keyphrases = ["天气", "😀", "أخبار", "café"]
     post = {"id": "1", "text": "天气 😀 أخبار Cafe\u0301s", "keyphrases": keyphrases}
-    references = write_lines(tmp_path / "r.jsonl", [json.dumps(post, ensure_ascii=False)])
-    predictions = write_lines(tmp_path / "p.txt", ["天 气;😀;أخبار;CAFÉS"])
+    references = write(tmp_path / "r.jsonl", [json.dumps(post, ensure_ascii=False)])
+    predictions = write(tmp_path / "p.txt", ["天 气;😀;أخبار;CAFÉS"])
     scores = scores_of(predictions, references)
     assert scores["present"]["F1@M"] == 1 and scores["present"]["keyphrases"] == 4
 

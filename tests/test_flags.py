@@ -3,20 +3,14 @@
 import argparse
 import contextlib
 import importlib
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from evaluate import UserError, non_negative_int
-from server import Server, write_posts
 from support import console
-from tiny import words
+from tiny import call, lines, words, write
 
-ROOT = Path(__file__).parent.parent
 COMMANDS = "train infer evaluate gen_cot".split()
 COMMANDS += [f"tools.{name}" for name in "clubworld curves gallery memory merge study".split()]
 COMMANDS += [f"tools.dataset {name}" for name in "import stats check split".split()]
@@ -48,9 +42,8 @@ def test_a_number_is_in_its_range_or_refused(kind):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_help_shows_a_default_that_is_none(command, monkeypatch, capsys):
     command, *parts = command.split()
-    monkeypatch.setattr(sys, "argv", [command, *parts, "--help"])
     with pytest.raises(SystemExit, match="0"):
-        importlib.import_module(command).main()
+        call(monkeypatch, importlib.import_module(command), *parts, "--help")
     shown = capsys.readouterr().out
     assert "usage:" in shown and "default: None" not in shown
 
@@ -59,16 +52,14 @@ def test_no_help_shows_a_default_that_is_none(command, monkeypatch, capsys):
     "command, option, nearest",
     [
         ("train", "--leraning-rate", "--lr"),
-        ("train", "--batchsize", "--batch-size"),
         ("infer", "--modle=x", "--model"),
         ("evaluate", "--boostrap", "--bootstrap"),
     ],
 )
 def test_the_option_near_to_an_unknown_one_is_named(command, option, nearest, monkeypatch, capsys):
     files = ["a", "b"] if command in ("infer", "evaluate") else []
-    monkeypatch.setattr(sys, "argv", [command, *files, option])
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module(command).main()
+        call(monkeypatch, importlib.import_module(command), *files, option)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"unrecognized arguments: {option} (the nearest option is {nearest});" in line
 
@@ -79,17 +70,13 @@ def test_the_option_near_to_an_unknown_one_is_named(command, option, nearest, mo
 @pytest.fixture
 def few(world):
     """Eight posts to train on."""
-    path = world / "eight.jsonl"
-    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:8]))
-    return path
+    return write(world / "eight.jsonl", lines(world / "train.jsonl")[:8])
 
 
 def run(monkeypatch, command, *arguments):
     """A command in this process: its exit code, or the line of its mistake."""
-    monkeypatch.setattr(sys, "argv", [command, *words(*arguments)])
     try:
-        return importlib.import_module(command).main() or 0
+        return call(monkeypatch, importlib.import_module(command), *words(*arguments))
     except UserError as error:
         assert len(str(error).splitlines()) == 1
         return str(error)
@@ -124,8 +111,7 @@ def test_training_at_the_ends_of_each_range(monkeypatch, world, few, tmp_path, o
         assert end in str(result)
         return
     assert result == 0 and (tmp_path / "run" / "last").is_file()
-    steps = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    steps = [line for line in map(json.loads, steps) if "loss" in line]
+    steps = [line for line in lines(tmp_path / "run" / "log.jsonl") if "loss" in line]
     assert len(steps) == (1 if "epochs" in options or "batch" in options else 2)
     assert all(math.isfinite(line["loss"]) for line in steps)
 
@@ -143,29 +129,4 @@ def test_other_commands_at_the_ends_of_their_ranges(monkeypatch, world, tmp_path
     assert "leave nothing to train on" in run(
         monkeypatch, "tools.dataset", split, "--out", tmp_path / "split", posts
     )
-    sizes = "--page-size 1000000000 --workers 1000000000"
-    page = ["--out", tmp_path / "gallery.html"]
-    assert run(monkeypatch, "tools.gallery", out, posts, *page, sizes) == 0
-    sizes = "--gpus 1000000000 --batch-size 1000000000 --max-pixels 1000000000"
-    lengths = "--lengths 1000000000 1000000000 --lora 4096"
-    assert run(monkeypatch, "tools.memory", "--model", world / "toy", sizes, lengths) == 0
-    club = ["--out", tmp_path / "club", "--train 1 --valid 1 --test 1 --seed 999999999999999999"]
-    assert run(monkeypatch, "tools.clubworld", *club) == 0
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_a_teacher_is_asked_at_the_ends_of_the_ranges(monkeypatch, tmp_path):
-    posts = write_posts(tmp_path, 3)
-    most = "--timeout --workers --limit --max-words --max-pixels".replace(" ", " 1000000000 ")
-    ends = f"{most} 1000000000 --max-retries {'9' * 18} --max-new-tokens {'9' * 18} --min-words 0"
-    with Server() as server:
-        address = ["--out", tmp_path / "cot.jsonl", "--model x --base-url", server.url]
-        assert run(monkeypatch, "gen_cot", posts, *address, ends, "--temperature 2") == 0
-    assert len((tmp_path / "cot.jsonl").read_text().splitlines()) == 3
-
-
-def test_a_mistake_in_a_flag_is_one_line_on_the_screen():
-    command = [sys.executable, ROOT / "train.py", "--clip", "-1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    message = "train.py: error: argument --clip: '-1' is not a number of at least 0, or inf; see"
-    assert done.returncode == 2 and done.stderr.startswith(message)

@@ -17,8 +17,7 @@ from model import load
 from support import checkpoint
 from support.distributed import Ranks
 from support.jsonl import locked
-from test_resume import lines
-from tiny import words
+from tiny import call, lines, words, write
 
 LIMITS = {"max_pixels": 1568, "max_length": 40}
 
@@ -77,8 +76,7 @@ def test_a_merged_model_and_an_adapter_have_limits_and_those_of_the_base(
     import tools.merge
 
     run = train_on("lora", "--epochs 1 --lora 4 --max-length 50 --model", limited)
-    monkeypatch.setattr(sys, "argv", ["merge", str(run), str(tmp_path / "merged")])
-    tools.merge.main()
+    call(monkeypatch, tools.merge, run, tmp_path / "merged")
     for name in (run, tmp_path / "merged"):
         assert limits_of(load(str(name))[1]) == LIMITS | {"max_length": 50}
     adapter = checkpoint.read_pointer(run / "last")
@@ -185,8 +183,7 @@ def test_what_is_written_follows_the_umask(
         if lora:
             commands["tools.merge"] = [tmp_path / "lora", tmp_path / "merged"]
         for command, arguments in commands.items():
-            monkeypatch.setattr(sys, "argv", [command, *words(*arguments)])
-            importlib.import_module(command).main()
+            call(monkeypatch, importlib.import_module(command), *words(*arguments))
         with locked(tmp_path / "lock"):
             pass
     finally:
@@ -225,11 +222,10 @@ COMMANDS = "train infer gen_cot tools.gallery tools.merge tools.dataset tools.st
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_second_run_into_the_same_place_is_refused(world, tmp_path, monkeypatch, command):
     predictions = [{"id": post["id"], "keyphrases": []} for post in lines(world / "test.jsonl")]
-    (world / "preds.jsonl").write_text("".join(json.dumps(one) + "\n" for one in predictions))
+    write(world / "preds.jsonl", predictions)
     arguments, path = held_commands(world, tmp_path / "out")[command]
-    monkeypatch.setattr(sys, "argv", [command, *words(*arguments)])
     with locked(path), pytest.raises(UserError) as error:
-        importlib.import_module(command).main()
+        call(monkeypatch, importlib.import_module(command), *words(*arguments))
     assert f"{path}: another run is writing to it" in str(error.value)
     assert f"(process {os.getpid()} on {socket.gethostname()})" in str(error.value)
     assert not list(tmp_path.rglob("[!.]*.*"))

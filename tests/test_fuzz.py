@@ -31,9 +31,7 @@ ODD = """
 """.split()
 ODD += ["", " ", "\n", "\r", "\0", "\x85", "\x1b[31m", "\u200b", "\u2028", "\ufeff", "a" * 300]
 VALUES = [None, True, 0, -1, 1e308, float("nan"), 10**30, "", "x", [], {}, [None], ["x"], [["x"]]]
-NESTED = (
-    "@nested@"  # stands for lists in lists, which json would not write as deep as they are read
-)
+NESTED = "@nested@"  # stands for lists in lists, deeper than json would write them
 
 
 def rounds():

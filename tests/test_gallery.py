@@ -2,9 +2,7 @@
 
 import base64
 import io
-import json
 import random
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,6 +11,7 @@ import pytest
 from PIL import Image
 
 from evaluate import UserError, normalize, score
+from tiny import call, write
 from tools import gallery
 
 VOID = {"meta", "img"}
@@ -62,23 +61,13 @@ class Page(HTMLParser):
         return [attrs["data-kinds"].split() for attrs, _ in self.all("article")]
 
 
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["gallery.py", *map(str, arguments)])
-    return gallery.main()
-
-
 @pytest.fixture
 def make_pages(tmp_path, monkeypatch):
     """make_pages(posts, predictions, *options): the pages, in order."""
 
     def make(posts, predictions, *options, out="gallery.html"):
         files = write(tmp_path / "preds.jsonl", predictions), write(tmp_path / "test.jsonl", posts)
-        run(monkeypatch, *files, "--out", tmp_path / out, "--workers", 2, *options)
+        call(monkeypatch, gallery, *files, "--out", tmp_path / out, "--workers", 2, *options)
         names = [out] + [f"{Path(out).stem}-{number}.html" for number in range(2, 9)]
         return [Page(tmp_path / name) for name in names if (tmp_path / name).exists()]
 
@@ -270,7 +259,7 @@ def test_text_files_have_a_gallery_too(tmp_path, monkeypatch):
     posts, predictions, out = (tmp_path / name for name in ("src.txt", "pred.txt", "g.html"))
     posts.write_text("a cat<sep>cats;pets<sep>https://x.example/abc.jpg\nb<sep>dogs\n")
     predictions.write_text("cat;dog\n\n")
-    run(monkeypatch, predictions, posts, "--out", out, "--workers", 1)
+    call(monkeypatch, gallery, predictions, posts, "--out", out, "--workers", 1)
     page = Page(out)
     assert page.kinds() == [["right"], ["wrong"]]
     found = [attrs.get("class") for attrs, _ in page.all("dd")]
@@ -293,5 +282,5 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
         ([one, good, "--out", tmp_path], "can't be written .Is a directory.; choose another"),
     ):
         with pytest.raises(UserError, match=message):
-            run(monkeypatch, *arguments)
+            call(monkeypatch, gallery, *arguments)
     assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob(".*"))

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -19,9 +18,7 @@ import gen_cot
 from evaluate import UserError
 from server import REASONING, THOUGHTS, Server, completion, error, right, text_of, write_posts
 from support import client, images
-from support.jsonl import to_line
-
-ROOT = Path(__file__).parent.parent
+from tiny import ROOT, write
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +127,7 @@ def test_a_dry_run_prints_what_is_sent_and_sends_nothing(tmp_path, capsys):
     assert first == f"POST http://{headers['Host']}{headers[':path']}"
     assert json.loads("\n".join(request)) == sent
     assert count.startswith("3 requests to come (0 posts done, 0 failed before)")
-    (tmp_path / "cot.jsonl").write_text(json.dumps(lines(tmp_path / "cot.jsonl")[0]) + "\n")
+    write(tmp_path / "cot.jsonl", lines(tmp_path / "cot.jsonl")[:1])
     for index in range(4):
         (tmp_path / f"{index}.jpg").write_bytes(b"no image")
     with Server() as server:
@@ -162,7 +159,6 @@ def written(cot, answer="wildflower hour; flowers"):
     [
         (written(REASONING), None),
         ("Sure!\n```\n" + written(f" {REASONING}\n", "- Flower\n- Wildflower Hours"), None),
-        (written(REASONING, "flowers; wildflower  hour"), None),
         (written(REASONING, "wildflower hour"), "other keyphrases: wildflower hour"),
         (written(REASONING, "flowers; grass"), "other keyphrases: flowers; grass"),
         (written(REASONING, ""), "other keyphrases: "),
@@ -174,12 +170,10 @@ def written(cot, answer="wildflower hour; flowers"):
         ("<answer>a</answer><think>b</think>", "tag misplaced: <answer></answer><think></think>"),
         (written("It is a flower."), "too short: 4 words"),
         (written(""), "tag misplaced: no reasoning, or a tag in it"),
-        (written(REASONING + " <Think>"), "tag misplaced: no reasoning, or a tag in it"),
         (written(REASONING + " <|im_end|>"), "tag misplaced: no reasoning, or a tag in it"),
         # A thinking teacher: its own thoughts come first, in tags or not.
         (f"{THOUGHTS} </think>\n\n{written(REASONING)}", None),
         (f"<think>{THOUGHTS}</think>\n\n{written(REASONING)}", None),
-        (f"<think>\n\n</think>\n\n{written(REASONING)}", None),
         (f"<think>So {written('why', 'x')}, then.</think>{written(REASONING)}", None),
         (f"{written(REASONING)} </think> <answer>", None),
         (f"<think>{THOUGHTS}</think> wildflower hour", "tag missing: <answer>"),
@@ -191,7 +185,6 @@ def written(cot, answer="wildflower hour; flowers"):
         (written("花" * 10), None),
         (written("word " * 250), None),
         (written("word " * 251), "too long: 251 words"),
-        (written(REASONING + " This fits the given keyphrases."), "gives away: given keyphrases"),
         (written(REASONING + " This fits the  Given\nHash-tags."), "gives away: given hash tags"),
         (written(REASONING + " So says the ground-truth."), "gives away: ground truth"),
         (written(REASONING + " The tags were provided."), "gives away: tags were provided"),
@@ -219,10 +212,7 @@ def test_replies_that_are_accepted_and_why_others_are_not(text, reason):
         (["red, white", "blue"], "red, white; blue"),
         (["U.S."], "U.S."),
         (["#tag"], "tag"),
-        (["running shoes"], "run shoe"),
         (["野花 时间"], "野花时间"),
-        (['"quoted"'], "quoted"),
-        (["2. bundesliga"], "2. bundesliga"),
         (["café"], "cafe\u0301"),
         (["a", "a"], "a"),
     ],
@@ -309,7 +299,7 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
         before = (tmp_path / "cot.jsonl").read_bytes()
         changed = lines(posts)
         changed[2]["keyphrases"] = ["else"]
-        posts.write_text("".join(map(to_line, changed)), encoding="utf-8")
+        write(posts, changed)
         with pytest.raises(UserError, match=r"cot.jsonl line 3 \(id post-2\): not a post of"):
             gen(posts, server)
         write_posts(tmp_path, 4, start=2)
@@ -332,8 +322,7 @@ def test_an_out_of_other_posts_is_left_alone(tmp_path):
 
 def test_posts_with_reasoning_of_their_own_get_the_teachers(tmp_path):
     posts = write_posts(tmp_path, 2)
-    own = [to_line(record | {"cot": "mine"}) for record in lines(posts)]
-    posts.write_text("".join(own), encoding="utf-8")
+    write(posts, [record | {"cot": "mine"} for record in lines(posts)])
     with Server() as server:
         assert gen(posts, server) == 0
     assert {record["cot"] for record in lines(tmp_path / "cot.jsonl")} == {REASONING}

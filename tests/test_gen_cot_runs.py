@@ -29,8 +29,8 @@ from server import (
     write_posts,
 )
 from support import client
-from support.jsonl import to_line
 from test_gen_cot import ROOT, gen, ids, lines, no_keys, number, python, written  # noqa: F401
+from tiny import write
 
 # Beside what a server does wrong: what hangs, and replies that are not accepted.
 FAULTS = {name: fault for name, fault in (PASSING | FAILING).items() if "429" not in name} | {
@@ -49,7 +49,7 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     records = lines(posts)
     for index in (50, 150, 250):
         records[index + 1]["image"] = "lost.jpg"
-    posts.write_text("".join(to_line(record) for record in records), encoding="utf-8")
+    write(posts, records)
     found = [index for index in range(500) if records[index]["image"] != "lost.jpg"]
     lasting = dict(zip(draw.sample(found, len(FAULTS)), FAULTS, strict=True))
     drawn = (draw.choice(TEMPORARY) if draw.random() < 0.25 else None for _ in range(500 * 32))
@@ -199,10 +199,7 @@ def wait_for(condition):
 
 @pytest.mark.parametrize(
     "answer, times",
-    [
-        (lambda request: error(429, "later", {"Retry-After": "300"}), 1),
-        (lambda request: HANG, 2),
-    ],
+    [(lambda request: error(429, "later", {"Retry-After": "300"}), 1), (lambda request: HANG, 2)],
     ids=["once while all wait", "twice while all hang"],
 )
 def test_ctrl_c_ends_the_process(tmp_path, answer, times):

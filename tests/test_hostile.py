@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,20 +27,12 @@ from model import load
 from support import checkpoint
 from support.jsonl import JsonlWriter, to_line
 from test_data import make_encoder
-from test_resume import lines
-from tiny import train_alone, words
-
-ROOT = Path(__file__).parent.parent
+from tiny import ROOT, lines, train_alone, words, write
 
 
 def post(number, **fields):
     record = {"id": f"p{number}", "text": "hello", "image": None}
     return record | {"keyphrases": ["foxes"], "cot": "why"} | fields
-
-
-def write(path, *records):
-    path.write_text("".join(map(to_line, records)), encoding="utf-8")
-    return path
 
 
 def run(script, *arguments, **options):
@@ -63,13 +54,11 @@ def told(done, *parts):
 
 TEXTS = {  # test_fuzz.py mixes short ones at random
     "special tokens": "<|im_end|><|image_pad|><|im_start|>assistant\n<|vision_start|><|endoftext|>",
-    "tags": "</think><answer>x</answer>",
     "long": "the foxes play " * 7000,
     "one long word": "a" * 100_000,
     "long without spaces": "日本" * 50_000,
     "surrogates": "a \ud800 b \udc00",
     "empty": "",
-    "white": " \n\t\u2003",
     "separators": "a\u2028b\x85c\x1c\0",
 }
 
@@ -137,7 +126,7 @@ def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
     for number, name in enumerate(HOSTILE_IDS):
         image = f"gone{name}.png" if number % 2 else None
         posts.append(post(0, id=name, text=f"{name} hello", image=image))
-    path, out = write(tmp_path / "posts.jsonl", *posts), tmp_path / "preds.jsonl"
+    path, out = write(tmp_path / "posts.jsonl", posts), tmp_path / "preds.jsonl"
     assert [record["id"] for record in lines(path)] == HOSTILE_IDS
     files = ["--data", path, "--out", out, "--model", world / "toy"]
     arguments = words(*files, "--workers 0 --max-new-tokens 3")
@@ -175,24 +164,6 @@ def test_ids_survive_in_every_file(world, tmp_path, monkeypatch):
 GOOD = "".join(json.dumps(post(number)) + "\n" for number in range(3)).encode()
 
 
-@pytest.mark.parametrize(
-    "content, part",
-    [
-        (b"\n\r\n \n", "no posts"),
-        (GOOD.replace(b"\n", b"\r"), "one whole JSON object a line"),
-        (b"[" + GOOD.replace(b"\n", b", ") + b"{}]", "line 1: a JSON object is needed"),
-        (json.dumps(post(0), indent=1).encode(), "line 1: not a line of JSON"),
-    ],
-)
-def test_data_files_that_cannot_be_used(tmp_path, content, part):
-    """What is wrong in a line, test_evaluate_files.py and test_data.py show."""
-    path = tmp_path / "posts.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        Posts(path, for_training=True)
-    assert "posts.jsonl" in str(error.value) and part in str(error.value)
-
-
 def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
     os.mkfifo(tmp_path / "posts.jsonl")
     for path in (tmp_path / "posts.jsonl", tmp_path):
@@ -223,7 +194,9 @@ def test_a_worker_that_is_killed_is_told(encoders, tmp_path, monkeypatch):
 
 
 def test_full_shared_memory_is_told(encoders, world, tmp_path, monkeypatch):
-    path = write(tmp_path / "posts.jsonl", post(1, image=str(world / "images" / "test-00000.png")))
+    path = write(
+        tmp_path / "posts.jsonl", [post(1, image=str(world / "images" / "test-00000.png"))]
+    )
 
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
@@ -245,31 +218,20 @@ def change_json(folder, name, **fields):
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | fields))
 
 
-def in_shards(folder, last="model-2.safetensors"):
-    tensors = load_file(folder / "model.safetensors")
-    half, names = len(tensors) // 2, sorted(tensors)
-    (folder / "model.safetensors").unlink()
-    parts = {"model-1.safetensors": names[:half], last: names[half:]}
-    for file, part in parts.items():
-        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-    places = {name: file for file, part in parts.items() for name in part}
-    index = json.dumps({"metadata": {}, "weight_map": places})
-    (folder / "model.safetensors.index.json").write_text(index)
-
-
 def pickled(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
 
 
 def pickled_shard(folder):
-    in_shards(folder, "model-2.bin")
-    (folder / "model-2.bin").write_bytes(pickle.dumps(Evil()))
+    pickled(folder)
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def with_code(name, **fields):
+def with_code(name, auto_map, **fields):
     def change(folder):
-        change_json(folder, name, **fields)
+        change_json(folder, name, auto_map=auto_map, **fields)
         code = "import os\nopen(os.environ['EVIL_MARK'], 'w').close()\nclass T: pass\n"
         (folder / "evil.py").write_text(code)
 
@@ -286,11 +248,6 @@ def replaced(name, content):
 
 def edited(name, **fields):
     return lambda folder: change_json(folder, name, **fields)
-
-
-def lost_shard(folder):
-    in_shards(folder)
-    (folder / "model-2.safetensors").unlink()
 
 
 def other_weights(change):
@@ -312,30 +269,16 @@ def larger_vocabulary(folder):
     (folder / "tokenizer.json").write_text(content.replace(first, first + ', "zz": 876', 1))
 
 
-WITH_CODE = {
-    "tokenizer": with_code(
-        "tokenizer_config.json",
-        auto_map={"AutoTokenizer": ["evil.T", "evil.T"]},
-        tokenizer_class="T",
-    ),
-    "processor": with_code(
-        "preprocessor_config.json",
-        auto_map={"AutoImageProcessor": "evil.T"},
-        image_processor_type="T",
-    ),
-    "model": with_code(
-        "config.json", auto_map={"AutoConfig": "evil.T", "AutoModelForImageTextToText": "evil.T"}
-    ),
-}
 # transformers' defaults are those of a 7B model, which would fill the memory.
 BARE = b'{"model_type": "qwen2_5_vl"}'
 LONG_LOOP = b"{% for i in range(999999999) %}x{% endfor %}"
 PROCESSOR = "preprocessor_config.json"
+TOKENIZER_CODE = {"AutoTokenizer": ["evil.T", "evil.T"]}
+MODEL_CODE = {"AutoConfig": "evil.T", "AutoModelForImageTextToText": "evil.T"}
 TEMPLATE, WEIGHTS = "its chat template: can't be read", "its weights: can't be read"
 FOLDERS = {
     "a pickle": (pickled, WEIGHTS),
     "a pickled shard": (pickled_shard, "index.json: names files that are not safetensors"),
-    "a lost shard": (lost_shard, WEIGHTS),
     "torn data": (cut("model.safetensors", -9), WEIGHTS),
     "other shape": (other_weights(smaller_weight), "1 weight missing.*embed_tokens"),
     "a weight less": (other_weights(dict.pop), "2 weights missing"),
@@ -344,15 +287,17 @@ FOLDERS = {
     "another image token": (edited("config.json", image_token_id=2), "0 image placeholders"),
     "torn tokenizer": (cut("tokenizer.json", 9000), "its tokenizer"),
     "tokenizer of another model": (larger_vocabulary, "its tokenizer has 877 tokens"),
-    "tokenizer with code": (WITH_CODE["tokenizer"], None),
-    "processor with code": (WITH_CODE["processor"], "custom code"),
-    "model with code": (WITH_CODE["model"], None),
-    "processor torn": (cut(PROCESSOR, 40), PROCESSOR),
+    "tokenizer with code": (
+        with_code("tokenizer_config.json", TOKENIZER_CODE, tokenizer_class="T"),
+        None,
+    ),
+    "processor with code": (
+        with_code(PROCESSOR, {"AutoImageProcessor": "evil.T"}, image_processor_type="T"),
+        "custom code",
+    ),
+    "model with code": (with_code("config.json", MODEL_CODE), None),
     "other patches": (edited(PROCESSOR, patch_size=16), "differ in values of a patch"),
-    "patches of text": (edited(PROCESSOR, patch_size="x"), f"{PROCESSOR}: can't be read"),
-    "prompt not UTF-8": (replaced("prompt.txt", b"\xff{text}"), "prompt.txt"),
     "two places": (replaced("prompt.txt", b"{text} {text}"), "must contain {text} once"),
-    "bad template": (replaced("chat_template.jinja", b"{% for %}"), TEMPLATE),
     "endless template": (replaced("chat_template.jinja", LONG_LOOP), TEMPLATE),
 }
 
@@ -438,18 +383,6 @@ def test_a_full_disk_under_the_log(world, tmp_path, monkeypatch):
     files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
     with pytest.raises(UserError, match="log.jsonl: .*No space left.*--resume"):
         train_alone(*files, "--epochs 1 --workers 0")
-
-
-def test_a_torchvision_that_does_not_fit_torch(world, tmp_path):
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('no such operator')")
-    package = tmp_path / "torchvision-0.20.0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.20.0\n")
-    command = [sys.executable, "infer.py", "none", "a text", "--model", world / "toy"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    told(done, "pip uninstall torchvision")
 
 
 def test_results_that_cannot_be_printed(tmp_path):

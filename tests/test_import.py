@@ -11,14 +11,15 @@ from PIL import Image
 
 import infer
 import train
-from test_data_tools import as_json, error, read, tool
+from test_data_tools import as_json, error, tool
+from tiny import lines
 
 
 def write_form(form, world, folder):
     """The club world's training posts as other people keep them; returns the file."""
     folder.mkdir()
     rows = []
-    for number, record in enumerate(read(world / "train.jsonl")):
+    for number, record in enumerate(lines(world / "train.jsonl")):
         name = os.path.basename(record["image"])
         picture = f"{record['id']}.png" if form == "by id" else name
         os.link(world / record["image"], folder / picture)
@@ -56,7 +57,7 @@ def test_from_a_file_to_predictions_in_three_commands(world, tmp_path, monkeypat
     file = write_form(form, world, tmp_path / "theirs")
     out, images = tmp_path / "posts.jsonl", ["--images", file.parent] if form == "by id" else []
     result = as_json("import", file, "--out", out, *images)
-    posts, before = read(out), read(world / "train.jsonl")
+    posts, before = lines(out), lines(world / "train.jsonl")
     assert result["posts"] == result["images"] == len(before) and not result["images_missing"]
     for ours, theirs in zip(posts, before, strict=True):
         assert ours["keyphrases"] == theirs["keyphrases"]
@@ -89,7 +90,7 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
         "read with --map text=tweet,image=photo,keyphrases=tags\n" in printed
         and '"rock & roll"' in printed
     )
-    first, second, third = read(out)
+    first, second, third = lines(out)
     assert first["id"] == "1" and first["text"] == "rock & roll" and first["place"] == "x"
     assert first["keyphrases"] == ["rock & roll"]
     assert (out.parent / first["image"]).samefile(tmp_path / "a.JPG")
@@ -97,7 +98,7 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
     before = out.read_bytes()
     assert "is there already" in error("import", file, "--out", out) and out.read_bytes() == before
     tool("import", file, "--out", out, "--images", "none", "--replace")
-    assert read(out)[0]["image"] is None
+    assert lines(out)[0]["image"] is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +17,8 @@ import infer
 from evaluate import UserError
 from model import load
 from support.checkpoint import checkpoint_of
-from test_resume import lines
-from tiny import generate, train_alone, words
+from tiny import ROOT, generate, lines, train_alone, words, write
 from train import TrainingStep
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +92,7 @@ def run(*arguments, cwd):
 
 
 def test_one_post(thinker, world, tmp_path):
-    record = json.loads((world / "train.jsonl").read_text().splitlines()[0])
+    record = lines(world / "train.jsonl")[0]
     image = world / record["image"]
     shown = run(image, record["text"], "--model", thinker, cwd=tmp_path)
     assert shown.returncode == 0 and "Reasoning: " in shown.stdout, shown.stderr
@@ -138,9 +134,7 @@ def write_posts(source, folder, lost):
     for record in records:
         record["image"] = str(source.parent / record["image"])
     records[lost]["image"] = str(folder / "lost.png")
-    posts = folder / "posts.jsonl"
-    posts.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return posts, records
+    return write(folder / "posts.jsonl", records), records
 
 
 @pytest.fixture

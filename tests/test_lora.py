@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +17,10 @@ from model import FAMILIES, load
 from support import checkpoint
 from support.adapters import adapter_config, add_adapter, base_name, merge_adapter, read_adapter
 from test_processes import finished, launch
-from test_resume import equal, lines, timeless
-from tiny import batch_of, literal, random_posts, tiny_model, train_alone, words
+from test_resume import equal, timeless
+from tiny import ROOT, batch_of, call, lines, literal, random_posts, tiny_model, train_alone, words
 from train import TrainingStep
 
-ROOT = Path(__file__).parent.parent
 GRIDS = [(4, 4), (2, 6), None, (6, 4)]
 
 
@@ -130,15 +128,15 @@ def test_an_adapter_learns_and_its_folder_is_peft_s(peft, adapter_run, world):
 def test_a_merged_model_predicts_as_its_adapter(
     peft, adapter_run, tmp_path, world, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sys, "argv", ["merge", *words(adapter_run, tmp_path / "merged")])
-    tools.merge.main()
+    call(monkeypatch, tools.merge, adapter_run, tmp_path / "merged")
     printed = capsys.readouterr()
     assert printed.out == "" and "merged: the merged model, in float32" in printed.err
-    with pytest.raises(UserError, match="merged: is there already"):
-        tools.merge.main()
-    monkeypatch.setattr(sys, "argv", ["merge", *words(world / "toy", tmp_path / "other")])
-    with pytest.raises(UserError, match="no adapter"):
-        tools.merge.main()
+    for model, out, told in (
+        (adapter_run, "merged", "merged: is there already"),
+        (world / "toy", "other", "no adapter"),
+    ):
+        with pytest.raises(UserError, match=told):
+            call(monkeypatch, tools.merge, model, tmp_path / out)
     merged, encoder, _ = load(str(tmp_path / "merged"))
     ours, _, _ = load(str(checkpoint.read_pointer(adapter_run / "last")))
     shapes = [
@@ -156,8 +154,7 @@ def test_a_merged_model_predicts_as_its_adapter(
         out = tmp_path / f"{model.name}.jsonl"
         files = ["--data", world / "test.jsonl", "--out", out, "--model", model]
         arguments = words(*files, "--workers 0 --max-new-tokens 16 --device cpu")
-        monkeypatch.setattr(sys, "argv", ["infer.py", *arguments])
-        assert infer.main() == 0
+        assert call(monkeypatch, infer, *arguments) == 0
         outputs.append(out.read_text())
     assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 12
 
@@ -230,20 +227,22 @@ def test_mistakes_in_an_adapter_s_folder(peft, adapter_run, tmp_path):
             load(str(folder))
 
 
-def test_without_peft_one_line_says_what_to_install(world, tmp_path, monkeypatch):
-    """Always run: the import is blocked, whether the package is there or not."""
+def test_without_a_package_one_line_says_what_to_install(world, tmp_path, monkeypatch):
+    """Always run: the imports are blocked, whether the packages are there or not."""
     (tmp_path / "adapter").mkdir()
     settings = '{"peft_type": "LORA", "base_model_name_or_path": "x"}'
     (tmp_path / "adapter" / "adapter_config.json").write_text(settings)
-    monkeypatch.setitem(sys.modules, "peft", None)
+    for module in ("peft", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
     files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
     for script, options in (
         (train, [*files, "--lora 8"]),
         (infer, ["none text --model", tmp_path / "adapter"]),
+        (train, [*files, "--tensorboard"]),
     ):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *words(*options)])
-        with pytest.raises(UserError, match="pip install peft$"):
-            script.main()
+        package = "tensorboard" if "--tensorboard" in options else "peft"
+        with pytest.raises(UserError, match=f"pip install {package}$"):
+            call(monkeypatch, script, *words(*options))
     assert not (tmp_path / "run").exists()
 
 

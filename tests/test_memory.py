@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +15,11 @@ import published
 from evaluate import UserError
 from model import TokenLoss
 from support.console import read_json
-from tiny import words
+from tiny import ROOT, call, words
 from tools import memory
 from tools.memory import count_parameters
 from train import MODES, Mode
 
-ROOT = Path(__file__).parent.parent
 SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 PEFT = importlib.util.find_spec("peft") is not None
 MEASURED = {"wide": (0, 1, 2, 3), "wordy": (0, 4), "long": (0, 2, 3, 4, 6, 7, 9)}  # of CASES
@@ -142,8 +140,7 @@ def test_the_rows_of_the_docs_table():
 
 
 def shown(monkeypatch, capsys, *options):
-    monkeypatch.setattr(sys, "argv", ["memory.py", *words(*options)])
-    memory.main()
+    call(monkeypatch, memory, *words(*options))
     return capsys.readouterr().out
 
 

@@ -28,13 +28,21 @@ import train
 from model import FAMILIES
 from support import checkpoint
 from support.distributed import Ranks, run_all_layers
-from support.jsonl import to_line
 from support.log import TrainingLog
-from test_resume import lines, weights
-from tiny import batch_of, literal, random_posts, tiny_model, train_alone, words
+from test_resume import weights
+from tiny import (
+    ROOT,
+    batch_of,
+    lines,
+    literal,
+    random_posts,
+    tiny_model,
+    train_alone,
+    words,
+    write,
+)
 from train import MODES, TrainingStep
 
-ROOT = Path(__file__).parent.parent
 # Layers with a recurrent state, with experts, and a head of its own or not; and a gamma between the
 # first losses of two posts without an image, so that one of them reasons.
 KINDS = {"Qwen3.5-4B": 6.96, "Qwen3.5-35B-A3B": 7.0}
@@ -59,15 +67,12 @@ def posts(world):
     """Posts with and without images, and models of few layers: gloo takes its time for each."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    def write(name, records):
-        (world / f"{name}.jsonl").write_text("".join(map(to_line, records)))
-
     records = lines(world / "train.jsonl")
     for record in records[::3]:
         record["image"] = None
-    write("long", records[:59])
-    write("short", records[:14])
-    write("odd", odd_steps(world))
+    write(world / "long.jsonl", records[:59])
+    write(world / "short.jsonl", records[:14])
+    write(world / "odd.jsonl", odd_steps(world))
     few = [{"id": str(n), "text": "the foxes " * n, "cot": "so"} for n in range(7)]
     for n, record in enumerate(few):
         record["keyphrases"] = ["foxes", "paris"][: 1 + n % 2]
@@ -75,7 +80,7 @@ def posts(world):
         few[n]["image"] = f"{n}.png"
         pixels = np.random.default_rng(n).integers(0, 256, (64, 32 * n + 24), dtype=np.uint8)
         Image.fromarray(pixels).save(world / f"{n}.png")
-    write("few", few)
+    write(world / "few.jsonl", few)
     for kind in KINDS:
         published.write(world / kind, kind)
     config = AutoConfig.from_pretrained(world / "toy")

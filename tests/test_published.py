@@ -23,8 +23,7 @@ from evaluate import UserError
 from model import load
 from support import checkpoint
 from support.distributed import Ranks
-from support.jsonl import to_line
-from tiny import generate, train_alone, words
+from tiny import generate, lines, train_alone, words, write
 
 FOXES = "the foxes play, and the post names them <tool_call>"
 TEXTS = ["hello there", FOXES, "日本 😀 <|im_end|>", "a"]
@@ -67,9 +66,7 @@ def posts(pictures):
         {"id": str(number), "text": text, "image": picture and picture.name} | same
         for number, (text, picture) in enumerate(zip(TEXTS, pictures, strict=True))
     ]
-    path = pictures[0].parent / "posts.jsonl"
-    path.write_text("".join(map(to_line, records)), encoding="utf-8")
-    return path
+    return write(pictures[0].parent / "posts.jsonl", records)
 
 
 def batch_of(encoder, pictures, numbers):
@@ -217,7 +214,7 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     files = ["--model", folder, "--train", posts, "--out", tmp_path / "run"]
     model, encoder, run = train_alone(*files, options)
     saved = run / "step-2"
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = lines(run / "log.jsonl")
     assert [line["cot_share"] for line in log] == [1, 1]
     before = written.state_dict()
     for name, weight in model.state_dict().items():
@@ -251,9 +248,8 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     arguments = words("--data", posts, "--out", out, "--model", run)
     arguments += words("--workers 0 --max-new-tokens 5")
     assert infer.infer_file(infer.parse_args(arguments)) == 0
-    predictions = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     answers = generate(again, again_encoder, batch, max_new_tokens=5)
-    assert [prediction["output"] for prediction in predictions] == [text for text, _, _ in answers]
+    assert [prediction["output"] for prediction in lines(out)] == [text for text, _, _ in answers]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +265,7 @@ def test_qwen3_5_learns(kind, options, posts, tmp_path):
     model, encoder, run = train_alone(*files, sizes, options)
     batch = batch_of(encoder, [None] * 4, [0, 1])
     assert torch.equal(logits(load(str(run))[0].eval(), batch), logits(model.eval(), batch))
-    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines(run / "log.jsonl")]
     assert losses[-1] < 0.97 * losses[0]
 
 

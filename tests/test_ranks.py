@@ -62,16 +62,6 @@ def test_variables_that_torchrun_would_not_set(environment, variables):
         Ranks("cpu")
 
 
-def test_a_place_where_ranks_cannot_meet(environment, monkeypatch):
-    def unreachable(*_, **__):
-        raise torch.distributed.DistNetworkError("connection refused\nby the host")
-
-    environment(**TWO)
-    monkeypatch.setattr(torch.distributed, "init_process_group", unreachable)
-    with pytest.raises(UserError, match=r"localhost:1234: .*connection refused\)$"):
-        Ranks("cpu")
-
-
 @pytest.mark.parametrize("capability, bf16", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_a_gpu_without_bfloat16_computes_in_float32(monkeypatch, capability, bf16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

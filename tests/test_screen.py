@@ -1,32 +1,21 @@
 """What a run shows: header, bar, validation, end, the word on the toy."""
 
-import io
 import json
 import re
 import shlex
 import shutil
-import sys
 
 import pytest
 from PIL import Image
-from tqdm import tqdm
+from safetensors.torch import load_file
 
 import evaluate
-import gen_cot
 import infer
 import train
 from data import Posts, TrainingOrder
 from support.checkpoint import read_pointer
-from support.console import WITHOUT_RATE
-from support.log import TrainingLog, bar_text
-from test_resume import lines
-from tiny import words
-
-
-def call(monkeypatch, module, *arguments):
-    """`python MODULE ARGUMENTS` in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-    return module.main() or 0
+from support.log import TrainingLog
+from tiny import call, lines, words, write
 
 
 def paragraphs(text):
@@ -34,14 +23,10 @@ def paragraphs(text):
     return dict(re.findall(r"^(\S.{9}) (.*)$", text.replace("\n" + " " * 11, " "), re.MULTILINE))
 
 
-# ------------------------------------------------------------------------------------- a whole run
-
-
 def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeypatch, capsys):
     """Its figures are those of the files; its three commands run as they are printed."""
     monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / "my own files"  # what has to be quoted
-    folder.mkdir()
     records = lines(world / "train.jsonl")[:32]
     for record in records:
         record["image"] = str(world / record["image"])
@@ -50,8 +35,7 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
     for record in records[3:10]:
         record["cot"] = " "
     records[0]["keyphrases"] = ["one", "two", "three", "four"]
-    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    posts, valid = folder / "train.jsonl", world / "valid.jsonl"
+    posts, valid = write(folder / "train.jsonl", records), world / "valid.jsonl"
     files = ["--train", posts, "--valid", valid, "--model", world / "toy", "--out", folder / "run"]
     sizes = "--epochs 0.75 --batch-size 8 --workers 0 --max-new-tokens 6 --freeze-vision"
     assert call(monkeypatch, train, *words(*files, sizes, "--valid-posts 4 --lr 2e-3")) == 0
@@ -64,11 +48,8 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
     )
     assert header["Validation"].startswith(f"{valid}: 8 posts, 8 with an image, 8 with reasoning")
     assert header["Validation"].endswith("; the first 4 are used")
-    from safetensors import safe_open
-
     last = read_pointer(folder / "run" / "last")
-    with safe_open(last / "model.safetensors", "pt") as weights:
-        sizes = {name: weights.get_tensor(name).numel() for name in weights.keys()}  # noqa: SIM118
+    sizes = {name: weight.numel() for name, weight in load_file(last / "model.safetensors").items()}
     trained = sum(size for name, size in sizes.items() if "visual" not in name)
     assert header["Model     "] == (
         f"{world / 'toy'}: {sum(sizes.values()) / 1e6:.2f} million parameters, "
@@ -146,44 +127,6 @@ def test_evaluations_as_good_as_the_best_with_nothing_right_and_without_unseen_k
     ]
 
 
-# ------------------------------------------------------------------------------------------- bars
-
-
-@pytest.mark.parametrize("loss, share, speed", [(0.337, 0.583, 12_345), (12.3456, 1, 999.4)])
-def test_the_training_bar_fits_80_columns(loss, share, speed):
-    """A long run of the largest data set, five epochs of 10,332 steps, after ten hours."""
-    for columns in (79, 59, None):  # tqdm leaves the last column free
-        bar = tqdm(file=io.StringIO(), total=51_660, bar_format=WITHOUT_RATE, ncols=columns)
-        bar.n, bar.start_t = 25_831, bar.start_t - 37_425
-        bar.set_postfix_str(bar_text(loss, share, speed), refresh=False)
-        shown = str(bar)
-        whole = f"loss {loss:.3f}, CoT {share:.0%}, {'12.3k' if speed > 1e3 else '999'} tokens/s]"
-        assert "25831/51660 [10:23:45<10:2" in shown
-        assert shown.endswith(whole) == (columns != 59), shown
-        assert columns is None or len(shown) <= columns
-        bar.close()
-
-
-# -------------------------------------------------------------------------------- the other headers
-
-
-def test_gen_cot_says_what_it_sends_where(world, tmp_path, monkeypatch, capsys):
-    from server import Server
-
-    monkeypatch.setenv("COLUMNS", "200")
-    data, out = world / "valid.jsonl", tmp_path / "cot.jsonl"
-    with Server() as server:
-        args = ["--out", out, "--model", "teacher", "--base-url", server.url, "--workers", "3"]
-        call(monkeypatch, gen_cot, *map(str, [data, *args]))
-    header = paragraphs(capsys.readouterr().err.replace("\r", "\n"))
-    assert header["Posts     "].startswith(f"{data}: 8 posts, 8 with an image, 8 with reasoning")
-    assert header["Model     "] == f"teacher at {server.url}/chat/completions, 3 requests at a time"
-    assert header["Writes    "] == str(out)
-
-
-# --------------------------------------------------------------------------------------- the toy
-
-
 def test_the_toy_says_that_it_is_one(world, train_on, tmp_path, monkeypatch, capsys):
     """One line for a photo, none for its own world's pictures; with every checkpoint of a toy."""
     run = train_on("run", "--epochs 0.1")
@@ -202,8 +145,7 @@ def test_the_toy_says_that_it_is_one(world, train_on, tmp_path, monkeypatch, cap
     assert call(monkeypatch, infer, *post) == 0 and "knows only" not in capsys.readouterr().err
     record = lines(world / "test.jsonl")[0]
     for image, told in ((photo, 1), (drawn, 0)):
-        posts = tmp_path / f"{told}.jsonl"
-        posts.write_text(json.dumps(record | {"image": str(image)}) + "\n")
+        posts = write(tmp_path / f"{told}.jsonl", [record | {"image": str(image)}])
         files = ["--data", posts, "--out", tmp_path / f"{told}.preds", "--model", world / "toy"]
         assert call(monkeypatch, infer, *words(*files, "--workers 0 --max-new-tokens 2")) == 0
         assert capsys.readouterr().err.count("knows only the club world") == told

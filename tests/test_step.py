@@ -10,8 +10,7 @@ import torch
 import train
 from data import Targets, padded
 from model import FAMILIES, TokenLoss
-from test_resume import lines
-from tiny import batch_of, literal, random_posts, tiny_model, train_alone
+from tiny import batch_of, lines, literal, random_posts, tiny_model, train_alone
 from train import MODES, TrainingStep
 
 GRIDS = [(4, 4), (2, 6), None, (6, 4), (2, 2), (4, 2)]

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +17,8 @@ import train
 from evaluate import UserError
 from support import checkpoint
 from support.distributed import Ranks
-from test_resume import equal, lines, weights
-from tiny import words
-
-ROOT = Path(__file__).parent.parent
+from test_resume import equal, weights
+from tiny import ROOT, call, lines, words, write
 
 
 @pytest.mark.parametrize("gamma, mode", [("0", "sft"), ("inf", "cot")])
@@ -93,10 +90,8 @@ def test_a_wrong_validation_or_test_file_is_told_before_training(
     world, tmp_path, monkeypatch, option
 ):
     files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
-    wrong = words(*files, option, tmp_path / "none.jsonl")
-    monkeypatch.setattr(sys, "argv", ["train.py", *wrong])
     with pytest.raises(UserError, match="none.jsonl: no such file"):
-        train.main()
+        call(monkeypatch, train, *files, option, tmp_path / "none.jsonl")
     assert not list(tmp_path.glob("run/*"))
 
 
@@ -114,18 +109,12 @@ def records_of(world):
     return [record | {"image": str(world / record["image"])} for record in records]
 
 
-def write_records(path, records):
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
 def with_bad_images(world, tmp_path, *bad):
     """A file of 128 posts, of which those with the numbers `bad` have no image on the disk."""
     records = [record | {"id": str(n)} for n, record in enumerate(records_of(world) * 2)]
     for number in bad:
         records[number]["image"] = "missing.png"
-    return write_records(tmp_path / "posts.jsonl", records)
+    return write(tmp_path / "posts.jsonl", records)
 
 
 def test_an_unreadable_image_is_left_out_and_listed(train_on, world, tmp_path):
@@ -166,10 +155,9 @@ def test_a_full_gpu_is_told_in_a_line(world, tmp_path, monkeypatch, script):
         hint = "try a smaller --batch-size"
         files = ["--data", world / "test.jsonl", "--out", tmp_path / "preds.jsonl"]
     monkeypatch.setattr(where, full)
-    arguments = words("--model", world / "toy", "--workers 0", *files)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    module, options = importlib.import_module(script), ["--model", world / "toy", "--workers", 0]
     with pytest.raises(UserError, match=f"^{tried}; {hint}") as told:
-        importlib.import_module(script).main()
+        call(monkeypatch, module, *options, *files)
     frames = [frame for frame, _ in traceback.walk_tb(told.value.__context__.__traceback__)]
     (step,) = [frame for frame in frames if frame.f_code.co_name == caller]
     assert not step.f_locals, "what fills the memory is held by nobody"
@@ -196,7 +184,7 @@ def test_missing_reasoning_is_counted(train_on, world, tmp_path, mode, keep, mes
     records = records_of(world)
     for record in records[keep:]:
         del record["cot"]
-    path = write_records(tmp_path / "posts.jsonl", records)
+    path = write(tmp_path / "posts.jsonl", records)
     with pytest.raises(UserError, match=message):
         train_on("run", "--mode", mode, posts=path)
 
@@ -273,16 +261,6 @@ def test_tensorboard_shows_what_the_log_says(train_on, world, monkeypatch):
         assert found[f"train/{name}"] == pytest.approx(expected, rel=1e-6)  # stored as float32
     expected = {line["step"]: line["valid"]["all"]["F1@1"] for line in logged if "valid" in line}
     assert len(expected) == 2 and found["valid/all/F1@1"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_without_tensorboard_one_line_says_what_to_install(world, tmp_path, monkeypatch):
-    """Whether the package is there or not: the import is blocked."""
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    files = ["--train", world / "train.jsonl", "--model", world / "toy", "--out", tmp_path / "run"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *words(*files, "--tensorboard")])
-    with pytest.raises(UserError, match="pip install tensorboard$"):
-        train.main()
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Tiny random models of the supported families, and batches of random posts for them."""
 
 import contextlib
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ import train
 from data import Batch, Targets
 from model import write_answers
 from support.distributed import Ranks
+from support.jsonl import to_line
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY, IMAGE_TOKEN = 97, 90
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 TEXT |= dict(num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=256)
@@ -70,6 +75,25 @@ def tiny_model(family, seed=0, vocabulary=VOCABULARY, tokens=TOKENS, tied=True):
 def words(*parts):
     """A command line's arguments: text is split at spaces; a path or number is one argument."""
     return sum((part.split() if isinstance(part, str) else [str(part)] for part in parts), [])
+
+
+def call(monkeypatch, module, *arguments):
+    """`python MODULE ARGUMENTS` in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    return module.main() or 0
+
+
+def lines(path):
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def write(path, records):
+    """Write records as JSONL, text as lines of its own; returns the path."""
+    rows = [row + "\n" if isinstance(row, str) else to_line(row) for row in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
 
 
 def generate(model, encoder, batch, think="auto", max_new_tokens=512):

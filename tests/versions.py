@@ -15,7 +15,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_step.py", "tests/test_published.py")
-MINUTES = 20  # for an installation, and for the tests
 
 
 def name_of(requirement):
@@ -32,10 +31,7 @@ def requirements(changes):
 def run(command):
     """(whether a command succeeded, what it printed of failed tests, and its last line)."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    try:
-        done = subprocess.run(command, cwd=ROOT, timeout=60 * MINUTES, **options)
-    except subprocess.TimeoutExpired:
-        return False, f"not finished after {MINUTES} minutes"
+    done = subprocess.run(command, cwd=ROOT, **options)
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return done.returncode == 0, "\n".join(failed[:5] + lines[-1:])
