@@ -189,17 +189,15 @@ class Ranks:
         auto = "fsdp" if self.any(large) else "ddp"
         self.engine = auto if self.parallel == "auto" else self.parallel
         run_all_layers(training_step)
+        if self.engine == "ddp":  # sends rank 0's weights to all
+            self.ddp = torch.nn.parallel.DistributedDataParallel(
+                training_step.to(self.device), gradient_as_bucket_view=True
+            )
+            return self.ddp
         values = [tensor.detach() for tensor in parameters_and_buffers(training_step)]
-        if self.engine == "ddp":
-            training_step.to(self.device)
-        else:
-            shard(training_step, self.device)
+        shard(training_step, self.device)
         for tensor, value in zip(parameters_and_buffers(training_step), values, strict=True):
             broadcast(tensor, value.to(self.device))
-        if self.engine == "ddp":
-            self.ddp = training_step = torch.nn.parallel.DistributedDataParallel(
-                training_step, gradient_as_bucket_view=True, init_sync=False
-            )
         return training_step
 
     def on_device(self, micro_batches):
@@ -267,8 +265,7 @@ def parameters_and_buffers(module):
 def shard(training_step, device):
     """FSDP2: each layer of the language model and of the vision tower alone, the rest together."""
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    dtypes = {"param_dtype": compute_dtype(device), "reduce_dtype": torch.float32}
-    policy = MixedPrecisionPolicy(**dtypes)
+    policy = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
     inner = training_step.model.model
     for layer in (*inner.visual.blocks, *inner.language_model.layers, training_step):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -143,9 +143,8 @@ def test_other_commands_at_the_ends_of_their_ranges(monkeypatch, world, tmp_path
     assert "leave nothing to train on" in run(
         monkeypatch, "tools.dataset", split, "--out", tmp_path / "split", posts
     )
-    sizes = "--page-size 1000000000 --workers 1000000000"
-    page = ["--out", tmp_path / "gallery.html"]
-    assert run(monkeypatch, "tools.gallery", out, posts, *page, sizes) == 0
+    page = ["--out", tmp_path / "gallery.html", "--page-size 1000000000"]
+    assert run(monkeypatch, "tools.gallery", out, posts, *page) == 0
     sizes = "--gpus 1000000000 --batch-size 1000000000 --max-pixels 1000000000"
     lengths = "--lengths 1000000000 1000000000 --lora 4096"
     assert run(monkeypatch, "tools.memory", "--model", world / "toy", sizes, lengths) == 0

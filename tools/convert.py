@@ -1,5 +1,6 @@
 """Posts as other people keep them, for `python -m tools.dataset import`."""
 
+import contextlib
 import csv
 import io
 import json
@@ -40,12 +41,8 @@ def read_rows(path):
         return rows, usual_names(rows)
     try:
         rows = json.loads(text, object_pairs_hook=without_doubles)
-    except json.JSONDecodeError as error:
-        if head.startswith("["):
-            raise UserError(f"{path}: not a whole list in JSON ({error})") from None
+    except ValueError:  # else this names the line that is none
         rows = [record for _, _, record in read_jsonl(path)]
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
     if isinstance(rows, dict):
         lists = [value for name, value in rows.items() if are_records(value) and name not in TURNS]
         rows = lists[0] if len(lists) == 1 else [rows]
@@ -72,19 +69,13 @@ def read_table(path, text):
     Where quotes can't be those around cells, they are read as text.
     """
     delimiter = max(",;\t|", key=text.partition("\n")[0].count)
-    errors = []
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
         options = {"delimiter": delimiter, "quoting": quoting, "strict": True}
-        reader = csv.DictReader(io.StringIO(text, newline=""), **options)
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            errors.append(f"line {reader.line_num}: {error}")
-        else:
+        with contextlib.suppress(csv.Error):
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), **options))
             if not any(None in row or None in row.values() for row in rows):
                 return rows
-            errors.append("its rows have different numbers of cells")
-    raise UserError(f"{path}: neither JSON nor a table with names in its first line ({errors[0]})")
+    raise UserError(f"{path}: neither JSON nor a table whose rows have a cell for each name")
 
 
 def as_post(row):

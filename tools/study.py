@@ -430,16 +430,11 @@ def add_plan_options(add):
         ("--posts", "TRAIN TEST", positive_int, None, "posts, where there are no files"),
         ("--lengths", "TEXT IMAGE PLAIN COT", positive_int, None, "average tokens of their parts"),
         ("--utilization", "TRAIN GENERATE", share, [0.4, 0.01], "assumed shares of a GPU's peak"),
-        ("--price", "IN OUT", price, None, "the teacher's prices of a million tokens"),
+        ("--price", "IN OUT", price, [0, 0], "the teacher's prices of a million tokens"),
     ]
     for flag, names, kind, default, text in several:
         names = tuple(names.split())
         add(flag, nargs=len(names), metavar=names, type=kind, default=default, help=text)
-
-
-def parameters(model):
-    """How many parameters a model has."""
-    return memory.count_parameters(memory.read_model(model)[0]).total
 
 
 def check_args(args):
@@ -448,12 +443,13 @@ def check_args(args):
         raise UserError("--train is missing; the club worlds go without --test, --model, --paper")
     if args.train and not (args.model and args.test):
         raise UserError("--model or --test is missing: with --train both are needed")
-    if args.train and args.valid and Path(args.train).exists() and not Path(args.valid).exists():
-        raise UserError(f"--valid {args.valid}: no such file")
     if args.paper:
         paper = read_json(PAPER)
         args.paper_data = {"model": paper["model"], **paper["data"][args.paper]}
-        size, papers = map(parameters, (args.model, f"Qwen/{paper['model']}-Instruct"))
+        models = (args.model, f"Qwen/{paper['model']}-Instruct")
+        size, papers = (
+            memory.count_parameters(memory.read_model(name)[0]).total for name in models
+        )
         if size != papers:
             args.paper_note = (
                 f"The paper's figures are those of {paper['model']}: it has none for a model of "
@@ -464,10 +460,7 @@ def check_args(args):
     # evaluate.py reads our field names only.
     own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume", "--map"}
     if taken := own.intersection(setting.partition("=")[0] for setting in args.settings):
-        raise UserError(
-            f"{min(taken)} can't stand after --: the study sets it for each row, and its posts "
-            "have our field names"
-        )
+        raise UserError(f"{min(taken)} can't stand after --: the study has its own, or our names")
     if args.at_once > 1:  # else threads of one run would wait for those of another
         threads = max(1, (os.cpu_count() or 1) // args.at_once)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
