@@ -91,8 +91,7 @@ class AnswerCache(Cache):
         """Replace a stored tensor (slots, …, columns, …) by a larger one where it is too small."""
         old = stored[part]
         if len(old) < self.slots or old.shape[2] < columns:
-            shape = list(old.shape)
-            shape[0] = self.slots
+            shape = [self.slots, *old.shape[1:]]
             if shape[2] < columns:
                 shape[2] = columns + self.ROOM
             stored[part] = old.new_zeros(shape)

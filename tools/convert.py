@@ -12,7 +12,7 @@ from PIL import Image
 from data import check_record, relative_path
 from evaluate import UserError, decode, read_jsonl, read_lines, shown, without_doubles
 from support.console import reading
-from support.records import renamed, wrong_field
+from support.records import renamed
 from tools.posts import to_record
 
 # The names that fields often have, in any case. Of several in a file the first one is used.
@@ -115,12 +115,9 @@ def to_posts(path, rows, names, folder, out):
     if folder and folder != "none":
         images = image_names(folder)
     for number, row in enumerate(rows, start=1):
-        where = f"{path}: record {number}"
-        if names.get("text", "text") not in row:
-            raise wrong_field(where, row, names, "text")
         record = {"image": None} | renamed(row, names)
         record["id"] = record.get("id") or str(number)
-        check_record(record, where, names=names)
+        check_record(record, f"{path}: record {number}", names=names)
         name = record["image"] if folder != "none" else None
         keys = (Path(name or "").name, Path(name or "").stem, record["id"])
         tried = filter(None, (name, *map(images.get, keys)))
@@ -130,10 +127,7 @@ def to_posts(path, rows, names, folder, out):
         if name and not found:
             missing.append(name)
     if missing and not any(record["image"] for record in records):
-        raise UserError(
-            f"{path}: none of its images is in {base}, the first is {shown(missing[0])}; --images "
-            "DIR names their folder, --images none leaves them out"
-        )
+        raise UserError(f"{path}: none of its images is in {base}; --images names their folder")
     return records, missing
 
 

@@ -167,14 +167,11 @@ def render_pages(pages, shared):
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Environment(loader=files, **options).get_template("gallery.html")
     template.globals |= shared
-    total = sum(map(len, pages))
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress(None, total, "gallery") as bar:
+    paths = [post["path"] for posts in pages for post in posts]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        copies = iter(progress(pool.map(small_copy, paths), len(paths), "gallery"))
         for here, posts in enumerate(pages):
-            shown = []
-            copies = pool.map(small_copy, [post["path"] for post in posts])
-            for post, copy in zip(posts, copies, strict=True):
-                shown.append(post | copy)
-                bar.update()
+            shown = [post | next(copies) for post in posts]
             yield template.render(here=here, posts=shown)
 
 

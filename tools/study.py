@@ -207,11 +207,9 @@ def kind_table(groups, scores):
             for name in ("all", "unseen"):
                 shares[name].append(100 * scores[cell][name]["reasoned"])
             thinks = {line["id"]: line["think"] is not None for line in read(cell.predictions)}
-            of_kind = defaultdict(list)
-            for post in read(cell.args.test):
-                if "kind" in post:
-                    of_kind[post["kind"]].append(thinks[post["id"]])
-            for kind, thought in sorted(of_kind.items()):
+            kinds = {post["id"]: post["kind"] for post in read(cell.args.test) if "kind" in post}
+            for kind in sorted(set(kinds.values())):
+                thought = [thinks[post] for post in kinds if kinds[post] == kind]
                 shares[kind].append(100 * statistics.mean(thought))
         lines.append([label, *map(spread, shares.values())])
     return markdown(["reasoned, %", *shares], lines) if len(shares) > 2 else None
@@ -460,7 +458,7 @@ def check_args(args):
     # evaluate.py reads our field names only.
     own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume", "--map"}
     if taken := own.intersection(setting.partition("=")[0] for setting in args.settings):
-        raise UserError(f"{min(taken)} can't stand after --: the study has its own, or our names")
+        raise UserError(f"{min(taken)} can't stand after --: the study sets it, or needs our names")
     if args.at_once > 1:  # else threads of one run would wait for those of another
         threads = max(1, (os.cpu_count() or 1) // args.at_once)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -13,7 +13,6 @@ from data import cot_answer, plain_answer
 from tools.clubworld import POSTS, make_clubs, make_posts
 
 NUMBER = 26  # of the post in the training file of world 0
-WIDTH, HEIGHT = 2000, 550
 INK, BLUE, GREEN, WHITE = "#24292f", "#0969da", "#1a7f37", "#ffffff"
 
 
@@ -44,7 +43,7 @@ def main():
     plain = plain_answer(record["keyphrases"])
     # The space is a place for a line break.
     reasoned = cot_answer(record["cot"], record["keyphrases"]).replace("><", "> <")
-    image = Image.new("RGB", (WIDTH, HEIGHT), WHITE)
+    image = Image.new("RGB", (2000, 550), WHITE)
     draw = ImageDraw.Draw(image)
 
     box(draw, (20, 90, 440, 510), "a post", INK, "", 1)
