@@ -45,8 +45,7 @@ def load_image(path, max_pixels):
     except Unreadable:
         raise
     except Exception as error:  # Pillow's plugins raise all kinds of errors for a broken file
-        formats, kind = ", ".join(FORMATS), type(error).__name__
-        raise Unreadable(f"not a readable image ({formats}): {kind}: {error}") from None
+        raise Unreadable(f"not a readable image ({', '.join(FORMATS)}): {error!r}") from None
     longest = LONGEST_SIDE * min(image.size)
     if max(image.size) > longest:
         image = image.resize((min(image.width, longest), min(image.height, longest)))

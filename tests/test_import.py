@@ -110,7 +110,7 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
     ("name", "content", "message"),
     [
         ("p.csv", "text,tags\na,b\nc,d,e\n", "a cell for each name"),
-        ("p.csv", "words,tags\na,b\n", "record 1.*'text' must be.*words, tags.*--map text=NAME"),
+        ("p.csv", "words,tags\na,b\n", "record 1.*'text' must be.*words, .*--map text=NAME"),
         ("p.csv", "text,image\na,x.png\n", "none of its images is in .*; --images names"),
         ("p.json", '[{"text": "a"}', "line 1: not a line of JSON"),
         ("p.json", "[1, 2]", "a list of JSON objects is needed"),

@@ -110,10 +110,14 @@ def to_posts(path, rows, names, folder, out):
         or by the post's id; "none" for posts without images; None for the paths in the file. out:
         the file to be written, to which images' paths will be relative.
     """
-    records, missing, images = [], [], {}
+    records, missing = [], []
+    images = {}  # {a name, with and without suffix: the file of that name}
     base = os.path.realpath(folder or Path(path).parent)
     if folder and folder != "none":
-        images = image_names(folder)
+        suffixes = tuple(Image.registered_extensions())
+        with reading(folder, "--images is the folder of the images"):
+            files = sorted(file for file in os.listdir(folder) if file.lower().endswith(suffixes))
+        images = {Path(file).stem: file for file in files} | {file: file for file in files}
     for number, row in enumerate(rows, start=1):
         record = {"image": None} | renamed(row, names)
         record["id"] = record.get("id") or str(number)
@@ -129,11 +133,3 @@ def to_posts(path, rows, names, folder, out):
     if missing and not any(record["image"] for record in records):
         raise UserError(f"{path}: none of its images is in {base}; --images names their folder")
     return records, missing
-
-
-def image_names(folder):
-    """A folder's images, by their names with and without suffix. Raises UserError."""
-    suffixes = tuple(Image.registered_extensions())
-    with reading(folder, "--images is the folder of the images"):
-        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(suffixes))
-    return {Path(name).stem: name for name in names} | {name: name for name in names}

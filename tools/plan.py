@@ -212,8 +212,7 @@ class Plan:
     def costs(self, tokens, read, generate):
         """Tokens, FLOPs, and the hours of one GPU of each kind, which are added to the total."""
         self.read, self.generate = self.read + read, self.generate + generate
-        flops, hours = f"{read + generate:.3g} FLOPs", self.hours(read, generate)
-        return f"{tokens:.3g} tokens, {flops}; {hours}"
+        return f"{tokens:.3g} tokens, {read + generate:.3g} FLOPs; {self.hours(read, generate)}"
 
     def hours(self, read, generate):
         """The hours of one GPU of each kind for so many FLOPs."""
