@@ -91,8 +91,7 @@ class AnswerCache(Cache):
         """Replace a stored tensor (slots, …, columns, …) by a larger one where it is too small."""
         old = stored[part]
         if len(old) < self.slots or old.shape[2] < columns:
-            shape = list(old.shape)
-            shape[0] = self.slots
+            shape = [self.slots, *old.shape[1:]]
             if shape[2] < columns:
                 shape[2] = columns + self.ROOM
             stored[part] = old.new_zeros(shape)
@@ -206,8 +205,6 @@ class NoThink:
     It forbids every token that would complete `<think`, in any case. `<think>` may be one token or
     several, and parts of it may stand in one token with the text beside them. So a token is
     forbidden by the text that it adds to the answer's end.
-
-    encoder: whose tokenizer writes the answers.
     """
 
     def __init__(self, encoder, vocabulary):
@@ -220,12 +217,8 @@ class NoThink:
 
     def written(self, tokens):
         """How many of the first characters of the tag an answer ends with."""
-        end = ""
-        for token in reversed(tokens):
-            if len(end) >= len(TAG):
-                break
-            end = self.texts[token] + end
-        return next(n for n in reversed(range(len(TAG))) if end.endswith(TAG[:n]))
+        text = "".join(self.texts[token] for token in tokens)
+        return next(n for n in reversed(range(len(TAG))) if text.endswith(TAG[:n]))
 
 
 @lru_cache(maxsize=1)

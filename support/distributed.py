@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from evaluate import UserError
-from support.console import first_line, info, reading
+from support.console import info, reading
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -76,11 +76,10 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend = "nccl"
-        try:  # rank 0 may write a large checkpoint while the others wait
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        with reading(place, "ranks meet there; is this the address of rank 0?"):
+            # Rank 0 may write a large checkpoint while the others wait.
             torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
-        except Exception as error:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"{place}: ranks can't meet there ({first_line(error)})") from None
 
     def __enter__(self):
         return self
@@ -126,8 +125,7 @@ class Ranks:
 
         An error ends all ranks.
         """
-        skip = self.rank > 0
-        return self.on_all_ranks(lambda: None if skip else function(*args, **kwargs))
+        return self.on_all_ranks(lambda: None if self.rank else function(*args, **kwargs))
 
     def from_rank0(self, function, *args, **kwargs):
         """Call a function on rank 0 and return its result on every rank.
@@ -189,17 +187,12 @@ class Ranks:
         auto = "fsdp" if self.any(large) else "ddp"
         self.engine = auto if self.parallel == "auto" else self.parallel
         run_all_layers(training_step)
-        values = [tensor.detach() for tensor in parameters_and_buffers(training_step)]
-        if self.engine == "ddp":
-            training_step.to(self.device)
-        else:
-            shard(training_step, self.device)
-        for tensor, value in zip(parameters_and_buffers(training_step), values, strict=True):
-            broadcast(tensor, value.to(self.device))
-        if self.engine == "ddp":
-            self.ddp = training_step = torch.nn.parallel.DistributedDataParallel(
-                training_step, gradient_as_bucket_view=True, init_sync=False
+        if self.engine == "ddp":  # sends rank 0's weights to all
+            self.ddp = torch.nn.parallel.DistributedDataParallel(
+                training_step.to(self.device), gradient_as_bucket_view=True
             )
+            return self.ddp
+        shard(training_step, self.device)
         return training_step
 
     def on_device(self, micro_batches):
@@ -265,21 +258,22 @@ def parameters_and_buffers(module):
 
 
 def shard(training_step, device):
-    """FSDP2: each layer of the language model and of the vision tower alone, the rest together."""
+    """FSDP2: each layer of the language model and of the vision tower alone, the rest together.
+
+    All ranks get rank 0's parameters and buffers.
+    """
+    values = [tensor.detach() for tensor in parameters_and_buffers(training_step)]
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    dtypes = {"param_dtype": compute_dtype(device), "reduce_dtype": torch.float32}
-    policy = MixedPrecisionPolicy(**dtypes)
+    policy = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
     inner = training_step.model.model
     for layer in (*inner.visual.blocks, *inner.language_model.layers, training_step):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-
-
-def broadcast(tensor, value):
-    """Give a tensor, sharded or not, rank 0's `value`."""
     with torch.no_grad():
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-            tensor.to_local().copy_(value.to_local())
-        else:
-            torch.distributed.broadcast(value, 0)
-            tensor.copy_(value)
+        for tensor, value in zip(parameters_and_buffers(training_step), values, strict=True):
+            value = value.to(device)
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, mesh, tensor.placements)
+                tensor.to_local().copy_(value.to_local())
+            else:
+                torch.distributed.broadcast(value, 0)
+                tensor.copy_(value)

@@ -5,6 +5,8 @@ import io
 import os
 import warnings
 
+from PIL import Image, ImageOps
+
 # Pillow knows more formats; some of them run other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 MOST_PIXELS = 64_000_000  # of a decoded image: about 1 GB of memory, and 4 s
@@ -24,8 +26,6 @@ def load_image(path, max_pixels):
     The image processor does the rest of the scaling, with the model's own resampling. Raises
     Unreadable.
     """
-    from PIL import Image, ImageOps
-
     if not os.path.isfile(path):  # reading a FIFO would block for ever
         raise Unreadable("not a regular file" if os.path.exists(path) else "no such file")
     try:
@@ -45,8 +45,7 @@ def load_image(path, max_pixels):
     except Unreadable:
         raise
     except Exception as error:  # Pillow's plugins raise all kinds of errors for a broken file
-        formats, kind = ", ".join(FORMATS), type(error).__name__
-        raise Unreadable(f"not a readable image ({formats}): {kind}: {error}") from None
+        raise Unreadable(f"not a readable image ({', '.join(FORMATS)}): {error!r}") from None
     longest = LONGEST_SIDE * min(image.size)
     if max(image.size) > longest:
         image = image.resize((min(image.width, longest), min(image.height, longest)))
@@ -55,8 +54,6 @@ def load_image(path, max_pixels):
 
 def to_rgb(image):
     """The image in mode RGB: 16 bits scaled to 8, alpha over white."""
-    from PIL import Image
-
     if image.mode.startswith("I;16"):
         import numpy as np
 
@@ -83,8 +80,6 @@ def check_depth(image):
 
 def fit(image, max_pixels, side=TOKEN_SIDE):
     """The image scaled to whole tokens, squares of `side` pixels: as many as `max_pixels` has."""
-    from PIL import Image
-
     shrink = (image.width * image.height / max_pixels) ** 0.5
     most = max(1, max_pixels // side**2)  # of a thin picture, which is at least one token wide
     size = [min(most, max(1, int(length / shrink / side))) * side for length in image.size]

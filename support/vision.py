@@ -37,11 +37,7 @@ def plan_on_cpu(tower, args, kwargs):
         )
         planned["window_index"], on_cpu["cu_window_seqlens"] = windows
     if hasattr(tower, "pos_embed"):  # Qwen3 and later
-        names = (
-            "num_grid_per_side",
-            "interpolation_mode",
-            "interpolation_align_corners",
-        )
+        names = "num_grid_per_side interpolation_mode interpolation_align_corners".split()
         table = vision_utils.get_vision_interpolation_indices_and_weights(
             grid, *(getattr(tower, name) for name in names), merge
         )

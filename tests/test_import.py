@@ -104,10 +104,10 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.csv", "text,tags\na,b\nc,d,e\n", "different numbers of cells"),
-        ("p.csv", "words,tags\na,b\n", "record 1.*'text' must be.*words, tags.*--map text=NAME"),
-        ("p.csv", "text,image\na,x.png\n", "none of its images is in .*'x.png'.*--images DIR"),
-        ("p.json", '[{"text": "a"}', "not a whole list in JSON"),
+        ("p.csv", "text,tags\na,b\nc,d,e\n", "a cell for each name"),
+        ("p.csv", "words,tags\na,b\n", "record 1.*'text' must be.*words, .*--map text=NAME"),
+        ("p.csv", "text,image\na,x.png\n", "none of its images is in .*; --images names"),
+        ("p.json", '[{"text": "a"}', "line 1: not a line of JSON"),
         ("p.json", "[1, 2]", "a list of JSON objects is needed"),
         ("p.json", '{"text": "a", "text": "b"}', "'text' is there twice"),
         ("p.csv", "", "no posts|neither JSON nor a table"),

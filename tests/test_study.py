@@ -241,14 +241,9 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
     [
         ("--train x", "--model or --test is missing"),
         ("--dry-run", "--train is missing"),
-        ("--paper mmkp-v2 --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--posts TRAIN TEST is"),
-        ("--paper mmkp --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--lengths TEXT IMAGE"),
-        (
-            "--train x --test y --dry-run --model MODEL",
-            "x: no such file, and --posts TRAIN TEST is",
-        ),
+        ("--paper mmkp-v2 --dry-run --model Qwen/Qwen2.5-VL-3B-Instruct", "--posts and --lengths"),
+        ("--train x --test y --dry-run --model MODEL", "x: no such file; --posts and"),
         ("--train NO_IMAGES --test y --dry-run --model MODEL", "y: no such file"),
-        ("--train NO_IMAGES --test y --valid z --model MODEL", "--valid z: no such file"),
         ("--train NO_IMAGES --test NO_IMAGES --model MODEL --dry-run", "no image can be read"),
         ("--train x --test y --model z -- --mode sft", "--mode can't stand after --"),
     ],

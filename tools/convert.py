@@ -1,5 +1,6 @@
 """Posts as other people keep them, for `python -m tools.dataset import`."""
 
+import contextlib
 import csv
 import io
 import json
@@ -11,7 +12,7 @@ from PIL import Image
 from data import check_record, relative_path
 from evaluate import UserError, decode, read_jsonl, read_lines, shown, without_doubles
 from support.console import reading
-from support.records import renamed, wrong_field
+from support.records import renamed
 from tools.posts import to_record
 
 # The names that fields often have, in any case. Of several in a file the first one is used.
@@ -40,12 +41,8 @@ def read_rows(path):
         return rows, usual_names(rows)
     try:
         rows = json.loads(text, object_pairs_hook=without_doubles)
-    except json.JSONDecodeError as error:
-        if head.startswith("["):
-            raise UserError(f"{path}: not a whole list in JSON ({error})") from None
+    except ValueError:  # else this names the line that is none
         rows = [record for _, _, record in read_jsonl(path)]
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
     if isinstance(rows, dict):
         lists = [value for name, value in rows.items() if are_records(value) and name not in TURNS]
         rows = lists[0] if len(lists) == 1 else [rows]
@@ -72,19 +69,13 @@ def read_table(path, text):
     Where quotes can't be those around cells, they are read as text.
     """
     delimiter = max(",;\t|", key=text.partition("\n")[0].count)
-    errors = []
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
         options = {"delimiter": delimiter, "quoting": quoting, "strict": True}
-        reader = csv.DictReader(io.StringIO(text, newline=""), **options)
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            errors.append(f"line {reader.line_num}: {error}")
-        else:
+        with contextlib.suppress(csv.Error):
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), **options))
             if not any(None in row or None in row.values() for row in rows):
                 return rows
-            errors.append("its rows have different numbers of cells")
-    raise UserError(f"{path}: neither JSON nor a table with names in its first line ({errors[0]})")
+    raise UserError(f"{path}: neither JSON nor a table whose rows have a cell for each name")
 
 
 def as_post(row):
@@ -119,17 +110,18 @@ def to_posts(path, rows, names, folder, out):
         or by the post's id; "none" for posts without images; None for the paths in the file. out:
         the file to be written, to which images' paths will be relative.
     """
-    records, missing, images = [], [], {}
+    records, missing = [], []
+    images = {}  # {a name, with and without suffix: the file of that name}
     base = os.path.realpath(folder or Path(path).parent)
     if folder and folder != "none":
-        images = image_names(folder)
+        suffixes = tuple(Image.registered_extensions())
+        with reading(folder, "--images is the folder of the images"):
+            files = sorted(file for file in os.listdir(folder) if file.lower().endswith(suffixes))
+        images = {Path(file).stem: file for file in files} | {file: file for file in files}
     for number, row in enumerate(rows, start=1):
-        where = f"{path}: record {number}"
-        if names.get("text", "text") not in row:
-            raise wrong_field(where, row, names, "text")
         record = {"image": None} | renamed(row, names)
         record["id"] = record.get("id") or str(number)
-        check_record(record, where, names=names)
+        check_record(record, f"{path}: record {number}", names=names)
         name = record["image"] if folder != "none" else None
         keys = (Path(name or "").name, Path(name or "").stem, record["id"])
         tried = filter(None, (name, *map(images.get, keys)))
@@ -139,16 +131,5 @@ def to_posts(path, rows, names, folder, out):
         if name and not found:
             missing.append(name)
     if missing and not any(record["image"] for record in records):
-        raise UserError(
-            f"{path}: none of its images is in {base}, the first is {shown(missing[0])}; --images "
-            "DIR names their folder, --images none leaves them out"
-        )
+        raise UserError(f"{path}: none of its images is in {base}; --images names their folder")
     return records, missing
-
-
-def image_names(folder):
-    """A folder's images, by their names with and without suffix. Raises UserError."""
-    suffixes = tuple(Image.registered_extensions())
-    with reading(folder, "--images is the folder of the images"):
-        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(suffixes))
-    return {Path(name).stem: name for name in names} | {name: name for name in names}

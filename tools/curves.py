@@ -160,10 +160,8 @@ def main():
     if not any(log.lines for log in logs):
         raise UserError(f"{args.runs[0]}: no training step in its log yet; try again later")
     print(summary(logs))
-    try:
+    with reading("matplotlib", "pip install matplotlib"):
         from matplotlib import rc_context
-    except ImportError:
-        raise UserError("matplotlib is not installed; run `pip install matplotlib`") from None
     picture = BytesIO()
     logs = [log._replace(name=log.name.replace("$", r"\$")) for log in logs]  # no formulas
     with rc_context({"font.size": 9}), warnings.catch_warnings(action="ignore"):  # of glyphs

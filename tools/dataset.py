@@ -20,6 +20,7 @@ from evaluate import UserError, first_few, non_negative_int, percent, plural
 from support.console import ArgumentParser, fraction, info, positive_int, positive_number, writing
 from support.jsonl import locked, to_line, write_atomic
 from support.records import add_map_option
+from tools.convert import read_rows, to_posts
 from tools.posts import check, read_entries, share
 
 # ------------------------------------------------------------------------------------------ import
@@ -61,8 +62,6 @@ def make_ids_unique(records):
 
 def import_posts(args):
     """Write posts that somebody has in another form as JSONL of ours."""
-    from tools.convert import read_rows, to_posts
-
     refuse_output(args.out, args.replace)
     rows, names = read_rows(args.file)
     if not rows:

@@ -13,9 +13,10 @@ import secrets
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from urllib.parse import quote
+
+from PIL import Image
 
 from evaluate import (
     INVALID_WORDS,
@@ -28,15 +29,15 @@ from evaluate import (
     reasoned,
     run,
     score,
+    table,
     train_keyphrases,
     words_of,
 )
 from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.images import Unreadable, load_image
-from support.jsonl import locked
+from support.jsonl import locked, write_atomic
 
 LONGEST_SIDE = 320  # pixels of a small copy: sharp on a phone, about 10 kB
-COLUMNS = ("posts", "F1@1", "F1@M", "tokens", "reasoned")  # what fits on a phone
 FILTERS = {
     "First keyphrase": ("right", "wrong"),
     "Keyphrases": ("seen", "unseen"),
@@ -144,8 +145,6 @@ def small_copy(path):
 
     {} if `path` is None.
     """
-    from PIL import Image
-
     if path is None:
         return {}
     try:
@@ -160,24 +159,7 @@ def small_copy(path):
     return {"picture": f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"}
 
 
-def score_table(scores):
-    """The scores of each class that has posts, as rows of cells; the first row is the titles."""
-
-    def cell(entry, key):
-        if key not in entry:
-            return "–"
-        if key == "posts":
-            return f"{entry[key]:,}"
-        return f"{entry[key] if key == 'tokens' else 100 * entry[key]:.1f}"
-
-    rows = [["keyphrases", *COLUMNS]]
-    for name, entry in scores.items():
-        if name != "posts" and entry["posts"]:
-            rows.append([name.replace("_", " + "), *(cell(entry, key) for key in COLUMNS)])
-    return rows
-
-
-def render_pages(pages, shared, workers):
+def render_pages(pages, shared):
     """Iterate over the HTML of the pages, lists of posts; `shared` is the same on every page."""
     import jinja2
 
@@ -185,30 +167,12 @@ def render_pages(pages, shared, workers):
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Environment(loader=files, **options).get_template("gallery.html")
     template.globals |= shared
-    total = sum(map(len, pages))
-    with ThreadPoolExecutor(workers) as pool, progress(None, total, "gallery") as bar:
+    paths = [post["path"] for posts in pages for post in posts]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        copies = iter(progress(pool.map(small_copy, paths), len(paths), "gallery"))
         for here, posts in enumerate(pages):
-            shown = []
-            copies = pool.map(small_copy, [post["path"] for post in posts])
-            for post, copy in zip(posts, copies, strict=True):
-                shown.append(post | copy)
-                bar.update()
+            shown = [post | next(copies) for post in posts]
             yield template.render(here=here, posts=shown)
-
-
-def write_pages(paths, pages):
-    """Write all pages, or none of them if one fails."""
-    out = paths[0]
-    with (
-        locked(out),
-        writing(out),
-        TemporaryDirectory(dir=out.parent, prefix=".gallery.") as folder,
-    ):
-        for path, page in zip(paths, pages, strict=True):
-            # A lone surrogate, which has no UTF-8, is shown as an escape.
-            (Path(folder) / path.name).write_text(page, "utf-8", "backslashreplace")
-        for path in paths:
-            os.replace(Path(folder) / path.name, path)
 
 
 def parse_args(arguments=None):
@@ -222,8 +186,6 @@ def parse_args(arguments=None):
     add("--page-size", metavar="N", type=positive_int, default=500, help="posts per page")
     missing = "show posts without a prediction as if it were empty"
     add("--allow-missing", action="store_true", help=missing)
-    threads = "threads that read the images"
-    add("--workers", metavar="N", type=positive_int, default=os.cpu_count() or 1, help=threads)
     return parser.parse_args(arguments)
 
 
@@ -233,8 +195,8 @@ def main():
     posts, scores = read_posts(args)
     out, size = Path(args.out), args.page_size
     pages = [posts[start : start + size] for start in range(0, len(posts), size)]
-    numbered = [f"{out.stem}-{number}{out.suffix}" for number in range(2, len(pages) + 1)]
-    paths = [out, *(out.parent / name for name in numbered)]
+    numbers = range(2, len(pages) + 1)
+    paths = [out, *(out.with_name(f"{out.stem}-{number}{out.suffix}") for number in numbers)]
     inputs = map(Path, filter(None, (args.predictions, args.posts, args.train)))
     if {file.resolve() for file in inputs}.intersection(path.resolve() for path in paths):
         raise UserError(f"{out}: would replace a file to read; choose another --out")
@@ -245,15 +207,17 @@ def main():
         "references": names[1],
         "train": args.train and Path(args.train).name,
         "total": plural(len(posts), "post"),
-        "scores": score_table(scores),
+        "scores": table(scores),
         "filters": FILTERS,
         "known": {kind for post in posts for kind in post["kinds"]},
         "signs": SIGNS,
         "links": [quote(os.fsencode(path.name)) for path in paths],
         "nonce": secrets.token_urlsafe(16),
     }
-    with warnings.catch_warnings(action="ignore"):  # load_image's own filter is not thread-safe
-        write_pages(paths, render_pages(pages, shared, args.workers))
+    warnings.simplefilter("ignore")  # load_image's own filter is not thread-safe
+    with locked(out), writing(out):
+        for path, page in zip(paths, render_pages(pages, shared), strict=True):
+            write_atomic(path, page)
     info(f"{out}: {plural(len(posts), 'post')} on {plural(len(paths), 'page')}")
 
 

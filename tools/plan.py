@@ -136,11 +136,8 @@ class Plan:
         counts = args.posts or args.paper_data.get("posts", {}).values()
         if posts and not args.posts:
             counts = len(posts), len(data.Posts(args.test))
-        absent = f"{args.train}: no such file, and"
-        if not counts:
-            raise UserError(f"{absent} --posts TRAIN TEST is missing: no posts to count")
-        if not posts and not args.lengths:
-            raise UserError(f"{absent} --lengths TEXT IMAGE PLAIN COT is missing: none to measure")
+        if not counts or not (posts or args.lengths):
+            raise UserError(f"{args.train}: no such file; --posts and --lengths go without files")
         self.train_posts, self.test_posts = counts
         self.missing = round(self.train_posts * (posts.without_cot / len(posts) if posts else 1))
         given = args.lengths
@@ -150,7 +147,7 @@ class Plan:
 
     def teacher(self, out):
         """The reasoning of the posts that have none, written to the file `out`."""
-        paper, prices = self.args.paper_data, self.args.price or (0, 0)
+        paper, prices = self.args.paper_data, self.args.price
         prompt = len(gen_cot.PROMPT) / CHARACTERS + self.lengths.prompt + self.lengths.plain
         sent, received = (self.missing * tokens / 1e6 for tokens in (prompt, self.lengths.cot))
         costs = f"; it costs {sent * prices[0] + received * prices[1]:,.0f}" if any(prices) else ""
@@ -215,8 +212,7 @@ class Plan:
     def costs(self, tokens, read, generate):
         """Tokens, FLOPs, and the hours of one GPU of each kind, which are added to the total."""
         self.read, self.generate = self.read + read, self.generate + generate
-        flops, hours = f"{read + generate:.3g} FLOPs", self.hours(read, generate)
-        return f"{tokens:.3g} tokens, {flops}; {hours}"
+        return f"{tokens:.3g} tokens, {read + generate:.3g} FLOPs; {self.hours(read, generate)}"
 
     def hours(self, read, generate):
         """The hours of one GPU of each kind for so many FLOPs."""

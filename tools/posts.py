@@ -134,9 +134,8 @@ def check(args):
                 told = f"this id was already used on line {first[same]}; ids must differ"
                 errors.append(problem("", "an id is used twice", told))
             for error in errors:
-                found.append(
-                    {"line": line, "id": identity, "kind": error.kind, "problem": error.told}
-                )
+                named = {"line": line, "id": identity}
+                found.append(named | {"kind": error.kind, "problem": error.told})
             counts.update(of_post)
     if args.json:
         print(json.dumps({"posts": len(rows), **counts, "problems": found}, indent=2))

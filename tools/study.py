@@ -207,11 +207,9 @@ def kind_table(groups, scores):
             for name in ("all", "unseen"):
                 shares[name].append(100 * scores[cell][name]["reasoned"])
             thinks = {line["id"]: line["think"] is not None for line in read(cell.predictions)}
-            of_kind = defaultdict(list)
-            for post in read(cell.args.test):
-                if "kind" in post:
-                    of_kind[post["kind"]].append(thinks[post["id"]])
-            for kind, thought in sorted(of_kind.items()):
+            kinds = {post["id"]: post["kind"] for post in read(cell.args.test) if "kind" in post}
+            for kind in sorted(set(kinds.values())):
+                thought = [thinks[post] for post in kinds if kinds[post] == kind]
                 shares[kind].append(100 * statistics.mean(thought))
         lines.append([label, *map(spread, shares.values())])
     return markdown(["reasoned, %", *shares], lines) if len(shares) > 2 else None
@@ -430,16 +428,11 @@ def add_plan_options(add):
         ("--posts", "TRAIN TEST", positive_int, None, "posts, where there are no files"),
         ("--lengths", "TEXT IMAGE PLAIN COT", positive_int, None, "average tokens of their parts"),
         ("--utilization", "TRAIN GENERATE", share, [0.4, 0.01], "assumed shares of a GPU's peak"),
-        ("--price", "IN OUT", price, None, "the teacher's prices of a million tokens"),
+        ("--price", "IN OUT", price, [0, 0], "the teacher's prices of a million tokens"),
     ]
     for flag, names, kind, default, text in several:
         names = tuple(names.split())
         add(flag, nargs=len(names), metavar=names, type=kind, default=default, help=text)
-
-
-def parameters(model):
-    """How many parameters a model has."""
-    return memory.count_parameters(memory.read_model(model)[0]).total
 
 
 def check_args(args):
@@ -448,12 +441,13 @@ def check_args(args):
         raise UserError("--train is missing; the club worlds go without --test, --model, --paper")
     if args.train and not (args.model and args.test):
         raise UserError("--model or --test is missing: with --train both are needed")
-    if args.train and args.valid and Path(args.train).exists() and not Path(args.valid).exists():
-        raise UserError(f"--valid {args.valid}: no such file")
     if args.paper:
         paper = read_json(PAPER)
         args.paper_data = {"model": paper["model"], **paper["data"][args.paper]}
-        size, papers = map(parameters, (args.model, f"Qwen/{paper['model']}-Instruct"))
+        models = (args.model, f"Qwen/{paper['model']}-Instruct")
+        size, papers = (
+            memory.count_parameters(memory.read_model(name)[0]).total for name in models
+        )
         if size != papers:
             args.paper_note = (
                 f"The paper's figures are those of {paper['model']}: it has none for a model of "
@@ -464,10 +458,7 @@ def check_args(args):
     # evaluate.py reads our field names only.
     own = {"--mode", "--train", "--valid", "--test", "--model", "--out", "--resume", "--map"}
     if taken := own.intersection(setting.partition("=")[0] for setting in args.settings):
-        raise UserError(
-            f"{min(taken)} can't stand after --: the study sets it for each row, and its posts "
-            "have our field names"
-        )
+        raise UserError(f"{min(taken)} can't stand after --: the study sets it, or needs our names")
     if args.at_once > 1:  # else threads of one run would wait for those of another
         threads = max(1, (os.cpu_count() or 1) // args.at_once)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -13,34 +13,28 @@ from data import cot_answer, plain_answer
 from tools.clubworld import POSTS, make_clubs, make_posts
 
 NUMBER = 26  # of the post in the training file of world 0
-WIDTH, HEIGHT, SCALE = 1000, 275, 2
-INK, GREY, BLUE, GREEN, WHITE = "#24292f", "#6e7781", "#0969da", "#1a7f37", "#ffffff"
+INK, BLUE, GREEN, WHITE = "#24292f", "#0969da", "#1a7f37", "#ffffff"
 
 
-def scaled(*values):
-    return [SCALE * value for value in values]
-
-
-def write(draw, x, y, text, size=14, colour=INK, anchor="la"):
-    font = ImageFont.load_default(SCALE * size)
-    draw.text(scaled(x, y), text, colour, font, anchor=anchor, spacing=SCALE * 4)
+def write(draw, x, y, text, size=28, colour=INK, anchor="la"):
+    draw.text((x, y), text, colour, ImageFont.load_default(size), anchor=anchor, spacing=8)
 
 
 def box(draw, corners, title, colour, text, columns):
     """A frame with a title and, below it, a text in lines of so many columns."""
     x, y, _, _ = corners
-    draw.rounded_rectangle(scaled(*corners), SCALE * 8, WHITE, colour, SCALE * 2)
-    write(draw, x + 12, y + 10, title, 15, colour)
-    write(draw, x + 12, y + 36, "\n".join(textwrap.wrap(text, columns, break_on_hyphens=False)))
+    draw.rounded_rectangle(corners, 16, WHITE, colour, 4)
+    write(draw, x + 24, y + 20, title, 30, colour)
+    write(draw, x + 24, y + 72, "\n".join(textwrap.wrap(text, columns, break_on_hyphens=False)))
 
 
 def arrow(draw, points, label=None, colour=INK):
     """Lines through the points, the last one to the right, with a head and a label above it."""
-    draw.line(scaled(*itertools.chain(*points)), colour, SCALE * 2)
+    draw.line(points, colour, 4)
     x, y = points[-1]
-    draw.polygon(scaled(x, y, x - 9, y - 5, x - 9, y + 5), colour)
+    draw.polygon([(x, y), (x - 18, y - 10), (x - 18, y + 10)], colour)
     if label:
-        write(draw, x - 12, y - 8, label, 14, colour, "rs")
+        write(draw, x - 24, y - 16, label, colour=colour, anchor="rs")
 
 
 def main():
@@ -49,22 +43,22 @@ def main():
     plain = plain_answer(record["keyphrases"])
     # The space is a place for a line break.
     reasoned = cot_answer(record["cot"], record["keyphrases"]).replace("><", "> <")
-    image = Image.new("RGB", scaled(WIDTH, HEIGHT), WHITE)
+    image = Image.new("RGB", (2000, 550), WHITE)
     draw = ImageDraw.Draw(image)
 
-    box(draw, (10, 45, 220, 255), "a post", INK, "", 1)
-    image.paste(photo.resize(scaled(110, 110), Image.Resampling.NEAREST), scaled(60, 80))
-    write(draw, 22, 202, textwrap.fill(record["text"], 28))
-    arrow(draw, [(220, 150), (260, 150)])
+    box(draw, (20, 90, 440, 510), "a post", INK, "", 1)
+    image.paste(photo.resize((220, 220), Image.Resampling.NEAREST), (120, 160))
+    write(draw, 44, 404, textwrap.fill(record["text"], 28))
+    arrow(draw, [(440, 300), (520, 300)])
     probe = f"L(y_s): the mean loss of the tokens of {plain}"
-    box(draw, (260, 95, 450, 205), "probe, no gradient", INK, probe, 22)
-    arrow(draw, [(450, 150), (490, 150)])
-    draw.polygon(scaled(490, 150, 560, 95, 630, 150, 560, 205), WHITE, INK, SCALE * 2)
-    write(draw, 560, 150, "L(y_s) < 0.4?", 14, INK, "mm")
-    arrow(draw, [(560, 95), (560, 75), (680, 75)], "yes: easy", GREEN)
-    arrow(draw, [(560, 205), (560, 230), (680, 230)], "no: hard", BLUE)
-    box(draw, (680, 10, 990, 140), "train on y_c: reason, then answer", GREEN, reasoned, 38)
-    box(draw, (680, 195, 990, 265), "train on y_s: answer", BLUE, plain, 38)
+    box(draw, (520, 190, 900, 410), "probe, no gradient", INK, probe, 22)
+    arrow(draw, [(900, 300), (980, 300)])
+    draw.polygon([(980, 300), (1120, 190), (1260, 300), (1120, 410)], WHITE, INK, 4)
+    write(draw, 1120, 300, "L(y_s) < 0.4?", anchor="mm")
+    arrow(draw, [(1120, 190), (1120, 150), (1360, 150)], "yes: easy", GREEN)
+    arrow(draw, [(1120, 410), (1120, 460), (1360, 460)], "no: hard", BLUE)
+    box(draw, (1360, 20, 1980, 280), "train on y_c: reason, then answer", GREEN, reasoned, 38)
+    box(draw, (1360, 390, 1980, 530), "train on y_s: answer", BLUE, plain, 38)
     image.save(Path(__file__).with_suffix(".png"), optimize=True)
 
 
