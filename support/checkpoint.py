@@ -189,7 +189,8 @@ def differences(before, now):
         old, new = before.get(name), now.get(name)
         if old != new:
             is_file = isinstance(old or new, list)
-            text = "has changed" if is_file else f"was {shown(old)}, is {shown(new)}"
+            changed = "has changed" if old and new else "is another file"
+            text = changed if is_file else f"was {shown(old)}, is {shown(new)}"
             found[name] = f"{name} {text}"
     return found
 

@@ -69,7 +69,7 @@ def test_cmkp_round_trip(tmp_path, monkeypatch):
     out = tmp_path / "link" / "new" / "posts.jsonl"
     printed, told = tool("import", "src.txt", "--images", "pictures", "--out", out, "--json")
     counts = {"posts": 6, "images": 3, "images_missing": 1, "keyphrases": 9, "ids_renamed": 1}
-    assert json.loads(printed) == counts | {"map": ""} and "gone.jpg" in told
+    assert json.loads(printed) == counts | {"map": "", "others": ["address"]} and "gone.jpg" in told
     records = lines(out)
     assert [record["id"] for record in records[:3]] == ["AbC", "AbC-2", "gone"]
     assert len({record["id"] for record in records}) == 6

@@ -271,7 +271,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
         ([one, posts], "no prediction for 1 of 2 posts .*--allow-missing"),
         ([preds, posts], "test.jsonl line 2 .id 2.: the field 'image'"),
         ([one, good, "--out", good], "good.jsonl: would replace a file to read"),
-        ([one, good, "--out", tmp_path], "can't be written .not a regular file.; choose another"),
+        ([one, good, "--out", tmp_path], "--out takes one that ends in .html"),
     ):
         with pytest.raises(UserError, match=message):
             call(monkeypatch, gallery, *arguments)

@@ -26,6 +26,7 @@ def write_form(form, world, folder):
         tags, row = record["keyphrases"], {}
         question, answer = f"<image>\n{record['text']}", ", ".join(tags)
         if form == "llava":
+            answer = f"<think>{record['cot']}</think><answer>{answer}</answer>"
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             row = {"id": number, "image": name, "conversations": turns}
         elif form == "sharegpt":
@@ -61,6 +62,7 @@ def test_from_a_file_to_predictions_in_three_commands(world, tmp_path, monkeypat
     assert result["posts"] == result["images"] == len(before) and not result["images_missing"]
     for ours, theirs in zip(posts, before, strict=True):
         assert ours["keyphrases"] == theirs["keyphrases"]
+        assert ours.get("cot") == (theirs["cot"] if form == "llava" else None)
         assert ours["text"].replace('& "', "") == theirs["text"]
         picture = (tmp_path / ours["image"]).read_bytes()
         assert picture == (world / theirs["image"]).read_bytes()
@@ -85,6 +87,7 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
     file.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.JPG")
     printed, told = tool("import", file, "--out", out, "--images", tmp_path)
+    assert "other fields: place\n" in printed
     assert "1 image missing, their posts are text-only now: no.png" in told
     assert (
         "read with --map text=tweet,image=photo,keyphrases=tags\n" in printed
@@ -106,6 +109,11 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
     [
         ("p.csv", "text,tags\na,b\nc,d,e\n", "a cell for each name"),
         ("p.csv", "words,tags\na,b\n", "record 1.*'text' must be.*words, .*--map text=NAME"),
+        (
+            "p.csv",
+            "text,photo\na,x.png\n --map image=foto",
+            "no record has foto; they have text, p",
+        ),
         ("p.csv", "text,image\na,x.png\n", "none of its images is in .*; --images names"),
         ("p.json", '[{"text": "a"}', "line 1: not a line of JSON"),
         ("p.json", "[1, 2]", "a list of JSON objects is needed"),
@@ -115,7 +123,9 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
     ],
 )
 def test_what_can_not_be_imported(tmp_path, name, content, message):
+    content, *options = content.split(" --map ")
     (tmp_path / name).write_text(content)
-    told = error("import", tmp_path / name, "--out", tmp_path / "out.jsonl")
+    options = [option for text in options for option in ("--map", text)]
+    told = error("import", tmp_path / name, "--out", tmp_path / "out.jsonl", *options)
     assert re.search(message, told), told
     assert not (tmp_path / "out.jsonl").exists()

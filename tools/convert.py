@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import check_record, relative_path
+from data import check_record, parse_answer, relative_path
 from evaluate import UserError, decode, read_jsonl, read_lines, shown, without_doubles
 from support.console import reading
 from support.records import renamed
@@ -31,7 +31,10 @@ def read_rows(path):
 
     The rows are dicts, the names {our name of a field: the rows' name}. Raises UserError.
     """
-    with reading(path, "save it as UTF-8"), open(path, encoding="utf-8-sig", newline="") as file:
+    with (
+        reading(path, "it must be a text file in UTF-8"),
+        open(path, encoding="utf-8-sig", newline="") as file,
+    ):
         text = file.read().strip("\r\n")
     head = text.partition("\n")[0].lstrip()
     if not head.startswith(("[", "{")):
@@ -79,7 +82,7 @@ def read_table(path, text):
 
 
 def as_post(row):
-    """A row as it is; of a dialogue the last question is the text, the last answer the phrases."""
+    """A row as it is; of a dialogue the last question is the text, the last answer is read."""
     turns = next((row[name] for name in TURNS if are_records(row.get(name))), None)
     if turns is None:
         return row
@@ -88,8 +91,8 @@ def as_post(row):
         who, words = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if who in ("human", "user") and isinstance(words, str):
             post["text"] = words.replace("<image>", "").strip()
-        elif who in ("gpt", "assistant"):
-            post["keyphrases"] = words
+        elif who in ("gpt", "assistant") and isinstance(words, str):
+            post["keyphrases"], post["cot"] = parse_answer(words)
     return post
 
 
@@ -130,6 +133,7 @@ def to_posts(path, rows, names, folder, out):
         records.append(record)
         if name and not found:
             missing.append(name)
-    if missing and not any(record["image"] for record in records):
-        raise UserError(f"{path}: none of its images is in {base}; --images names their folder")
+    if (missing or images) and not any(record["image"] for record in records):
+        hint = "--images names their folder, --map image=NAME the field; --images none: no images"
+        raise UserError(f"{path}: none of its images is in {base}; {hint}")
     return records, missing

@@ -19,7 +19,7 @@ from data import relative_path
 from evaluate import UserError, first_few, non_negative_int, percent, plural
 from support.console import ArgumentParser, fraction, info, positive_int, positive_number, writing
 from support.jsonl import locked, to_line, write_atomic
-from support.records import add_map_option
+from support.records import FIELDS, add_map_option
 from tools.convert import read_rows, to_posts
 from tools.posts import check, read_entries, share
 
@@ -67,6 +67,11 @@ def import_posts(args):
     if not rows:
         raise UserError(f"{args.file}: no posts in it")
     names |= args.map or {}
+    fields = dict.fromkeys(name for row in rows for name in row)
+    if wrong := [name for name in names.values() if name not in fields]:
+        raise UserError(
+            f"{args.file}: no record has {first_few(wrong)}; they have {', '.join(fields)}"
+        )
     records, missing = to_posts(args.file, rows, names, args.images, args.out)
     result = {
         "posts": len(records),
@@ -75,6 +80,7 @@ def import_posts(args):
         "keyphrases": sum(len(record.get("keyphrases", ())) for record in records),
         "ids_renamed": make_ids_unique(records),
         "map": ",".join(f"{ours}={name}" for ours, name in names.items() if name != ours),
+        "others": [name for name in fields if name not in {*names.values(), *FIELDS}],
     }
     write_records(args.out, records)
     if missing:
@@ -83,10 +89,10 @@ def import_posts(args):
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        names = result.pop("map")
+        names, others = result.pop("map"), ", ".join(result.pop("others"))
         rows = [[name.replace("_", " "), str(value)] for name, value in result.items()]
         print(evaluate.lay_out(rows) + (f"\nread with --map {names}" if names else ""))
-        print(f"The first post:\n{to_line(records[0])}", end="")
+        print(f"other fields: {others or 'none'}\nThe first post:\n{to_line(records[0])}", end="")
 
 
 # ------------------------------------------------------------------------------------------- stats

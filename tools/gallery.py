@@ -200,6 +200,8 @@ def main():
     inputs = map(Path, filter(None, (args.predictions, args.posts, args.train)))
     if {file.resolve() for file in inputs}.intersection(path.resolve() for path in paths):
         raise UserError(f"{out}: would replace a file to read; choose another --out")
+    if out.suffix != ".html":  # pages are drawn anew, nothing else is
+        raise UserError(f"{out}: is no name of a page; --out takes one that ends in .html")
     # A published page need not tell where its files were: two parts of a path are enough.
     names = ["/".join(Path(file).parts[-2:]) for file in (args.predictions, args.posts)]
     shared = {
