@@ -153,7 +153,7 @@ def corpus(tmp_path_factory):
     for number in range(3000):
         words = [f"w{int(500 ** rng.random())}" for _ in range(rng.randint(5, 25))]
         count = rng.choice([1, 1, 1, 2, 2, 3])
-        keyphrases = list({f"key {int(2500 ** rng.random())}" for _ in range(count)})
+        keyphrases = sorted({f"key {int(2500 ** rng.random())}" for _ in range(count)})
         if rng.random() < 0.4:
             words += keyphrases[0].split()
         record = post(f"p{number}", " ".join(words), keyphrases, f"img/{number}.jpg", mine=number)
