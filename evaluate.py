@@ -771,8 +771,6 @@ def parse_args(arguments=None):
     args = parser.parse_args(arguments)
     if args.bootstrap > 1_000_000:
         parser.error("--bootstrap takes at most 1,000,000 rounds")
-    if args.all and not args.against:
-        parser.error("--all has no effect without --against")
     return args
 
 

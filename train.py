@@ -323,16 +323,11 @@ def run_settings(args, posts):
 def check_reasoning(posts, mode):
     """Raise UserError where posts lack the reasoning that a mode trains them on."""
     missing, trains = posts.without_cot, MODES[mode].trains
-    if missing == len(posts) and trains != "plain":
+    if trains != "plain" and missing > (len(posts) - 1 if trains == "either" else 0):
+        other = "sft" if missing == len(posts) else "dynamic, which needs it of some posts only"
         raise UserError(
-            f"{posts.path}: no post has a 'cot', so none can be taught to reason; let gen_cot.py "
-            "write it, or use --mode sft"
-        )
-    if missing and trains in ("cot", "both"):
-        raise UserError(
-            f"{posts.path}: {missing} of {plural(len(posts), 'post')} without a 'cot'; --mode "
-            f"{mode} needs it for all: let gen_cot.py write it, or use --mode dynamic, which "
-            "trains those posts on their plain answers"
+            f"{posts.path}: {missing} of {plural(len(posts), 'post')} without a 'cot', which "
+            f"--mode {mode} needs; let gen_cot.py write it, or use --mode {other}"
         )
 
 

@@ -320,7 +320,7 @@ def test_swapped_missing_and_impossible_files_are_explained(files, tmp_path, ref
     refused((tmp_path, text), "is a directory")
 
 
-@pytest.mark.parametrize("arguments", ["--bootstrap -1", "--seed 1.5", "--nothing", "--all"])
+@pytest.mark.parametrize("arguments", ["--bootstrap -1", "--seed 1.5", "--nothing"])
 def test_bad_options(files, script, arguments):
     code, _, err = script(files["preds.txt"], files["test.txt"], *arguments.split())
     assert code == 2 and err.startswith("evaluate.py: error: ") and err.count("\n") == 1

@@ -178,7 +178,11 @@ def test_weights_that_are_not_finite_are_not_saved(train_on, monkeypatch):
 
 @pytest.mark.parametrize(
     "mode, keep, message",
-    [("cot", 60, "4 of 64"), ("multitask", 60, "4 of 64"), ("dynamic", 0, "no post")],
+    [
+        ("cot", 60, "4 of 64 posts.*--mode dynamic"),
+        ("multitask", 0, "64 of 64 posts.*--mode sft"),
+        ("dynamic", 0, "64 of 64 posts.*--mode sft"),
+    ],
 )
 def test_missing_reasoning_is_counted(train_on, world, tmp_path, mode, keep, message):
     records = records_of(world)

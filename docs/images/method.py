@@ -16,15 +16,15 @@ NUMBER = 26  # of the post in the training file of world 0
 INK, BLUE, GREEN, WHITE = "#24292f", "#0969da", "#1a7f37", "#ffffff"
 
 
-def write(draw, x, y, text, size=28, colour=INK, anchor="la"):
-    draw.text((x, y), text, colour, ImageFont.load_default(size), anchor=anchor, spacing=8)
+def write(draw, x, y, text, colour=INK, anchor="la"):
+    draw.text((x, y), text, colour, ImageFont.load_default(28), anchor=anchor, spacing=8)
 
 
 def box(draw, corners, title, colour, text, columns):
     """A frame with a title and, below it, a text in lines of so many columns."""
     x, y, _, _ = corners
     draw.rounded_rectangle(corners, 16, WHITE, colour, 4)
-    write(draw, x + 24, y + 20, title, 30, colour)
+    write(draw, x + 24, y + 20, title, colour)
     write(draw, x + 24, y + 72, "\n".join(textwrap.wrap(text, columns, break_on_hyphens=False)))
 
 
@@ -34,7 +34,7 @@ def arrow(draw, points, label=None, colour=INK):
     x, y = points[-1]
     draw.polygon([(x, y), (x - 18, y - 10), (x - 18, y + 10)], colour)
     if label:
-        write(draw, x - 24, y - 16, label, colour=colour, anchor="rs")
+        write(draw, x - 24, y - 16, label, colour, "rs")
 
 
 def main():
