@@ -104,7 +104,9 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
     assert [used for used, _ in fates] == [tries[identity] for identity in ids(records)]
     told = capsys.readouterr().err
     assert f"{len(good)} of 500 posts with reasoning; 23 to 23 words, median 23" in told
-    assert f"{len(failed)} posts failed: " in told and f"{len(server.log)} requests" in told
+    assert f"{len(failed)} posts failed: " in told
+    sent = int(re.search(r"(\d+) requests, [\d.]+ a second", told)[1])
+    assert 0 <= sent - len(server.log) < 5  # a busy machine may let one wait until it times out
     assert re.search(r"\d+ failed, \d+\.\d requests/s, [\d.]+k tokens\]", told)
     kinds = Counter(record["reason"].partition(":")[0] for record in failed)
     assert kinds["unreadable image"] == 3
