@@ -301,9 +301,8 @@ def align(predictions, references, allow_missing=False, names=("predictions", "r
             f"{kind} {first_few(missing)}; --allow-missing scores them as empty"
         )
     aligned = [made.get(key, {"id": None, "keyphrases": []}) for key in wanted]
-    digests = [digest(reference["text"]) for reference in references]
-    rows = zip(aligned, digests, wanted, strict=True)
-    if others := [shown(key) for made, post, key in rows if made.get("post", post) != post]:
+    rows = [row for row in zip(aligned, references, wanted, strict=True) if "post" in row[0]]
+    if others := [shown(key) for made, post, key in rows if made["post"] != digest(post["text"])]:
         raise UserError(
             f"{ours}: made for posts of other texts than {theirs} has under the same ids: "
             f"{len(others)} of {posts}: {kind} {first_few(others)}"

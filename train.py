@@ -124,9 +124,9 @@ def add_memory_options(add):
 def parse_args(arguments=None, parser=None):
     parser = parser or make_parser()
     given, _ = parser.parse_known_args(arguments)
-    before = Path(given.out) / "settings.json"
-    if given.resume and before.is_file():
-        before = read_json(before)
+    file = Path(given.out) / "settings.json"
+    if given.resume and file.is_file():
+        before = read_json(file)
         parser.set_defaults(**{name: before[name] for name in vars(given) if name in before})
     elif given.train is None:
         parser.set_defaults(**TOY_DEFAULTS)

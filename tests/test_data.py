@@ -3,8 +3,8 @@
 import base64
 import io
 import json
+import multiprocessing
 import os
-import pickle
 import random
 import shutil
 from types import SimpleNamespace
@@ -39,7 +39,8 @@ def test_posts_are_read_from_disk_one_by_one(tmp_path):
     )
     posts = Posts(path)
     assert [posts[i] for i in range(len(posts))] == records
-    assert pickle.loads(pickle.dumps(posts))[49] == records[49]
+    with multiprocessing.get_context("spawn").Pool(1) as worker:
+        assert worker.apply(posts.__getitem__, (49,)) == records[49]
     assert (posts.with_image, posts.without_cot, posts.keyphrase_count) == (2, 53, 54)
     for content, told in (("\n\r\n \n", "no posts"), ("{}\r{}\r", "one whole JSON object a line")):
         path.write_text(content, newline="")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -149,19 +150,17 @@ def test_a_rank_takes_the_first_ranks_word_for_what_is_on_the_disk(world, tmp_pa
 
 
 def test_a_machine_that_does_not_see_the_posts_says_so(world, tmp_path):
-    import pickle
-
     posts = Posts(shutil.copy(world / "train.jsonl", tmp_path / "posts.jsonl"))
-    there = pickle.loads(pickle.dumps(posts))  # on another rank, or in a spawned worker
-    assert there[3] == posts[3]
-    text = (tmp_path / "posts.jsonl").read_text()
-    (tmp_path / "posts.jsonl").write_text(text.replace("the", "THE"))
-    os.utime(tmp_path / "posts.jsonl", ns=(0, posts.state[1] + 1))  # of the same size
-    with pytest.raises(UserError, match="posts.jsonl: the file was changed"):
-        there[3]
-    os.unlink(tmp_path / "posts.jsonl")
-    with pytest.raises(UserError, match="posts.jsonl: can't be read .*each machine"):
-        there[3]
+    with multiprocessing.get_context("spawn").Pool(1) as there:
+        assert there.apply(posts.__getitem__, (3,)) == posts[3]
+        text = (tmp_path / "posts.jsonl").read_text()
+        (tmp_path / "posts.jsonl").write_text(text.replace("the", "THE"))
+        os.utime(tmp_path / "posts.jsonl", ns=(0, posts.state[1] + 1))  # of the same size
+        with pytest.raises(UserError, match="posts.jsonl: the file was changed"):
+            there.apply(posts.__getitem__, (3,))
+        os.unlink(tmp_path / "posts.jsonl")
+        with pytest.raises(UserError, match="posts.jsonl: can't be read .*each machine"):
+            there.apply(posts.__getitem__, (3,))
 
 
 # --------------------------------------------------------------------------------- permissions
