@@ -332,7 +332,8 @@ def say_end(args, folder, device, started):
             checkpoints.setdefault(checkpoint, []).append(name)
     for checkpoint, names in checkpoints.items():
         found = scores.get(checkpoint.name)
-        say(", ".join(names).capitalize(), f"{checkpoint}{': ' + f1(found) if found else ''}")
+        told = f": validation {f1(found)}" if found else ""
+        say(", ".join(names).capitalize(), f"{checkpoint}{told}")
     posts, predictions = args.test or args.valid or args.train, folder / "preds.jsonl"
     names = ["--map", ",".join(map("=".join, args.map.items()))] if args.map else []
     model = ["--model", folder, "--max-new-tokens", args.max_new_tokens]

@@ -76,7 +76,7 @@ def test_the_header_the_validation_and_the_end_of_a_run(world, tmp_path, monkeyp
 
     end = paragraphs(shown[shown.index("Done ") :])
     assert re.fullmatch(r"in \d+ s, peak memory \d+\.\d GiB", end["Done      "])
-    assert end["Best, last"] == f"{last}: F1@1 {expected[0]} all, {expected[1]} unseen"
+    assert end["Best, last"] == f"{last}: validation F1@1 {expected[0]} all, {expected[1]} unseen"
     commands = {name: shlex.split(end[f"{name:<10}"]) for name in ("Predict", "Score", "Curves")}
     assert commands["Predict"][:2] == ["python", "infer.py"]
     assert call(monkeypatch, infer, *commands["Predict"][2:], "--workers", "0") == 0
