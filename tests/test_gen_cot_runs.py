@@ -34,7 +34,7 @@ from tiny import write
 
 # Beside what a server does wrong: what hangs, and replies that are not accepted.
 FAULTS = {name: fault for name, fault in (PASSING | FAILING).items() if "429" not in name} | {
-    "hang": (lambda request: HANG, "time-out: no reply in 1 s"),
+    "hang": (lambda request: HANG, "time-out: no reply in 3 s"),
     "wrong": (lambda request: written(REASONING, "other"), "other keyphrases: other"),
     "short": (lambda request: right(request).replace(REASONING, "why"), "too short: 1 word"),
 }
@@ -81,7 +81,7 @@ def test_500_posts_of_which_one_request_in_four_meets_a_fault(tmp_path, capsys):
                 return used, name
 
     with Server(reply) as server:
-        assert gen(posts, server, "--timeout", 1, "--max-retries", 2) == 1
+        assert gen(posts, server, "--timeout", 3, "--max-retries", 2) == 1
     assert 0.22 < sum(faulty) / len(faulty) < 0.36 and len(faulty) == len(server.log)
     good, failed = lines(tmp_path / "cot.jsonl"), lines(tmp_path / "cot.failed.jsonl")
     fates = [fate(index) if index in found else (0, "lost") for index in range(500)]
