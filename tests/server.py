@@ -123,7 +123,8 @@ ANSWERS = {
     "thoughts before": lambda r: f"<think>{THOUGHTS}</think>\n\n{right(r)}",
     "thoughts before, not opened": lambda r: f"{THOUGHTS} </think>\n\n{right(r)}",
     "end of a turn": lambda r: completion(r, right(r), "EOS"),
-    "then closed": lambda r: Raw(200, completion(r, right(r)), cut=10**9),
+    # Announced: a request on a connection that closes unannounced may be lost, as a fault is.
+    "then closed": lambda r: Raw(200, completion(r, right(r)), {"Connection": "close"}),
 }
 
 # What passes: (the answer, how the reason of a post begins that always meets it).
