@@ -17,13 +17,15 @@ import hashlib
 import html
 import io
 import json
+import math
 import os
 import re
+import reprlib
 import string
 import sys
 import unicodedata
 from functools import cache
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 # ------------------------------------------------------------------------------- running a script
@@ -70,13 +72,9 @@ def one_line(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shown(value):
-    """`repr(value)`, cut to 60 characters, for an error message."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = "something nested too deeply"
-    return text if len(text) <= 60 else text[:57] + "..."
+short_repr = reprlib.Repr()
+short_repr.maxstring = short_repr.maxother = 60
+shown = short_repr.repr  # a value as an error message shows it
 
 
 def plural(count, noun):
@@ -91,7 +89,6 @@ def first_few(items):
 
 # ---------------------------------------------------------------------------------- reading files
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LOOKS_LIKE_JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*["}]')
 
 
@@ -110,10 +107,9 @@ def read_lines(path):
 def decode(path, number, raw):
     """A line's text without byte order mark and line end. Raises UserError if it isn't UTF-8."""
     try:
-        return raw.removeprefix(BYTE_ORDER_MARK).decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        where = f"{path} line {number}"
-        raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        return raw.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} line {number}: not UTF-8; save the file as UTF-8") from None
 
 
 def parse_line(path, number, raw):
@@ -122,10 +118,8 @@ def parse_line(path, number, raw):
     try:
         record = json.loads(text, object_pairs_hook=without_doubles)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: not a line of JSON ({error}); one whole JSON object a line is needed: "
-            "python -m tools.dataset import makes it of other files"
-        ) from None
+        hint = "python -m tools.dataset import reads other files"
+        raise UserError(f"{where}: not a line of JSON ({error}); {hint}") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON object is needed, not {shown(record)}")
     return record
@@ -147,7 +141,7 @@ def read_jsonl(path):
     Only one line is in memory at a time. Raises UserError naming the file and the line.
     """
     for number, offset, raw in read_lines(path):
-        if raw.removeprefix(BYTE_ORDER_MARK).strip():
+        if raw.strip():
             yield number, offset, parse_line(path, number, raw)
 
 
@@ -166,7 +160,7 @@ def read_rows(path):
     for number, _, raw in chain(head, lines):
         if not is_json:
             yield number, decode(path, number, raw)
-        elif raw.removeprefix(BYTE_ORDER_MARK).strip():
+        elif raw.strip():
             yield number, parse_line(path, number, raw)
 
 
@@ -208,8 +202,6 @@ def read_posts(path):
             yield number, parse_cmkp(path, number, row)
         else:
             where = f"{path} line {number}"
-            if "text" not in row and "tokens" in row:
-                raise UserError(f"{where}: a prediction, not a post; predictions come first")
             yield number, {field: required(where, row, field) for field in fields}
 
 
@@ -237,15 +229,16 @@ def parse_prediction(path, number, row):
         if "<sep>" in row:
             raise UserError(f"{where}: <sep> belongs to references; predictions come first: a;b;c")
         return {"id": None, "keyphrases": row.split(";") if row.strip() else []}
-    prediction = {"id": required(where, row, "id")} | ({"failed": True} if row.get("error") else {})
-    # A post that could not be read counts as one without predicted keyphrases.
-    prediction["keyphrases"] = [] if row.get("error") else required(where, row, "keyphrases")
-    if "post" in row:
-        prediction["post"] = row["post"]
-    if "think" in row:
-        prediction["think"] = row["think"] and required(where, row, "think")
-    if row.get("tokens") is not None:
-        prediction["tokens"] = tokens = row["tokens"]
+    prediction = {name: row[name] for name in ("post", "think") if name in row}
+    prediction |= {"id": required(where, row, "id"), "keyphrases": []}
+    if row.get("error"):  # a post that could not be read counts as one without predictions
+        prediction["failed"] = True
+    else:
+        prediction["keyphrases"] = required(where, row, "keyphrases")
+    if row.get("think"):
+        required(where, row, "think")
+    if (tokens := row.get("tokens")) is not None:
+        prediction["tokens"] = tokens
         # NaN fails this comparison; the bound refuses whole numbers too large for a float.
         if type(tokens) not in (int, float) or not 0 <= tokens < 1e12:
             raise UserError(f"{where}: the field 'tokens' must be a number, not {shown(tokens)}")
@@ -260,15 +253,14 @@ def read_predictions(path):
 
 def without_duplicates(path, numbered):
     """The records of (line number, record) pairs. Raises UserError if two in JSONL share an id."""
-    records, lines, doubled = [], {}, []
+    records, lines = [], {}
     for number, record in numbered:
         records.append(record)
         if record["id"] is not None and "address" not in record:
             first = lines.setdefault(record["id"], number)
             if first != number:
-                doubled.append(f"{shown(record['id'])} on lines {first} and {number}")
-    if doubled:
-        raise UserError(f"{path}: the same id twice: {first_few(doubled)}; keep one line of each")
+                where = f"lines {first} and {number}"
+                raise UserError(f"{path}: {where} have the same id {shown(record['id'])}; keep one")
     return records
 
 
@@ -286,28 +278,23 @@ def align(predictions, references, allow_missing=False, names=("predictions", "r
     if None in made or ("address" in references[0] and not images_are_ids):
         made = dict(enumerate(predictions, start=1))
         kind, wanted = "line", range(1, len(references) + 1)
-    known = set(wanted)
-    unknown = [shown(key) for key in made if key not in known]
-    missing = [shown(key) for key in wanted if key not in made]
-    (ours, theirs), posts = names, plural(len(wanted), "post")
-    if unknown:
-        raise UserError(
-            f"{ours}: {len(unknown)} of {plural(len(made), kind)} not in {theirs} ({posts}): "
-            f"{kind} {first_few(unknown)}; were these predictions made for another file?"
-        )
-    if missing and not allow_missing:
-        raise UserError(
-            f"{ours}: no prediction for {len(missing)} of {posts} of {theirs}: "
-            f"{kind} {first_few(missing)}; --allow-missing scores them as empty"
-        )
-    aligned = [made.get(key, {"id": None, "keyphrases": []}) for key in wanted]
-    rows = [row for row in zip(aligned, references, wanted, strict=True) if "post" in row[0]]
-    if others := [shown(key) for made, post, key in rows if made["post"] != digest(post["text"])]:
-        raise UserError(
-            f"{ours}: made for posts of other texts than {theirs} has under the same ids: "
-            f"{len(others)} of {posts}: {kind} {first_few(others)}"
-        )
-    return aligned
+    posts = dict(zip(wanted, references, strict=True))
+    unknown = [key for key in made if key not in posts]
+    missing = [key for key in posts if key not in made and not allow_missing]
+    others = [
+        key
+        for key, post in posts.items()
+        if "post" in made.get(key, ()) and made[key]["post"] != digest(post["text"])
+    ]
+    ours, whole = names[0], f"{plural(len(posts), 'post')} of {names[1]}"
+    for keys, told in (
+        (unknown, f"{len(unknown)} of {plural(len(made), kind)} not among the {whole}"),
+        (missing, f"no prediction for {len(missing)} of {whole}, see --allow-missing"),
+        (others, f"made for other texts than those of {len(others)} of {whole}"),
+    ):
+        if keys:
+            raise UserError(f"{ours}: {told}: {kind} {first_few([*map(shown, keys)])}")
+    return [made.get(key, {"id": None, "keyphrases": []}) for key in posts]
 
 
 # ----------------------------------------------------------------------------- words and stemming
@@ -472,14 +459,22 @@ MEASURES = [f"{name}@{k}" for name in ("P", "R", "F1") for k in (*CUTS, "M")]
 MEASURES += [f"{name}@{k}" for name in ("MAP", "NDCG") for k in CUTS]
 HEADLINES = ["F1@1", "F1@3", "F1@5", "F1@M", "MAP@5", "NDCG@5"]
 INVALID_WORDS = frozenset([",", ".", "<unk>"])
+CLASSES = {  # name of a class -> whether a phrase is in it that is present, or seen, or not
+    "all": lambda present, seen: True,
+    "present": lambda present, seen: present,
+    "absent": lambda present, seen: not present,
+    "seen": lambda present, seen: seen,
+    "unseen": lambda present, seen: not seen,
+    "absent_unseen": lambda present, seen: not present and not seen,
+}
 
 
 class Part(NamedTuple):
     """What the scores of one class of keyphrases are computed from."""
 
-    posts: object  # (N,) int: indices of the posts that have a reference of the class
+    posts: list  # indices of the N posts that have a reference of the class
     keyphrases: int  # number of references of the class
-    values: object  # (N, 14) float: P and R at 1, 3, 5 and M, then AP and NDCG at 1, 3 and 5
+    values: object  # (N, 14) float: see `score_post`
 
 
 def statistics(predictions, references, train=None, words=normalize):
@@ -492,77 +487,52 @@ def statistics(predictions, references, train=None, words=normalize):
     """
     import numpy as np
 
-    known = {words(phrase) for phrase in train or ()}
-    guesses, answers = [], []  # a row per phrase: its post; whether it is correct, present, seen
+    known = {words(phrase) for phrase in train or ()} - {()}
+    classes = {name: [] for name in CLASSES if train is not None or "seen" not in name}
     for post, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         # Words contain no spaces: with spaces around both, words side by side are a substring.
         text = f" {' '.join(words(reference['text']))} "
-        wanted = dict.fromkeys(map(words, reference["keyphrases"]))
-        wanted.pop((), None)
-        for phrase in wanted:
-            answers.append((post, True, f" {' '.join(phrase)} " in text, phrase in known))
-        for phrase in dict.fromkeys(map(words, prediction["keyphrases"])):
-            # An empty phrase is kept: a prediction that is wrong, absent and unseen.
-            if INVALID_WORDS.isdisjoint(phrase):
-                present = bool(phrase) and f" {' '.join(phrase)} " in text
-                guesses.append((post, phrase in wanted, present, bool(phrase) and phrase in known))
-
-    def columns(rows):
-        post, *flags = np.array(rows, dtype=np.int32).reshape(-1, 4).T
-        return post, *(flag.astype(bool) for flag in flags)
-
-    guess_post, correct, guess_present, guess_seen = columns(guesses)
-    answer_post, _, present, seen = columns(answers)
-    classes = {"all": (guess_post >= 0, answer_post >= 0)}  # class -> masks of guesses, answers
-    classes["present"] = guess_present, present
-    classes["absent"] = ~guess_present, ~present
-    if train is not None:
-        classes["seen"] = guess_seen, seen
-        classes["unseen"] = ~guess_seen, ~seen
-        classes["absent_unseen"] = ~guess_present & ~guess_seen, ~present & ~seen
-    posts = len(references)
-    return {
-        name: class_statistics(guess_post[ours], correct[ours], answer_post[theirs], posts)
-        for name, (ours, theirs) in classes.items()
-    }
+        wanted = dict.fromkeys(filter(None, map(words, reference["keyphrases"])))
+        # An empty phrase is kept: a prediction that is wrong, absent and unseen.
+        made = dict.fromkeys(map(words, prediction["keyphrases"]))
+        made = [phrase for phrase in made if INVALID_WORDS.isdisjoint(phrase)]
+        traits = {
+            phrase: (phrase != () and f" {' '.join(phrase)} " in text, phrase in known)
+            for phrase in (*wanted, *made)
+        }
+        for name, rows in classes.items():
+            belongs = CLASSES[name]
+            answers = sum(belongs(*traits[phrase]) for phrase in wanted)
+            if answers:
+                correct = (phrase in wanted for phrase in made if belongs(*traits[phrase]))
+                rows.append((post, answers, score_post(tuple(correct), answers)))
+    parts = {}
+    for name, rows in classes.items():
+        posts, answers, values = zip(*rows, strict=True) if rows else ((), (), ())
+        parts[name] = Part([*posts], sum(answers), np.array(values).reshape(-1, 14))
+    return parts
 
 
-def class_statistics(guess_post, correct, answer_post, total):
-    """The Part of one class.
+@cache
+def score_post(correct, answers):
+    """P and R at 1, 3, 5 and M, then AP and NDCG at 1, 3 and 5 of one post: a tuple of 14 floats.
 
-    guess_post: (G,) int, the post of each prediction of the class, in order; correct: (G,) bool;
-    answer_post: (A,) int, the post of each reference of the class; total: number of posts.
+    correct: whether each prediction is, in their order; answers: the number of references.
     """
-    import numpy as np
-
-    answers = np.bincount(answer_post, minlength=total)
-    made = np.bincount(guess_post, minlength=total)
-    posts = np.flatnonzero(answers)
-    # A prediction's rank and the hits up to it count from its post's first prediction.
-    start = (np.cumsum(made) - made)[guess_post]
-    hits = np.cumsum(np.append(0, correct))
-    rank = np.arange(1, len(guess_post) + 1) - start
-    precision_here = (hits[1:] - hits[start]) / rank
-    answers, made, most = answers[posts], made[posts], made.max(initial=1)
-    cuts = (*CUTS, most)
-
-    def per_post(gains, k):
-        """(N,): each scored post's sum of `gains` over the correct predictions in its first k."""
-        chosen = correct & (rank <= k)
-        return np.bincount(guess_post[chosen], gains[chosen], minlength=total)[posts]
-
-    right = [per_post(np.ones(len(rank)), k) for k in cuts]
-    precision = [hit / np.clip(made, 1, k) for hit, k in zip(right, cuts, strict=True)]
-    recall = [hit / answers for hit in right]
-    average_precision = [per_post(precision_here, k) / answers for k in CUTS]
-    # The ideal order has all correct predictions first; references not predicted don't count.
-    ideal_gain = np.cumsum(np.append(0, 1 / np.log2(np.arange(2, most + 2))))
-    ndcg = []
-    for k in CUTS:
-        ideal = ideal_gain[np.minimum(right[-1], k).astype(int)]
-        ndcg.append(per_post(1 / np.log2(rank + 1), k) / np.where(ideal > 0, ideal, 1))
-    values = np.column_stack(precision + recall + average_precision + ndcg)
-    return Part(posts, int(answers.sum()), values)
+    ranks = range(1, len(correct) + 1)
+    # Sums over the first 0, 1, 2, … predictions. The ideal order has all correct ones first;
+    # references that are not predicted don't count.
+    hits = [0, *accumulate(correct)]
+    precision = [0, *accumulate(correct[rank - 1] * hits[rank] / rank for rank in ranks)]
+    gain = [0, *accumulate(correct[rank - 1] / math.log2(rank + 1) for rank in ranks)]
+    ideal = [1, *accumulate(1 / math.log2(rank + 1) for rank in ranks)]
+    cuts = [min(k, len(correct)) for k in CUTS]
+    return (
+        *(hits[k] / max(k, 1) for k in (*cuts, len(correct))),
+        *(hits[k] / answers for k in (*cuts, len(correct))),
+        *(precision[k] / answers for k in cuts),
+        *(gain[k] / ideal[min(k, hits[-1])] for k in cuts),
+    )
 
 
 def figures(means):

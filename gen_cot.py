@@ -165,9 +165,17 @@ class Results:
             )
         self.teachers = before + [teacher] * (teacher not in before)
         index_of = {hash(self.posts[index]["id"]): index for index in range(len(self.posts))}
+        fields = "id", "text", "keyphrases"
         for line, offset, record in self.good.read():
             index = index_of.get(hash(str(record.get("id"))))
-            self.check(line, record, None if index is None else self.posts[index])
+            post = None if index is None else self.posts[index]
+            same = post and all(record.get(field) == post[field] for field in fields)
+            if not same or not data.has_cot(record):
+                raise UserError(
+                    f"{self.out} line {line} (id {record.get('id')}): not a post of "
+                    f"{self.posts.path}, unchanged and with its reasoning; choose another --out, "
+                    "or remove this line"
+                )
             if index not in self.good:
                 self.good.offsets[index] = offset
                 self.words.append(count_words(record["cot"]))
@@ -175,17 +183,6 @@ class Results:
             index = index_of.get(hash(str(record.get("id"))))
             if index is not None and index not in self.good:
                 self.failed.offsets[index] = offset
-
-    def check(self, line, record, post):
-        """Raise UserError unless a record of --out is the post with its reasoning."""
-        fields = ("id", "text", "keyphrases")
-        same = post and all(record.get(field) == post[field] for field in fields)
-        if not same or not data.has_cot(record):
-            raise UserError(
-                f"{self.out} line {line} (id {record.get('id')}): not a post of {self.posts.path} "
-                "with its reasoning, or the post was changed; choose another --out, or remove this "
-                "line"
-            )
 
     def add(self, index, record, failed):
         """Write a post with its reasoning, or with the Failed that it met. Raises UserError."""

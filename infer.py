@@ -13,7 +13,6 @@ with a model that a server has loaded; --model is then its name there.
 import asyncio
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -53,31 +52,30 @@ def find_folder(args):
     return folder, data.resolve_options(args, folder)
 
 
-def load_model(args, folder, options):
-    """(model, encoder) of a folder. Raises UserError."""
-    import model  # torch takes seconds to import
-    from support.distributed import compute_dtype, pick_device
-
-    device = pick_device(args.device)
-    vlm, encoder, _ = model.load(folder, device, compute_dtype(device), options)
-    return vlm, encoder
-
-
 # --------------------------------------------------------------------------------------- one post
+
+
+class OnePost(list):
+    """A list of one record that stands in for a data.Posts."""
+
+    def image_path(self, record):
+        """Where the record's image is, or None for a text-only post."""
+        return None if record["image"] is None else Path(record["image"])
 
 
 def infer_one(args):
     """Predict the post on the command line and print it."""
-    image = None if args.image == "none" else Path(args.image)
-    if image is not None and not os.path.exists(image):
+    image = None if args.image == "none" else args.image
+    if image and not Path(image).exists():  # told before the model is loaded
         raise UserError(f"{image}: no such file; for a text-only post write none instead")
+    posts = OnePost([{"id": "post", "text": args.text, "image": image}])
+    args.workers = 0
     folder, options = find_folder(args)
-    record = {"id": "post", "text": args.text}
-    predict = predict_served if args.base_url else predict_here
-    try:
-        prediction = predict(args, folder, options, record, image)
-    except Unreadable as error:
-        raise UserError(f"{args.image}: {error}; for a text-only post write none instead") from None
+    predict_all = all_served if args.base_url else all_here
+    (prediction,) = predict_all(args, folder, options, posts, [0])
+    if "error" in prediction:
+        hint = "the image of a text-only post is none"
+        raise UserError(f"no prediction: {prediction['error']}; {hint}")
     if args.json:
         sys.stdout.write(to_line({"image": args.image, "text": args.text} | prediction))
         return
@@ -87,27 +85,7 @@ def infer_one(args):
     if prediction.get("cut"):
         tokens = plural(args.max_new_tokens, "token")
         info(f"the answer was cut off after {tokens}; see --max-new-tokens")
-    say_toy(folder, [image])
-
-
-def predict_here(args, folder, options, record, image):
-    """The prediction for one post by the model loaded here. Raises Unreadable."""
-    vlm, encoder = load_model(args, folder, options)
-    import model
-
-    batch = data.collate([encoder.encode(record, image, with_answers=False)], encoder)
-    (prediction,) = model.predict(vlm, encoder, [(1, [batch])], args.think, args.max_new_tokens)
-    return prediction
-
-
-def predict_served(args, _, options, record, image):
-    """The prediction for one post by a served model. Raises Unreadable, UserError."""
-    client = Client(args.base_url, args, workers=1)
-    try:
-        (prediction,) = client.each(lambda _: ask(args, client, options, record, image), [record])
-    except Failed as failed:
-        raise UserError(f"{client.server}: {failed}") from None
-    return prediction
+    say_toy(folder, [posts.image_path(posts[0])])
 
 
 # ---------------------------------------------------------------------------------- a file of posts
@@ -150,11 +128,15 @@ def infer_file(args):
 
 def all_here(args, folder, options, posts, todo):
     """An iterator over predictions for the posts `todo` (indices) by the model loaded here."""
-    info(f"loading {args.model} …")
-    vlm, encoder = load_model(args, folder, options)
-    say_model(folder, vlm)
-    import model
+    if args.data:
+        info(f"loading {args.model} …")
+    import model  # torch takes seconds to import
+    from support.distributed import compute_dtype, pick_device
 
+    device = pick_device(args.device)
+    vlm, encoder, _ = model.load(folder, device, compute_dtype(device), options)
+    if args.data:
+        say_model(folder, vlm)
     loader = data.prompt_loader(posts, todo, encoder, args.batch_size, args.workers)
     return model.predict(vlm, encoder, loader, args.think, args.max_new_tokens)
 
@@ -162,13 +144,18 @@ def all_here(args, folder, options, posts, todo):
 def all_served(args, _, options, posts, todo):
     """An iterator over predictions for the posts `todo` (indices) by a served model."""
     client = Client(args.base_url, args, min(args.batch_size, len(todo)))
-    say_server(args.model, client)
+    if args.data:
+        say_server(args.model, client)
     client.answered = len(todo) < len(posts)  # in an earlier run
 
     async def predict(index):
         record = posts[index]
+        text, image = record["text"].strip(), posts.image_path(record)
         try:
-            return await ask(args, client, options, record, posts.image_path(record))
+            url = await asyncio.to_thread(image_url, image, options.max_pixels) if image else None
+            prompt = data.fill_prompt(options.prompt, text=text)
+            reply = await client.ask(chat_request(args, prompt, url, temperature=0))
+            return data.make_prediction(record["id"], reply.text, reply.tokens, reply.cut)
         except Unreadable as error:
             reason = f"image {record['image']}: {error}"
         except Failed as failed:
@@ -176,17 +163,6 @@ def all_served(args, _, options, posts, todo):
         return data.failed_prediction(record["id"], reason)
 
     return client.each(predict, todo)
-
-
-async def ask(args, client, options, record, image):
-    """A served model's prediction for a post, as `model.predict` yields it.
-
-    Raises Unreadable, Failed.
-    """
-    text = data.fill_prompt(options.prompt, text=record["text"].strip())
-    url = await asyncio.to_thread(image_url, image, options.max_pixels) if image else None
-    reply = await client.ask(chat_request(args, text, url, temperature=0))
-    return data.make_prediction(record["id"], reply.text, reply.tokens, reply.cut)
 
 
 def identity(args, folder):
@@ -263,19 +239,16 @@ def parse_args(arguments=None):
     served.add_argument("--base-url", help="address of an OpenAI-compatible server with the model")
     add_server_options(served)
     args = parser.parse_args(arguments)
-    if args.data is None and (args.image is None or args.text is None):
+    one = None not in (args.image, args.text) and args.data is None and args.out is None
+    many = None not in (args.data, args.out) and args.image is None and not args.json
+    if not (one or many):
         parser.error(
             'give an image and a text (none for no image, "" for no text), or --data FILE --out '
-            "FILE"
+            "FILE without --json"
         )
-    if args.data is None and args.out:
-        parser.error("--out goes with --data; the prediction of one post goes to stdout")
-    if args.data is not None and (args.out is None or args.image is not None or args.json):
-        parser.error("--data goes with --out FILE and without an image, a text or --json")
     if args.base_url and args.think != "auto":
         parser.error(
-            f"--think {args.think} needs the model here: a server can't be told how an answer "
-            "begins; leave out --base-url or --think"
+            f"--think {args.think} needs the model here: a server can't be told how answers begin"
         )
     return args
 

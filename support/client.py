@@ -17,7 +17,6 @@ import time
 from datetime import UTC
 from itertools import islice
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from evaluate import UserError, non_negative_int, one_line, plural, shown
 from support.console import first_line, info, positive_int, reading
@@ -68,19 +67,19 @@ def json_object(text):
 def endpoint(base_url):
     """The address that requests go to, by the rule of OpenAI's own client. Raises UserError."""
     try:
-        parts, _ = urlsplit(base_url), httpx.URL(base_url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
-        if not usable or parts.port == 0:
-            raise ValueError
-    except (ValueError, httpx.InvalidURL):  # it may hold a key, so the message does not show it
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    usable = url.scheme in ("http", "https") and (url.port or 0) < 2**16
+    if not usable or not url.host or url.userinfo:  # it may hold a key, so it is not shown
         raise UserError(
             "--base-url: takes an address like http://localhost:8000/v1, without a name and a "
             "password; keys come from the environment"
-        ) from None
-    path = parts.path.rstrip("/") or "/v1"
+        )
+    path = url.path.rstrip("/") or "/v1"
     if not path.endswith("/chat/completions"):
         path += "/chat/completions"
-    return parts._replace(path=path, fragment="").geturl()
+    return str(url.copy_with(path=path, fragment=None))
 
 
 def credentials(options):
@@ -247,7 +246,7 @@ class Client:
             self.http = httpx.AsyncClient(
                 headers={"user-agent": "dynamic-cot"} | headers,
                 verify=httpx.create_ssl_context(),  # with the certificates of SSL_CERT_FILE
-                trust_env=urlsplit(self.url).hostname not in LOCAL,  # proxies
+                trust_env=httpx.URL(self.url).host not in LOCAL,  # proxies
                 timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
                 limits=httpx.Limits(max_keepalive_connections=workers, keepalive_expiry=4),
             )

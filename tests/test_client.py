@@ -49,7 +49,7 @@ def test_addresses(base_url, address):
     assert client.endpoint(base_url) == address
 
 
-NO_ADDRESSES = "localhost:8000/v1 http:// http://me:word@host/v1 http://host:0/v1 http://[::1/v1"
+NO_ADDRESSES = "localhost:8000/v1 http:// http://me:word@host/v1 http://host:65536 http://[::1/v1"
 
 
 @pytest.mark.parametrize("base_url", [*NO_ADDRESSES.split(), "http://host\n/v1"])

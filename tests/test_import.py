@@ -109,23 +109,21 @@ def test_what_is_unescaped_numbered_found_and_told(tmp_path):
     [
         ("p.csv", "text,tags\na,b\nc,d,e\n", "a cell for each name"),
         ("p.csv", "words,tags\na,b\n", "record 1.*'text' must be.*words, .*--map text=NAME"),
-        (
-            "p.csv",
-            "text,photo\na,x.png\n --map image=foto",
-            "no record has foto; they have text, p",
-        ),
+        ("p.csv", "text,photo\na,x.png\n --map image=foto", "no record has foto; they have text"),
         ("p.csv", "text,image\na,x.png\n", "none of its images is in .*; --images names"),
         ("p.json", '[{"text": "a"}', "line 1: not a line of JSON"),
         ("p.json", "[1, 2]", "a list of JSON objects is needed"),
         ("p.json", '{"text": "a", "text": "b"}', "'text' is there twice"),
         ("p.csv", "", "no posts|neither JSON nor a table"),
         ("p.csv", "text,tags\n", "no posts in it"),
+        ("p.txt", "a<sep>b<sep>c.jpg\nno separator\n", "p.txt line 2: must be text<sep>"),
+        ("p.txt", "a<sep>b<sep>c.jpg\n --images nowhere", "nowhere: can't be read .No such"),
     ],
 )
 def test_what_can_not_be_imported(tmp_path, name, content, message):
-    content, *options = content.split(" --map ")
+    content, _, options = content.partition(" --")
     (tmp_path / name).write_text(content)
-    options = [option for text in options for option in ("--map", text)]
+    options = f"--{options}".split() if options else []
     told = error("import", tmp_path / name, "--out", tmp_path / "out.jsonl", *options)
     assert re.search(message, told), told
     assert not (tmp_path / "out.jsonl").exists()
