@@ -1,7 +1,6 @@
 """LoRA adapters, through the optional package peft."""
 
-from evaluate import UserError
-from support.console import read_json, reading
+from support.console import reading
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MORE_THAN_LORA = ("modules_to_save", "target_parameters", "trainable_token_indices")
@@ -52,16 +51,6 @@ def inject_adapter(model, config):
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
-
-
-def base_name(folder):
-    """The name of the model that an adapter's folder was made for. Raises UserError."""
-    config = read_json(folder / ADAPTER)
-    name = config.get("base_model_name_or_path")
-    if config.get("peft_type") != "LORA" or not name or any(map(config.get, MORE_THAN_LORA)):
-        needs = "must be a LoRA adapter with a base_model_name_or_path and without"
-        raise UserError(f"{folder / ADAPTER}: {needs} {', '.join(MORE_THAN_LORA)}")
-    return name
 
 
 def read_adapter(folder, model, weights=True):

@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 from evaluate import UserError, plural, shown
-from support.adapters import ADAPTER, adapter_config, base_name, need_peft, write_adapter
+from support.adapters import ADAPTER, MORE_THAN_LORA, adapter_config, need_peft, write_adapter
 from support.console import first_line, info, positive_int, read_json, reading, writing
 from support.jsonl import follow_umask, write_atomic
 
@@ -40,8 +40,8 @@ def find_model(name, files=MODEL_FILES):
     """
     folder = Path(checkpoint_of(name))
     if is_local(str(folder)):
-        if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
-            hint = "name a folder that holds one, or one like Qwen/Qwen2.5-VL-3B-Instruct"
+        if not any((folder / file).is_file() for file in ("config.json", ADAPTER)):
+            hint = "name a folder or a run that holds one, or one like Qwen/Qwen2.5-VL-3B-Instruct"
             raise UserError(f"{folder}: no model here; {hint}{runs_beside(folder)}")
         return folder
     with reading(name, f"it must be a local folder, or a model on the hub{runs_beside(folder)}"):
@@ -51,17 +51,10 @@ def find_model(name, files=MODEL_FILES):
 
 
 def checkpoint_of(name):
-    """The checkpoint that a run's folder or one of its pointer files names; else `name` itself.
-
-    Raises UserError for a run without a checkpoint.
-    """
+    """The checkpoint that a run's folder or one of its pointer files names; else `name` itself."""
     path = Path(name)
     pointers = [path] if path.name in POINTERS else [path / pointer for pointer in POINTERS]
-    if found := next(filter(None, map(read_pointer, pointers)), None):
-        return str(found)
-    if (path / "settings.json").is_file():
-        raise UserError(f"{name}: this run has no checkpoint yet; each epoch's end saves one")
-    return name
+    return str(next(filter(None, map(read_pointer, pointers)), name))
 
 
 def runs_beside(folder):
@@ -77,8 +70,13 @@ def is_local(name):
 
 def base_of(folder):
     """The folder of the model that an adapter was made for. Raises UserError."""
+    config = read_json(folder / ADAPTER)
+    name = config.get("base_model_name_or_path")
+    if config.get("peft_type") != "LORA" or not name or any(map(config.get, MORE_THAN_LORA)):
+        needs = "must be a LoRA adapter with a base_model_name_or_path and without"
+        raise UserError(f"{folder / ADAPTER}: {needs} {', '.join(MORE_THAN_LORA)}")
     need_peft()
-    base = find_model(base_name(folder))
+    base = find_model(name)
     if (base / ADAPTER).is_file():
         raise UserError(f"{folder}: its base {base} is an adapter itself; merge that first")
     return base
@@ -168,18 +166,13 @@ def changed_settings(folder, settings, free):
 
     What `settings` leaves to the model is completed from the last checkpoint.
     """
-    if not (folder / "settings.json").is_file():
-        raise UserError(f"{folder}: no run to resume here; leave out --resume to start one")
-    before = read_json(folder / "settings.json")
+    before, ignored = read_json(folder / "settings.json"), BY_CONTENT.union(free)
     if found := list_checkpoints(folder):
-        for name, value in read_own(found[-1]).items():
-            before[name] = value
-            if settings.get(name) is None:
-                settings[name] = value
-    found = differences(before, settings)
-    return {
-        name: text for name, text in found.items() if name not in BY_CONTENT and name not in free
-    }
+        own = read_own(found[-1])
+        before |= own
+        settings |= {name: own[name] for name in own if settings.get(name) is None}
+    changed = differences(before, settings)
+    return {name: text for name, text in changed.items() if name not in ignored}
 
 
 def differences(before, now):
@@ -287,22 +280,17 @@ class Checkpoints:
         total, adapter = sum(p.numel() for p in parameters), bool(adapter_config(self.model))
         size, free = checkpoint_size(total, trained, adapter), shutil.disk_usage(self.run).free
         if count * size > free:
-            raise UserError(
-                f"{self.run}: {free / 1e9:.1f} GB are free, and {plural(count, 'checkpoint')} of "
-                f"{size / 1e9:.1f} GB will be written; make room, lower --keep, or name an --out "
-                "on another disk"
-            )
+            needs = f"{plural(count, 'checkpoint')} of {size / 1e9:.1f} GB will be written"
+            told = f"{self.run}: {free / 1e9:.1f} GB are free, and {needs}"
+            raise UserError(f"{told}; make room, lower --keep, or choose another --out")
 
     def prune(self, keep):
         """Remove all checkpoints but the newest `keep` and those that `last` and `best` name."""
-        self.ranks.on_rank0(prune, self.run, keep)
-
-
-def prune(run, keep):
-    named = [read_pointer(run / name) for name in POINTERS]
-    for folder in list_checkpoints(run)[:-keep]:
-        if folder not in named:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.ranks.rank == 0:
+            named = [read_pointer(self.run / name) for name in POINTERS]
+            for folder in list_checkpoints(self.run)[:-keep]:
+                if folder not in named:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_side_files(source, folder):

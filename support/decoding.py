@@ -178,8 +178,10 @@ class Greedy:
         self.head = model.lm_head
         self.begun, self.banned = encoder.start(think)
         self.longest = len(self.begun) + max_new_tokens
-        vocabulary = model.config.text_config.vocab_size
-        self.no_think = NoThink(encoder, vocabulary) if think == "never" else None
+        self.texts = self.forbidden = None
+        if think == "never":
+            self.texts, forbidden = token_texts(encoder, model.config.text_config.vocab_size)
+            self.forbidden = forbidden.to(model.device)
         # Published models may end with a second token. No other setting of theirs is inherited:
         # they ask for sampling and a repetition penalty.
         ends = model.generation_config.eos_token_id
@@ -190,30 +192,14 @@ class Greedy:
         logits = self.head(hidden[:, 0]).float()  # (B, vocabulary)
         if self.banned is not None and not generations[0].tokens:
             logits[:, self.banned] = -torch.inf
-        if self.no_think:
-            logits = self.no_think([each.tokens for each in generations], logits)
+        if self.forbidden is not None:
+            written = [self.written(each.tokens) for each in generations]
+            logits = logits.masked_fill(self.forbidden[written], -torch.inf)
         for each, token in zip(generations, logits.argmax(1).tolist(), strict=True):
             if each.ended is None:  # else its first token was its last
                 each.tokens.append(token)
                 if token in self.ends or len(each.tokens) == self.longest:
                     each.ended = token in self.ends
-
-
-class NoThink:
-    """Keeps <think> out of answers, for `--think never`.
-
-    It forbids every token that would complete `<think`, in any case. `<think>` may be one token or
-    several, and parts of it may stand in one token with the text beside them. So a token is
-    forbidden by the text that it adds to the answer's end.
-    """
-
-    def __init__(self, encoder, vocabulary):
-        self.texts, self.forbidden = token_texts(encoder, vocabulary)
-
-    def __call__(self, answers, logits):
-        """The logits (B, vocabulary) of the next tokens of B answers, which are lists of tokens."""
-        written = [self.written(tokens) for tokens in answers]
-        return logits.masked_fill(self.forbidden.to(logits.device)[written], -torch.inf)
 
     def written(self, tokens):
         """How many of the first characters of the tag an answer ends with."""
@@ -223,10 +209,12 @@ class NoThink:
 
 @lru_cache(maxsize=1)
 def token_texts(encoder, vocabulary):
-    """(what each token adds to a text, which tokens complete the tag).
+    """(what each token adds to a text, which tokens `--think never` forbids).
 
-    The latter is (length of the tag, vocabulary) bool: row n holds where n of its characters are
-    written.
+    These are the tokens that would complete `<think`, in any case: (length of the tag, vocabulary)
+    bool, row n holds where n of its characters are written. `<think>` may be one token or several,
+    and parts of it may stand in one token with the text beside them. So a token is forbidden by the
+    text that it adds to the answer's end.
     """
     tokenizer = encoder.tokenizer
     # Decoders put spaces between some tokens, so each is decoded behind another one.

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 import traceback
 from datetime import timedelta
 
@@ -48,10 +47,6 @@ def pick_device(name):
         return device
 
 
-class AlreadyReported(UserError):
-    """A mistake that rank 0 reports for all ranks."""
-
-
 class Ranks:
     """The processes that train one model together; a context manager.
 
@@ -67,11 +62,11 @@ class Ranks:
             device = f"cuda:{local_rank}"
         self.device = pick_device(device)
         if self.distributed:
-            self.info(f"waiting for {self.world_size} ranks …")
             self.meet()
 
     def meet(self):
         """Join the other ranks. Raises UserError."""
+        self.info(f"waiting for {self.world_size} ranks …")
         backend = "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -92,8 +87,6 @@ class Ranks:
         gc.collect()
         if kind is None and self.distributed:
             torch.distributed.destroy_process_group()
-        if isinstance(error, AlreadyReported):
-            sys.exit(1)
 
     # ------------------------------------------------------------------ who does what, and errors
 
@@ -103,8 +96,8 @@ class Ranks:
             info(text)
 
     def error(self, text):
-        """The error to raise for a mistake that all ranks find."""
-        return AlreadyReported(text) if self.rank else UserError(text)
+        """What to raise for a mistake that all ranks find: rank 0 reports it, the others leave."""
+        return SystemExit(1) if self.rank else UserError(text)
 
     def on_all_ranks(self, function, *args, **kwargs):
         """Call a function on every rank at once; an error on one rank ends all of them."""
@@ -121,10 +114,7 @@ class Ranks:
         return result
 
     def on_rank0(self, function, *args, **kwargs):
-        """Call a function on rank 0 and return its result there, None elsewhere.
-
-        An error ends all ranks.
-        """
+        """Call a function on rank 0; its result there, None elsewhere. An error ends all ranks."""
         return self.on_all_ranks(lambda: None if self.rank else function(*args, **kwargs))
 
     def from_rank0(self, function, *args, **kwargs):

@@ -129,10 +129,8 @@ class IndexedLines:
         """The bytes of a line. Raises UserError where the file has changed."""
         with reading(self.path, "each machine of a run must see it"), open(self.path, "rb") as file:
             if size_and_time(file.fileno()) != self.state:
-                raise UserError(
-                    f"{self.path}: the file was changed while it was in use; start again (copies "
-                    "on several machines need the same time, as cp -p gives them)"
-                )
+                hint = "start again; copies on several machines need the same time (cp -p)"
+                raise UserError(f"{self.path}: the file was changed while it was in use; {hint}")
             file.seek(self.offsets[index])
             return file.readline()
 

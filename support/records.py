@@ -39,18 +39,16 @@ def parse_map(text):
     for part in text.split(","):
         ours, _, theirs = (side.strip() for side in part.partition("="))
         if ours not in FIELDS or not theirs or ours in names:
-            raise argparse.ArgumentTypeError(
-                f"{shown(part)} must be OURS=THEIRS, such as text=caption, each of ours "
-                f"({', '.join(FIELDS)}) at most once"
-            )
+            needed = f"OURS=THEIRS, such as text=caption, each of {', '.join(FIELDS)} at most once"
+            raise argparse.ArgumentTypeError(f"{shown(part)} must be {needed}")
         names[ours] = theirs
     return names
 
 
-def add_map_option(add, required=False):
+def add_map_option(add):
     """Add --map to a parser, by its `add_argument`."""
     names_help = "the posts' own names of fields, such as text=caption,keyphrases=hashtags"
-    add("--map", type=parse_map, metavar="OURS=THEIRS,…", help=names_help, required=required)
+    add("--map", type=parse_map, metavar="OURS=THEIRS,…", help=names_help)
 
 
 def renamed(record, names):
@@ -97,10 +95,8 @@ def look_over(posts, for_training):
         has = f"the first has {', '.join(posts[0])}"
         text = f"{posts.path}: no post has an 'image'; {has}; --map image=NAME names it"
     elif images and not any(os.path.isfile(posts.folder / image) for image in images):
-        text = (
-            f"{posts.path}: the image {shown(images[0])} is not there, nor is that of another post "
-            f"({len(images)} tried); paths to image files begin at {posts.folder}"
-        )
+        gone = f"the image {shown(images[0])} is not there, nor is any of {len(images)} tried"
+        text = f"{posts.path}: {gone}; paths to image files begin at {posts.folder}"
         if for_training and 100 * posts.with_image > len(posts):  # more than training may skip
             raise UserError(text)
     else:

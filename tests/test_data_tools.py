@@ -92,17 +92,6 @@ def test_new_ids_are_unique_and_leave_others_alone():
     assert [record["id"] for record in records] == ["x", "x-2", "x-3", "y", "x-4", "x-2-2"]
 
 
-def test_cmkp_says_what_is_wrong(tmp_path):
-    out = ["--out", tmp_path / "out.jsonl"]
-    source = write(tmp_path / "src.txt", ["a<sep>b<sep>c.jpg", "no separator"])
-    assert "src.txt line 2: must be text<sep>" in error("import", source, *out)
-    good = write(tmp_path / "good.txt", ["a<sep>b<sep>c.jpg"])
-    assert "nowhere: can't be read (No such" in error(
-        "import", good, "--images", tmp_path / "nowhere", *out
-    )
-    assert not (tmp_path / "out.jsonl").exists()
-
-
 # -------------------------------------------------------------------------------------------- stats
 
 

@@ -93,7 +93,7 @@ ENDS = {  # of the ranges: 0 or the line of the mistake
     "--batch-size 1000000000 --micro-batch 1000000000": 0,
     "--keep 1000000000 --save-every 999999999999999999 --valid-posts 1000000000": 0,
     "--seed 999999999999999999 --max-pixels 1000000000 --max-length 1000000000": 0,
-    "--max-pixels 1": "--max-pixels 1 leave no room",
+    "--max-pixels 783": "--max-pixels 783 leave no room",
     "--max-length 1": "--max-length 1 and --max-pixels 401408 leave no room",
     "--lora 4096 --seed 999999999999999999": 0,
 }

@@ -15,7 +15,7 @@ import train
 from evaluate import UserError
 from model import FAMILIES, load
 from support import checkpoint
-from support.adapters import adapter_config, add_adapter, base_name, merge_adapter, read_adapter
+from support.adapters import adapter_config, add_adapter, merge_adapter, read_adapter
 from test_processes import finished, launch
 from test_resume import equal, timeless
 from tiny import ROOT, batch_of, call, lines, literal, random_posts, tiny_model, train_alone, words
@@ -259,7 +259,7 @@ def test_adapters_that_are_more_than_lora_are_refused(tmp_path, change):
     config = {"peft_type": "LORA", "base_model_name_or_path": "base"} | change
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="must be a LoRA adapter with a base"):
-        base_name(tmp_path)
+        checkpoint.base_of(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])

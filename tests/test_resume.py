@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import train
 from evaluate import UserError
 from support import checkpoint
+from support.distributed import Ranks
 from support.jsonl import locked
 from tiny import ROOT, lines, train_alone, words
 
@@ -136,7 +137,7 @@ def test_only_a_runs_own_checkpoints_are_listed_and_pruned(tmp_path):
     (tmp_path / "best").write_text("step-4\n")
     found = [folder.name for folder in checkpoint.list_checkpoints(tmp_path)]
     assert found == ["step-4", "step-5", "step-6", "step-10"]
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.Checkpoints(tmp_path, *[None] * 4, Ranks("cpu")).prune(keep=2)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"step-4", "step-6", "step-10", "last", "best", *others}
 

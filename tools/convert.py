@@ -99,11 +99,8 @@ def as_post(row):
 def usual_names(rows):
     """{our name: the rows' name} of the fields that have a usual one."""
     theirs = {name.lower(): name for row in rows for name in row}
-    found = {}
-    for ours, names in USUAL_NAMES.items():
-        if usual := next((name for name in names if name in theirs), None):
-            found[ours] = theirs[usual]
-    return found
+    found = {ours: [n for n in names if n in theirs] for ours, names in USUAL_NAMES.items()}
+    return {ours: theirs[names[0]] for ours, names in found.items() if names}
 
 
 def to_posts(path, rows, names, folder, out):

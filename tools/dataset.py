@@ -69,9 +69,8 @@ def import_posts(args):
     names |= args.map or {}
     fields = dict.fromkeys(name for row in rows for name in row)
     if wrong := [name for name in names.values() if name not in fields]:
-        raise UserError(
-            f"{args.file}: no record has {first_few(wrong)}; they have {', '.join(fields)}"
-        )
+        they_have = f"they have {', '.join(fields)}"
+        raise UserError(f"{args.file}: no record has {first_few(wrong)}; {they_have}")
     records, missing = to_posts(args.file, rows, names, args.images, args.out)
     result = {
         "posts": len(records),

@@ -27,6 +27,7 @@ from evaluate import (
     read_references,
     read_rows,
     reasoned,
+    required,
     run,
     score,
     table,
@@ -111,6 +112,7 @@ def describe_post(number, post, prediction, train):
         facts.append(plural(prediction["tokens"], "token"))
     return post | {
         "number": number,
+        "path": None,  # of the image
         "references": references,
         "predicted": predicted,
         "kinds": kinds,
@@ -132,11 +134,9 @@ def read_posts(args):
     pairs = zip(posts, predictions, strict=True)
     shown = [describe_post(number, *pair, known) for number, pair in enumerate(pairs, start=1)]
     for post, (line, row) in zip(shown, read_rows(args.posts), strict=True):
-        image = None if isinstance(row, str) else row.get("image")  # CMKP's text has no images
-        if not isinstance(image, str | None):
-            where = f"{args.posts} line {line} (id {post['id']})"
-            raise UserError(f"{where}: the field 'image' must be a file name or null")
-        post["path"] = Path(args.posts).parent / image if image else None
+        if isinstance(row, dict) and row.get("image"):  # CMKP's text has no images
+            image = required(f"{args.posts} line {line}", row, "image")
+            post["path"] = Path(args.posts).parent / image
     return shown, score(predictions, posts, train, words_of(posts))
 
 
@@ -197,10 +197,7 @@ def main():
     pages = [posts[start : start + size] for start in range(0, len(posts), size)]
     numbers = range(2, len(pages) + 1)
     paths = [out, *(out.with_name(f"{out.stem}-{number}{out.suffix}") for number in numbers)]
-    inputs = map(Path, filter(None, (args.predictions, args.posts, args.train)))
-    if {file.resolve() for file in inputs}.intersection(path.resolve() for path in paths):
-        raise UserError(f"{out}: would replace a file to read; choose another --out")
-    if out.suffix != ".html":  # pages are drawn anew, nothing else is
+    if out.suffix != ".html":  # pages are drawn anew, nothing else is replaced
         raise UserError(f"{out}: is no name of a page; --out takes one that ends in .html")
     # A published page need not tell where its files were: two parts of a path are enough.
     names = ["/".join(Path(file).parts[-2:]) for file in (args.predictions, args.posts)]
