@@ -458,6 +458,15 @@ class Targets:
         tensors = (x.to(device, non_blocking=True) for x in (self.ids, self.mask))
         return Targets(*tensors, self.lengths)
 
+    def threshold(self, gamma):
+        """What L(y_s) of these plain answers is compared with, (B,).
+
+        It is gamma, or with "auto" ln 2 / n, where an answer of n tokens has the probability 1/2:
+        one that is likelier is what greedy decoding writes.
+        """
+        n = self.mask.sum(1).float()
+        return math.log(2) / n if gamma == "auto" else n.fill_(gamma)
+
     def where(self, keep, other):
         """These targets where `keep` (B,) is true, `other`'s elsewhere, as wide as they need."""
         import torch

@@ -36,6 +36,7 @@ from support.checkpoint import (
 from support.console import (
     ArgumentParser,
     fraction,
+    gamma,
     non_negative_number,
     number,
     number_or_inf,
@@ -96,7 +97,8 @@ def add_training_options(add):
     docs = {name: mode.losses.__doc__.splitlines()[0] for name, mode in MODES.items()}
     mode_help = " ".join(f"{name}: {doc}" for name, doc in docs.items())
     add("--mode", choices=list(MODES), default="dynamic", help=mode_help)
-    add("--gamma", type=number_or_inf, default=0.4, help="reason where L(y_s) is below this")
+    gamma_help = "reason where L(y_s) is below this; auto: below ln 2 / its n tokens, p(y_s) > 1/2"
+    add("--gamma", type=gamma, default=0.4, help=gamma_help)
     add("--epochs", type=positive_number, default=5, help="passes over the posts, such as 2.5")
     add("--batch-size", type=positive_int, default=32, help="posts per step, over all GPUs")
     add("--lr", type=positive_number, default=5e-5, help="peak learning rate")
@@ -175,12 +177,20 @@ class TrainingStep(nn.Module):
         cot_loss = answer_loss(self.model, prompt, batch.cot)
         return (plain_loss + cot_loss) / 2, plain_loss.detach(), batch.has_cot
 
+    def dropout(self, batch):
+        """Answers that reason for a random half of the posts (thought dropout)."""
+        coin = torch.rand(len(batch.has_cot), device=batch.has_cot.device) < 0.5
+        use_cot = coin & batch.has_cot
+        target = batch.cot.where(use_cot, batch.plain)
+        return answer_loss(self.model, batch.prompt, target), None, use_cot
+
     def dynamic(self, batch):
         """Answers that reason where the plain one has a loss below gamma."""
         prompt = read_prompt(self.model, batch.prompt)  # image and prompt, once
         with torch.no_grad():
             plain_loss = answer_loss(self.model, prompt, batch.plain)  # L(y_s)
-        use_cot = (plain_loss < self.gamma) & batch.has_cot
+        gamma = batch.plain.threshold(self.gamma)  # of each sample: the place for another gate
+        use_cot = (plain_loss < gamma) & batch.has_cot
         target = batch.cot.where(use_cot, batch.plain)
         return answer_loss(self.model, prompt, target), plain_loss, use_cot
 
@@ -191,13 +201,15 @@ class Mode(NamedTuple):
     losses: Callable  # of a TrainingStep and a Batch
     trains: str  # a sample's target: "plain", "cot", "both", or "either", which the mode chooses
     shares_prompt: bool = False  # whether a prompt is read once, for more than one answer
+    has_gate: bool = False  # whether L(y_s) is compared with gamma
 
 
 MODES = {
     "sft": Mode(TrainingStep.sft, "plain"),
     "cot": Mode(TrainingStep.cot, "cot"),
     "multitask": Mode(TrainingStep.multitask, "both", shares_prompt=True),
-    "dynamic": Mode(TrainingStep.dynamic, "either", shares_prompt=True),
+    "dropout": Mode(TrainingStep.dropout, "either"),
+    "dynamic": Mode(TrainingStep.dynamic, "either", shares_prompt=True, has_gate=True),
 }
 
 # --------------------------------------------------------------------------------------- the loop

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import os
 import sys
 import traceback
@@ -42,15 +41,17 @@ def number(name, is_right):
     """argparse type: a number for which `is_right` holds; `name` says which these are."""
 
     def convert(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not is_right(value):
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not {name}")
-        return int(value) if value.is_integer() and value < 1e15 else value  # 5, not 5.0
+        with contextlib.suppress(ValueError):
+            if is_right(value := float(text)):
+                return int(value) if value.is_integer() and value < 1e15 else value  # 5, not 5.0
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {name}")
 
     return convert
+
+
+def gamma(text):
+    """argparse type: a number that L(y_s) is compared with, or "auto"."""
+    return text if text == "auto" else number_or_inf(text)
 
 
 def whole_number(low, high):
@@ -131,10 +132,7 @@ def out_of_memory(hint):
 def read_json(path):
     """The JSON object in a file, as a dict. Raises UserError."""
     with reading(path, "copy it again"):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {shown(content)}; copy it again")
-    return content
+        return {**json.loads(Path(path).read_text(encoding="utf-8"))}  # a list is no mapping
 
 
 def hide_loading_report():

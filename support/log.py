@@ -18,7 +18,7 @@ from support.jsonl import JsonlWriter
 
 # Lines with this field are remembered; of choices.jsonl, which may exceed the memory, none.
 REMEMBERED = {"log.jsonl": "valid", "skipped.jsonl": "id", "choices.jsonl": None}
-SUMS = ("samples", "loss", "plain_loss", "use_cot", "truncated", "tokens")  # of a step
+SUMS = ("samples", "loss", "plain_loss", "use_cot", "truncated", "tokens", "gamma")  # of a step
 NO_ROOM = "make room and continue from the last checkpoint with --resume"
 
 
@@ -94,6 +94,7 @@ class TrainingLog(contextlib.ExitStack):
         targets = torch.where(use_cot, cot_tokens, plain_tokens)
         if self.mode.trains == "both":
             targets = plain_tokens + cot_tokens
+        gamma = batch.plain.threshold(self.args.gamma)[:count]
         values = (
             count,
             loss.detach().sum(),
@@ -101,11 +102,12 @@ class TrainingLog(contextlib.ExitStack):
             use_cot.sum(),
             batch.truncated,
             batch.prompt["attention_mask"][:count].sum() + targets.sum(),
+            gamma.sum(),
         )
         # They stay on the device: to read a value would wait for the GPU.
         self.sums += torch.stack([torch.as_tensor(value, device=loss.device) for value in values])
         if self.args.log_choices:
-            self.choices.append((batch.ids, plain, use_cot))
+            self.choices.append((batch.ids, plain, use_cot, gamma))
 
     def end_step(self, step, lr, norm, micro_batches):
         """Write the step's line. Raises UserError once too many posts were skipped."""
@@ -125,6 +127,8 @@ class TrainingLog(contextlib.ExitStack):
                 "seconds": round(seconds, 3),
                 "waited": round(self.waited, 3),
             }
+            if self.args.gamma == "auto":
+                line["gamma"] = sums["gamma"] / samples
             if sums["truncated"]:
                 line["truncated"] = int(sums["truncated"])
                 self.truncated += line["truncated"]
@@ -144,9 +148,11 @@ class TrainingLog(contextlib.ExitStack):
         """Write a line a sample to choices.jsonl."""
         lines = []
         for ids, *values in self.choices:
-            for identity, loss, chosen in zip(ids, *(v.tolist() for v in values), strict=True):
+            for name, loss, chosen, gamma in zip(ids, *(v.tolist() for v in values), strict=True):
                 loss = number_or_none(round(loss, 6))
-                lines.append({"step": step, "id": identity, "plain_loss": loss, "use_cot": chosen})
+                lines.append({"step": step, "id": name, "plain_loss": loss, "use_cot": chosen})
+                if self.args.gamma == "auto":
+                    lines[-1]["gamma"] = round(gamma, 6)
         self.write("choices.jsonl", *self.ranks.all_gather(lines))
         self.choices = []
 
@@ -280,7 +286,7 @@ def say_output(out, done, failed=0):
 def say_steps(args, mode, folder, step, order):
     """How a run trains from `step` on, and where it writes."""
     start = f", from step {step + 1:,} on" if step else ""
-    gamma = f", gamma {args.gamma}" if mode.trains == "either" else ""
+    gamma = f", gamma {args.gamma}" if mode.has_gate else ""
     posts = plural(min(args.batch_size, order.count), "post")
     epochs = plural(args.epochs, "epoch")
     method = f"mode {args.mode}{gamma}, learning rate {args.lr:g}"

@@ -50,7 +50,7 @@ def model(request):
     return tiny_model(request.param, tied=False)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PASSES)
 def test_a_training_step_in_each_mode(model, mode):
     passes = PASSES[mode]
     known = [(LENGTHS.prompt, 3), *((length - 1, times) for length, times in passes)]
@@ -73,7 +73,7 @@ def test_samples_that_keep_the_plain_answer(model):
     assert counted(model, "dynamic", between) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PASSES)
 def test_gradient_checkpointing(mode):
     """The literal step; a trained pass is computed once more, but for each block's last product."""
     model, settings = tiny_model("qwen2_5_vl", tied=False).train(), {"use_reentrant": False}

@@ -111,15 +111,27 @@ def test_choices_are_drawn_with_median_and_gamma(draw, tmp_path):
     charts = draw(folder, make_run(tmp_path / "cot", log, {"mode": "cot"}, nothing))
     *_, last = charts
     assert last == f"L(yₛ) of {folder}" and len(charts) == 5
-    median, gamma = charts[last].get_lines()
+    (median,), (gamma,) = charts[last].get_lines(), charts[last].patches
     near(median.get_xydata(), list(enumerate(np.median(draws, axis=1), start=1)))
-    assert set(gamma.get_ydata()) == {0.4} and gamma.get_label() == "gamma 0.4"
+    assert (gamma.get_y(), gamma.get_height(), gamma.get_label()) == (0.4, 0, "gamma 0.4")
     (mesh,) = charts[last].collections
     counts, corners = mesh.get_array().filled(0), mesh.get_coordinates()
     for step, values in enumerate(draws, start=1):  # a column a step: all samples in their cells
         assert corners[0, step - 1, 0] < step < corners[0, step, 0]
         expected, _ = np.histogram(values, corners[:, 0, 1])
         assert counts[:, step - 1].tolist() == expected.tolist() and sum(expected) == 40
+
+
+def test_gammas_of_samples_are_a_band(draw, tmp_path):
+    choices = [
+        {"step": step, "id": "a", "plain_loss": 1, "use_cot": False, "gamma": gamma}
+        for step, gamma in enumerate((0.1, 0.3, 0.2), start=1)
+    ]
+    settings = {"mode": "dynamic", "gamma": "auto"}
+    folder = make_run(tmp_path / "run", [step_line(1), step_line(3)], settings, choices)
+    (band,) = draw(folder)[f"L(yₛ) of {folder}"].patches
+    near([band.get_y(), band.get_height()], [0.1, 0.2])
+    assert band.get_label() == "gamma auto"
 
 
 def test_hostile_runs_stay_text(draw, tmp_path, capsys):

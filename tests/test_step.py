@@ -98,17 +98,18 @@ def test_losses_and_gradient_are_those_of_the_loop_written_with_transformers_alo
 ):
     """As the paper writes it: probe without gradient, pick, then train on each answer alone."""
     literal, losses, choices = copy.deepcopy(model), [], []
-    for post in posts:
+    loss, _, use_cot, ours = gradients(TrainingStep(model, mode, median_gamma), batch_of(posts))
+    for post, drawn in zip(posts, use_cot, strict=True):
         plain, cot = post["plain"], post["cot"] or post["plain"]
         with torch.no_grad():
             easy = single_loss(literal, post, plain) < median_gamma
+        easy = drawn if mode == "dropout" else easy
         choices.append(bool(easy) and post["cot"] is not None)
         targets = {"sft": [plain], "cot": [cot], "multitask": [plain, cot]}
         targets = targets.get(mode, [cot if easy else plain])
-        loss = sum(single_loss(literal, post, target) for target in targets) / len(targets)
-        (loss / len(posts)).backward()
-        losses.append(loss.detach())
-    loss, _, use_cot, ours = gradients(TrainingStep(model, mode, median_gamma), batch_of(posts))
+        one = sum(single_loss(literal, post, target) for target in targets) / len(targets)
+        (one / len(posts)).backward()
+        losses.append(one.detach())
     torch.testing.assert_close(loss, torch.stack(losses), rtol=0, atol=1e-5)
     if mode == "dynamic":
         assert use_cot.tolist() == choices and 0 < sum(choices) < len(posts)
@@ -222,8 +223,8 @@ def test_a_batch_of_text_only_posts(model, family):
     assert_chosen_losses(model, posts, loss, use_cot)
 
 
-def test_a_fifth_mode_is_a_function_and_a_row(tmp_path, world, monkeypatch):
-    """As docs/contributing.md has it: the settings, the step and the log know it."""
+def test_one_more_mode_is_a_function_and_a_row(tmp_path, world, monkeypatch):
+    """The settings, the step and the log know it."""
     family = "qwen2_5_vl"
     model, posts = tiny_model(family), random_posts(family, GRIDS, without_cot=(4,))
 
@@ -235,7 +236,7 @@ def test_a_fifth_mode_is_a_function_and_a_row(tmp_path, world, monkeypatch):
 
     monkeypatch.setitem(MODES, "coin", train.Mode(coin, "either"))
     loss, _, use_cot = TrainingStep(model, "coin")(batch_of(posts))
-    assert use_cot.tolist() == [True, False, True, False, False, False]  # the fifth has no cot
+    assert use_cot.tolist() == [True, False, True, False, False, False]  # the fifth post has no cot
     assert_chosen_losses(model, posts, loss, use_cot)
     shown = " ".join(train.make_parser().format_help().split())
     assert "coin: Answers that reason for every second post." in shown

@@ -11,6 +11,7 @@ import traceback
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import published
 import train
@@ -28,6 +29,27 @@ def test_the_ends_of_gamma_train_exactly_as_the_plain_modes(train_on, gamma, mod
     plain = train_on("plain", "--mode", mode)
     assert lines(dynamic / "log.jsonl")[-1]["step"] == 16
     assert equal(weights(dynamic), weights(plain))
+
+
+def test_gamma_auto_reasons_where_the_plain_answer_is_likelier_than_all_others(train_on, world):
+    """p(y_s) > 1/2, which is L(y_s) < ln 2 / n, for answers of 4 and 11 tokens."""
+    posts = lines(world / "train.jsonl")[:4]
+    for post in posts[:2]:
+        post["keyphrases"] = [*post["keyphrases"], "one two three four five"]
+    few = write(world / "few.jsonl", posts)
+    run = train_on("run", "--gamma auto --log-choices --batch-size 4 --epochs 40", posts=few)
+    tokenizer = AutoTokenizer.from_pretrained(world / "toy")
+    n = {
+        post["id"]: len(tokenizer("; ".join(post["keyphrases"]))["input_ids"]) + 1 for post in posts
+    }
+    choices = lines(run / "choices.jsonl")
+    for choice in choices:
+        tokens = n[choice["id"]]
+        assert choice["gamma"] == pytest.approx(math.log(2) / tokens, abs=1e-6)
+        assert choice["use_cot"] == (math.exp(-choice["plain_loss"] * tokens) > 0.5)
+    assert {choice["use_cot"] for choice in choices} == {True, False} and len(set(n.values())) > 1
+    mean = sum(math.log(2) / tokens for tokens in n.values()) / 4
+    assert all(abs(line["gamma"] - mean) < 1e-6 for line in lines(run / "log.jsonl"))
 
 
 def test_a_run_learns_and_logs_every_step(train_on, world):

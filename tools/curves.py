@@ -17,6 +17,7 @@ import numpy as np
 from evaluate import UserError, lay_out, one_line, parse_line, read_lines, run
 from support.console import ArgumentParser, info, read_json, reading, reading_progress, writing
 from support.jsonl import write_atomic
+from train import MODES
 
 STRETCHES = 120  # the most points of a line
 PANELS = {  # quantity: title; what is shown in percent is logged as a fraction
@@ -38,7 +39,7 @@ class Log(NamedTuple):
     steps: int
     minutes: float
     lines: dict  # {quantity of PANELS: [(step, value)]}, without those it has not logged
-    losses: np.ndarray  # (n, 2), the step and L(y_s) of each sample
+    losses: np.ndarray  # (n, 3), the step, L(y_s) and gamma of each sample
 
 
 def read_records(path):
@@ -53,6 +54,7 @@ def read_log(folder, name):
     path, choices = folder / "log.jsonl", folder / "choices.jsonl"
     steps, minutes, lines, samples = 0, 0, defaultdict(list), array("d")
     with reading(path, "name the folder of a run, train.py's --out"):
+        settings = read_json(folder / "settings.json")
         for record in read_records(path):
             if scores := record.get("valid"):
                 classes = [name for name in ("all", "unseen") if scores[name]["posts"]]
@@ -70,10 +72,11 @@ def read_log(folder, name):
         with reading(choices, "did train.py --log-choices write it?"):
             for record in read_records(choices):
                 if record["plain_loss"] is not None:
-                    samples.extend((record["step"], record["plain_loss"]))
+                    gamma = record.get("gamma", settings["gamma"])
+                    samples.extend((record["step"], record["plain_loss"], gamma))
     lines = {name: [part.mean(0).tolist() for part in split(line)] for name, line in lines.items()}
-    losses = np.array(samples).reshape(-1, 2)
-    return Log(name, read_json(folder / "settings.json"), steps, minutes, lines, losses)
+    losses = np.array(samples).reshape(-1, 3)
+    return Log(name, settings, steps, minutes, lines, losses)
 
 
 def split(points):
@@ -87,7 +90,7 @@ def summary(logs):
     rows = ["run mode gamma steps minutes loss on_CoT F1@1 unseen tokens".split()]
     for log in logs:
         mode = log.settings["mode"]
-        gamma = str(log.settings["gamma"]) if mode == "dynamic" else "–"
+        gamma = str(log.settings["gamma"]) if MODES[mode].has_gate else "–"
         row = [log.name, mode, gamma, f"{log.steps:,}", f"{log.minutes:,.1f}"]
         for quantity in ("loss", "cot_share", "all", "unseen", "generated"):
             line = log.lines.get(quantity)
@@ -110,15 +113,15 @@ def draw_lines(axes, quantity, logs):
 
 def draw_losses(axes, log):
     """Draw the distribution of L(y_s) in each stretch of steps, its median, and gamma."""
-    steps, losses = log.losses.T
+    steps, losses, gammas = log.losses.T
     low, high = max(losses.min(), 1e-6), losses.max()
     edges = np.linspace(0.5, log.steps + 0.5, min(log.steps, 60) + 1), np.geomspace(low, high, 61)
     axes.hist2d(steps, losses.clip(low), edges, cmin=1, cmap="Blues", norm="log")
-    medians = [np.median(part, axis=0) for part in split(log.losses)]
+    medians = [np.median(part, axis=0) for part in split(log.losses[:, :2])]
     axes.plot(*np.transpose(medians), color="black", label="median")
-    if log.settings["mode"] == "dynamic":
-        gamma = log.settings["gamma"]
-        axes.axhline(gamma, color="C3", linestyle="--", label=f"gamma {gamma:g}")
+    if MODES[log.settings["mode"]].has_gate:
+        label = f"gamma {log.settings['gamma']}"
+        axes.axhspan(gammas.min(), gammas.max(), color="C3", alpha=0.4, linestyle="--", label=label)
     axes.set_yscale("log")
     axes.legend(frameon=False)
 
