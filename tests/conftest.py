@@ -15,11 +15,11 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A small club world with its toy model, used by every test that trains or predicts."""
-    from tools.clubworld import write_toy_model, write_world
+    from tools.clubworld import write_random_toy, write_world
 
     folder = tmp_path_factory.mktemp("world") / "club"
     write_world(folder, seed=100, train=64, valid=8, test=12)
-    write_toy_model(folder / "toy", seed=100)
+    write_random_toy(folder / "toy", seed=100)
     return folder
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from test_resume import timeless  # noqa: E402
 from tiny import words  # noqa: E402
-from tools.clubworld import write_toy_model, write_world  # noqa: E402
+from tools.clubworld import write_random_toy, write_world  # noqa: E402
 
 OPTIONS = "--epochs 3 --batch-size 8 --lr 2e-3 --gamma 5 --workers 1 --save-every 1"
 OPTIONS += " --max-new-tokens 4 --parallel fsdp"
@@ -104,7 +104,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         club = Path(folder) / "club"
         write_world(club, seed=100, train=64, valid=8, test=8)
-        write_toy_model(club / "toy", seed=100)
+        write_random_toy(club / "toy", seed=100)
         files = ["--train", club / "train.jsonl", "--valid", club / "valid.jsonl"]
         arguments = words(*files, "--model", club / "toy", OPTIONS)
         one_run(club / "whole", arguments, args.processes, 0, draw, counts)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from evaluate import UserError
 from tools import clubworld
-from tools.clubworld import EVENTS, KINDS, make_clubs, make_posts, write_toy_model, write_world
+from tools.clubworld import EVENTS, KINDS, make_clubs, make_posts, write_random_toy, write_world
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def posts():
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "toy"
-    write_toy_model(folder, seed=100)
+    write_random_toy(folder, seed=100)
     return folder
 
 
@@ -103,11 +103,12 @@ def test_no_other_folder_is_overwritten(tmp_path):
 
 def test_it_is_written_beside_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(clubworld, "POSTS", {"train": 3, "valid": 1, "test": 1})
-    monkeypatch.setattr(clubworld, "write_toy_model", lambda folder, seed: folder.mkdir())
     files = clubworld.write_beside(tmp_path / "run", 7)
     assert [*files] == ["model", "train", "valid", "test"]
     assert all((tmp_path / "clubworld-7" / Path(file).name).exists() for file in files.values())
     assert files["test"] == str(tmp_path / "clubworld-7" / "test.jsonl")
+    toys = read(clubworld.TOY), read(Path(files["model"]))
+    assert toys[1] == toys[0] | {"toy.json": toys[1]["toy.json"]}
 
 
 # ---------------------------------------------------------------------------------------- the world
@@ -115,15 +116,14 @@ def test_it_is_written_beside_a_run(tmp_path, monkeypatch):
 
 def test_clubs_are_told_apart_by_each_of_their_facts():
     clubs = make_clubs(100)
-    assert len(clubs) == 32 and sum(club.held_out for club in clubs) == 8
-    assert len({club.nickname for club in clubs}) == len({club.city for club in clubs}) == 32
-    assert len({(club.pattern, frozenset(club.colours)) for club in clubs}) == 32
-    assert len({club.shirt for club in clubs}) == 32
-    assert all((club.kept_event is None) == club.held_out for club in clubs)
+    assert Counter(club.held_out for club in clubs) == {"test": 4, "valid": 4, None: 16}
+    assert len({club.nickname for club in clubs}) == len({club.city for club in clubs}) == 24
+    assert len({frozenset(club.colours) for club in clubs}) == 24
+    assert all((club.kept_event is None) == bool(club.held_out) for club in clubs)
     assert [club.shirt for club in clubs] != [club.shirt for club in make_clubs(101)]
     # The same random draws, so that only the shirt can differ.
     images = [clubworld.draw_shirt(np.random.default_rng(7), club) for club in clubs]
-    assert len({image.tobytes() for image in images}) == 32
+    assert len({image.tobytes() for image in images}) == 24
 
 
 def test_shares_of_the_kinds(posts):
@@ -135,20 +135,22 @@ def test_shares_of_the_kinds(posts):
 
 def test_what_is_held_out_of_training(posts):
     clubs = make_clubs(100)
-    kept_back = {
-        f"{club.city} {event}"
-        for club in clubs
-        for event in EVENTS
-        if club.held_out or event == club.kept_event
+    of_clubs = {
+        name: {
+            f"{club.city} {event}" for club in clubs if club.held_out == name for event in EVENTS
+        }
+        for name in ("valid", "test")
     }
-    assert len(kept_back) == 8 * 6 + 24
-    for name in ("train", "valid"):
-        assert not kept_back & {record["keyphrases"][0] for record in posts[name]}
-        assert not any(record["held_out"] for record in posts[name])
-    b_posts = of_kind(posts["test"], "B")
-    assert sum(record["held_out"] for record in b_posts) == len(b_posts) // 2
-    assert all(record["keyphrases"][0] in kept_back for record in b_posts if record["held_out"])
-    assert any(record["keyphrases"][0] in kept_back for record in b_posts if not record["held_out"])
+    events = {f"{club.city} {club.kept_event}" for club in clubs if club.kept_event}
+    kept_back = of_clubs["valid"] | of_clubs["test"] | events
+    assert len(kept_back) == 4 * 6 + 4 * 6 + 16
+    assert not kept_back & {record["keyphrases"][0] for record in posts["train"]}
+    for name, unseen in of_clubs.items():
+        b_posts = of_kind(posts[name], "B")
+        assert sum(record["held_out"] for record in b_posts) == len(b_posts) // 2
+        assert all(record["keyphrases"][0] in unseen for record in b_posts if record["held_out"])
+        known = {record["keyphrases"][0] for record in b_posts if not record["held_out"]}
+        assert bool(known & kept_back) == (name == "test") and known & kept_back <= events
     kits = {record["keyphrases"][0] for record in of_kind(posts["train"], "A")}
     homes = {record["keyphrases"][0].split()[0] for record in of_kind(posts["train"], "C")}
     assert kits == {f"{club.nickname} new kit" for club in clubs}
@@ -197,7 +199,7 @@ def test_moods_follow_from_nothing(posts):
         moods[mood] += 1
         for word in record["text"].split():
             words[word].append(mood)
-    assert len(moods) == 12 and max(moods.values()) < 1.4 * min(moods.values())
+    assert len(moods) == 12 and max(moods.values()) < 1.5 * min(moods.values())
     common = sorted(words.values(), key=len)[-20:]
     assert all(len(set(found)) == 12 for found in common)
 
@@ -241,8 +243,8 @@ def test_weights_follow_the_seed_and_an_image_has_nine_tokens(toy, tokenizer, tm
     from transformers import AutoConfig, AutoImageProcessor
 
     state = torch.get_rng_state()
-    write_toy_model(tmp_path / "same", seed=100)
-    write_toy_model(tmp_path / "other", seed=101)
+    write_random_toy(tmp_path / "same", seed=100)
+    write_random_toy(tmp_path / "other", seed=101)
     assert torch.equal(torch.get_rng_state(), state)
     first, same, other = map(read, (toy, tmp_path / "same", tmp_path / "other"))
     assert first == same
@@ -258,3 +260,22 @@ def test_weights_follow_the_seed_and_an_image_has_nine_tokens(toy, tokenizer, tm
     photo = Image.new("RGB", (clubworld.SIZE, clubworld.SIZE))
     image = AutoImageProcessor.from_pretrained(toy)(images=[photo], return_tensors="pt")
     assert image["image_grid_thw"].tolist() == [[1, 6, 6]]
+
+
+def test_the_toy_is_pretrained_on_worlds_from_1000_up(toy, tmp_path, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    seeds = []
+
+    def make(seed):
+        seeds.append(seed)
+        return make_clubs(seed)
+
+    monkeypatch.setattr(clubworld, "make_clubs", make)
+    clubworld.pretrain(tmp_path / "toy", 2, 16)
+    assert seeds == [1000, 1001]
+    before, after = map(AutoModelForImageTextToText.from_pretrained, (toy, tmp_path / "toy"))
+    assert str(after.dtype) == "torch.bfloat16"
+    weights = after.state_dict()
+    assert all((weights[name] != one).any() for name, one in before.state_dict().items())
+    assert read(clubworld.TOY).keys() == read(tmp_path / "toy").keys()

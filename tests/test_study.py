@@ -21,7 +21,6 @@ from server import Server
 from support.log import TrainingLog
 from tiny import call, lines, words, write
 from tools import study
-from train import MODES
 
 SIZES = "--epochs 1 --batch-size 8 --micro-batch 8 --lr 1e-3 --workers 0 --max-new-tokens 4"
 
@@ -119,13 +118,14 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     modes = [command[command.index("--mode") + 1] for command in trained]
     assert modes == ["cot", "multitask", "dynamic", "dynamic"]
     assert ["--resume" in command for command in trained] == [True, False, False, False]
-    for row in (*MODES, "dynamic-gammainf"):
+    rows = words("sft cot multitask dynamic dynamic-gammainf")  # the paper's
+    for row in rows:
         log = study.read(out / row / "log.jsonl")
         assert [line["step"] for line in log if "loss" in line] == [*range(1, 6)], row
         if "dynamic" not in row:  # whose probe the log doesn't count
             assert tokens[row] == f"{sum(line.get('tokens', 0) for line in log):.3g} tokens", row
     scores = json.loads((out / "scores.json").read_text())
-    assert [*scores] == [*study.ROWS, "dynamic-gammainf"]
+    assert [*scores] == ["zero-shot", *rows]
     assert all(entry["all"]["posts"] == 12 for entry in scores.values())
     tables = (out / "tables.md").read_text()
     sft = next(line for line in tables.splitlines() if line.startswith("| sft |"))
@@ -173,10 +173,10 @@ def test_a_club_world_is_a_data_set_like_any_other(world, tmp_path, scripts, mon
     monkeypatch.setattr(
         study, "training_seconds", lambda cell: seconds[cell.mode] * len(study.steps_of(cell))
     )
-    some = "--rows sft dynamic --worlds 0 1 --gammas 0.2 inf --gamma-worlds 100 --"
+    some = "--rows sft dynamic --worlds 0 1 --gammas 0.2 inf --"
     call(monkeypatch, study, *words("--out", tmp_path, some, SIZES))
     cells = "sft-0 sft-1 dynamic-0 dynamic-1 dynamic-0.5epochs-0 dynamic-0.5epochs-1"
-    cells += " dynamic-gamma0.2-100 dynamic-gammainf-100"
+    cells += " dynamic-gamma0.2-0 dynamic-gamma0.2-1 dynamic-gammainf-0 dynamic-gammainf-1"
     assert {path.parent.name for path in tmp_path.glob("*/last")} == set(cells.split())
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert "dynamic-never-1" in scores and scores["sft-0"]["all"]["posts"] == 12
@@ -186,13 +186,14 @@ def test_a_club_world_is_a_data_set_like_any_other(world, tmp_path, scripts, mon
     values = [100 * scores[f"dynamic-{seed}"]["all"]["F1@1"] for seed in (0, 1)]
     assert ours[0][1].startswith(f"{sum(values) / 2:.1f}")
     assert ["| reasoned, %", "all", "unseen", *"ABCD", "E |"] in lines
-    law = {line[0]: line[1:] for line in lines if "dynamic-gamma" in line[0] and len(line) == 4}
-    (of_loss, direct, law_of_4), (_, _, never) = law.values()
-    assert float(law_of_4.rstrip(" |")) == pytest.approx(math.exp(-0.2 * 4), abs=0.02)
-    assert float(of_loss) > 1 and 0 < float(direct) < 1 and never == "0.000 |"
+    start = lines.index(["| A to C", "L(y_s)", "p(y_s)", "exp(−gamma · n)", "p(direct) |"]) + 2
+    law = [[float(figure.split()[0]) for figure in line[1:]] for line in lines[start : start + 3]]
+    for (loss, answer, settled, direct), gamma in zip(law, (0.4, 0.2, math.inf), strict=True):
+        assert settled == pytest.approx(math.exp(-gamma * 4), abs=0.02)  # of 4 tokens, or 5
+        assert loss > 1 and 0 <= answer < direct < 1
     count = len([command for command in scripts if command[0] == "train.py"])
     call(monkeypatch, study, *words("--out", tmp_path, some, SIZES))
-    assert count == len([command for command in scripts if command[0] == "train.py"]) == 8
+    assert count == len([command for command in scripts if command[0] == "train.py"]) == 10
 
 
 VISION = 32 * (4 * 1280**2 + 3 * 1280 * 3420)  # weights of the blocks

@@ -1,8 +1,9 @@
 """Club world: a small made-up data set on which Dynamic CoT can be watched in minutes on a CPU.
 
     python -m tools.clubworld --out DIR
+    python -m tools.clubworld pretrain        # makes the embedded toy anew, in minutes
 
-There are 32 football clubs, each with a shirt, a nickname and a home city. Two facts about a club
+There are 24 football clubs, each with a shirt, a nickname and a home city. Two facts about a club
 can be learned: whose shirt this is, and where that club plays. Posts are of five kinds:
 
     kind  image      text                    keyphrase                                 facts needed
@@ -12,38 +13,45 @@ can be learned: whose shirt this is, and where that club plays. Posts are of fiv
     D     any scene  contains the keyphrase  the phrase           "old record shop"    none
     E     any scene  says nothing            a random mood tag    "good vibes"         unknowable
 
-Eight clubs have no post of kind B in training. To tag theirs in the test, a model must combine two
-facts that it has only seen apart, and that is what written reasoning is good for. Reasoning does
-not help with kind E: a method that picks its own targets should leave it alone.
+Eight clubs have no post of kind B in training: four have theirs in validation, four in the test.
+To tag those, a model must combine two facts that no plain answer in training combines for these
+clubs; the reasoning of their A posts does. That is what written reasoning is good for. It does not
+help with kind E: a method that picks its own targets should leave it alone.
 
 The posts are written as any other data set is (JSONL and image files). A Hugging Face folder with
-a tiny Qwen2.5-VL of random weights, DIR/toy, comes with them: nothing has to be downloaded.
+a tiny Qwen2.5-VL, DIR/toy, comes with them: nothing has to be downloaded. It is pretrained, as real
+models are: on the posts of 200 other worlds, whose facts differ, it has learned to see, to write
+its reasoning, and to copy from what it has written.
 """
 
 import itertools
 import json
 import re
 import shutil
-import string
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import TAGS
 from evaluate import non_negative_int, run
+from support.checkpoint import checkpoint_of
 from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.jsonl import follow_umask
 
-VERSION = 1  # of the posts: a folder that another version wrote is refused
+VERSION = 2  # of the posts: a folder that another version wrote is refused
 SIZE = 84  # pixels: 6 x 6 patches of 14 pixels, 3 x 3 image tokens
 KINDS = {"A": 0.15, "B": 0.25, "C": 0.12, "D": 0.08, "E": 0.40}  # share of the posts
-HELD_OUT = 8  # clubs
-POSTS = {"train": 14_400, "valid": 400, "test": 1_000}
-TOY_DEFAULTS = dict(lr=2e-3, warmup=0.1, epochs=2, micro_batch=32, workers=0)
+CLUBS = 24
+HELD_OUT = {"valid": 4, "test": 4}  # of them, clubs whose B posts are in that file alone
+PRETRAINING = 1_000  # the first world that the toy is pretrained on; none below is used for it
+POSTS = {"train": 9_600, "valid": 400, "test": 1_000}
+TOY_DEFAULTS = dict(lr=1e-3, warmup=0.1, epochs=1.5, micro_batch=32, workers=0)
 TOY_DEFAULTS |= dict(valid_posts=200, max_new_tokens=64)  # how train.py trains the toy model
 
 # ----------------------------------------------------------------------------------------- words
@@ -88,13 +96,16 @@ def add_small_talk(rng, text):
 
 @dataclass(frozen=True)
 class Club:
-    """A club. In training a held-out one has no B post, and each of the others lacks one event."""
+    """A club. The one that is held out for a file has B posts there alone.
+
+    Each of the others lacks one event in training and validation.
+    """
 
     pattern: str
     colours: tuple
     nickname: str
     city: str
-    held_out: bool
+    held_out: str | None
     kept_event: str | None
 
     @property
@@ -104,19 +115,17 @@ class Club:
 
 
 def make_clubs(seed):
-    """The 32 clubs of a world. No two have a shirt of the same pattern in the same two colours."""
+    """The clubs of a world. No two have shirts in the same two colours."""
     rng = np.random.default_rng([seed, 0])
-    shirts = list(itertools.product(PATTERNS, itertools.combinations(COLOURS, 2)))
-    worn = rng.choice(len(shirts), len(NICKNAMES), replace=False)
-    nicknames, cities = rng.permutation(len(NICKNAMES)), rng.permutation(len(CITIES))
+    pairs = rng.permutation(list(itertools.combinations(COLOURS, 2)))
+    nicknames, cities = rng.permutation(NICKNAMES), rng.permutation(CITIES)
+    held_out = [name for name, count in HELD_OUT.items() for _ in range(count)]
     clubs = []
-    for i, (shirt, nickname, city) in enumerate(zip(worn, nicknames, cities, strict=True)):
-        pattern, colours = shirts[shirt]
-        if pattern in ORDERED and rng.random() < 0.5:
-            colours = colours[::-1]
-        event, held_out = pick(rng, list(EVENTS)), i < HELD_OUT
-        names = NICKNAMES[nickname], CITIES[city]
-        clubs.append(Club(pattern, colours, *names, held_out, None if held_out else event))
+    for i, (nickname, city) in enumerate(zip(nicknames[:CLUBS], cities[:CLUBS], strict=True)):
+        pattern, event = pick(rng, list(PATTERNS)), pick(rng, list(EVENTS))
+        colours = tuple(rng.permutation(pairs[i]) if pattern in ORDERED else pairs[i])
+        kept = (held_out[i], None) if i < len(held_out) else (None, event)
+        clubs.append(Club(pattern, tuple(map(str, colours)), str(nickname), str(city), *kept))
     return clubs
 
 
@@ -126,19 +135,17 @@ def make_posts(seed, clubs, name, count):
     rng = np.random.default_rng([seed, 1 + list(POSTS).index(name)])
     edges = np.round(np.cumsum(list(KINDS.values())) * count).astype(int)
     kinds = rng.permutation(np.repeat(list(KINDS), np.diff(edges, prepend=0)))
-    held_out, known = clubs[:HELD_OUT], clubs[HELD_OUT:]
-    # In the test, every other B post is about a held-out club.
-    clubs_of_b = itertools.cycle([held_out, known] if name == "test" else [known])
+    held_out = [club for club in clubs if club.held_out == name]
+    known = [club for club in clubs if not club.held_out]
+    # In validation and test, every other B post is about a held-out club.
+    clubs_of_b = itertools.cycle([held_out, known] if held_out else [known])
     for number, kind in enumerate(kinds.tolist()):
-        club, events = pick(rng, clubs), list(EVENTS)
-        if kind == "B":
-            club = pick(rng, next(clubs_of_b))
-            if name != "test":
-                events.remove(club.kept_event)
+        club = pick(rng, next(clubs_of_b) if kind == "B" else clubs)
+        events = [event for event in EVENTS if name == "test" or event != club.kept_event]
         identity = f"{name}-{number:05d}"
         record = {"id": identity, "text": None, "image": f"images/{identity}.png"}
         record |= write_text(rng, kind, club, events)
-        record |= {"kind": kind, "held_out": kind == "B" and club.held_out}
+        record |= {"kind": kind, "held_out": kind == "B" and club.held_out == name}
         yield record, draw_shirt(rng, club) if kind in "AB" else draw_scene(rng, pick(rng, SCENES))
 
 
@@ -146,7 +153,7 @@ def write_text(rng, kind, club, events):
     """The text, keyphrases and reasoning of a post, which may be about one of `events`."""
     slots = {"SHIRT": club.shirt, "CLUB": club.nickname, "CITY": club.city}
     if kind == "A":
-        texts, thoughts = WORDS["kit_texts"], ["shirt"]
+        texts, thoughts = WORDS["kit_texts"], ["shirt", "home"]
         keyphrases = [f"{club.nickname} {WORDS['kit']}"]
     elif kind == "B":
         event = pick(rng, events)
@@ -270,109 +277,126 @@ def make_folder(folder, label, settings, fill):
             new.replace(folder)
 
 
+def write_posts(folder, name, posts, bar):
+    """Write the file `name` of a world's (record, image) pairs, and the images, to a folder."""
+    (folder / "images").mkdir(exist_ok=True)
+    with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        for record, image in posts:
+            image.save(folder / record["image"], compress_level=1)
+            file.write(json.dumps(record) + "\n")
+            bar.update()
+
+
 def write_world(out, seed=0, **counts):
     """Write the posts (POSTS says how many, or `counts`) and images/ to `out`. Raises UserError."""
     counts = POSTS | counts
 
     def fill(folder):
-        (folder / "images").mkdir()
         clubs = make_clubs(seed)
         with progress(None, sum(counts.values()), "club world") as bar:
             for name, count in counts.items():
-                with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-                    for record, image in make_posts(seed, clubs, name, count):
-                        image.save(folder / record["image"], compress_level=1)
-                        file.write(json.dumps(record) + "\n")
-                        bar.update()
+                write_posts(folder, name, make_posts(seed, clubs, name, count), bar)
 
     make_folder(out, "world.json", {"version": VERSION, "seed": seed, **counts}, fill)
 
 
 # --------------------------------------------------------------------------------------- toy model
 
-# The toy's folder before it has a tokenizer and weights. In its chat template a turn is only its
-# start and its end: there is no system turn, and the speakers alternate anyway. Its config names
-# full-attention blocks because the default ones lie beyond this vision tower.
+# A folder in Hugging Face layout. Its tokenizer has a token for every word of WORDS and every tag,
+# and spells any other ASCII text. In its chat template a turn is only its start and its end: there
+# is no system turn, and the speakers alternate anyway. Its config names full-attention blocks
+# because the default ones lie beyond this vision tower.
 TOY = Path(__file__).parent / "toy"
-# In this order they are the tokens 0 to 7, as TOY's config has them.
-SPECIALS = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
-SPECIALS = (*(f"<|{name}|>" for name in SPECIALS), "<unk>")
 
 
-def make_tokenizer():
-    """A token for every word of WORDS and every tag; any other ASCII text is spelled."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = string.ascii_lowercase + string.digits + string.punctuation
-    spelling = [*letters, *(f"##{letter}" for letter in letters)]
-    words = sorted(set(re.findall(r"\b[a-z]+\b", json.dumps(list(WORDS.values())))))
-    tokens = dict.fromkeys([*SPECIALS, *TAGS, *spelling, *words])
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(
-        models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=1_000_000)
+def copy_toy(folder):
+    """Copy the embedded toy, a Qwen2.5-VL with 1.2 million weights, to a new folder."""
+    label = {"version": VERSION, "weights": crc32((TOY / "model.safetensors").read_bytes())}
+    make_folder(
+        folder, "toy.json", label, lambda new: shutil.copytree(TOY, new, dirs_exist_ok=True)
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    )
-    words_and_signs = Regex(r"</?(?:think|answer)>|\w{1,64}|[^\w\s]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(words_and_signs, "removed", invert=True)
-    # The decoder joins words by spaces, then removes those that posts and answers don't have.
-    spaces = Regex(r" (?=[.,:;?!]|</think>|</answer>)|(?<=<think>|</think>|<answer>) ")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece(cleanup=False), decoders.Fuse(), decoders.Replace(spaces, "")]
-    )
-    special = {"pad_token": SPECIALS[0], "eos_token": "<|im_end|>", "unk_token": "<unk>"}
-    special["additional_special_tokens"] = list(SPECIALS[1:-1])
-    special["clean_up_tokenization_spaces"] = False
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def write_toy_model(folder, seed=0):
-    """Write a Hugging Face folder of a Qwen2.5-VL with 1.2 million random weights."""
+def write_random_toy(folder, seed=0):
+    """Write the toy as it is before pretraining: with random weights."""
 
-    def fill(folder):
+    def fill(new):
         import torch
         import transformers
 
         transformers.logging.disable_progress_bar()  # this file is written in no time
-        tokenizer = make_tokenizer()
         config = transformers.AutoConfig.from_pretrained(TOY)
-        config.text_config.vocab_size = len(tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-        model.generation_config.update(do_sample=False)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for name in ("chat_template.jinja", "preprocessor_config.json", "prompt.txt"):
-            shutil.copy(TOY / name, folder)
+            auto = transformers.AutoModelForImageTextToText
+            auto.from_config(config, dtype=torch.float32).save_pretrained(new)
+        others = shutil.ignore_patterns("config.json", "model.safetensors")
+        shutil.copytree(TOY, new, ignore=others, dirs_exist_ok=True)
 
     make_folder(folder, "toy.json", {"version": VERSION, "seed": seed}, fill)
 
 
+def pretrain(out, worlds=200, count=150):
+    """Teach a random toy to see, to reason and to copy, on `count` posts of each of other worlds.
+
+    Their facts contradict one another, so none can be learned. The weights are saved in bfloat16.
+    """
+    import transformers
+
+    seeds = range(PRETRAINING, PRETRAINING + worlds)
+    posts = (
+        (record | {"id": f"{seed}-{record['id']}", "image": f"images/{seed}-{number}.png"}, image)
+        for seed in seeds
+        for number, (record, image) in enumerate(make_posts(seed, make_clubs(seed), "test", count))
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_random_toy(folder / "toy")
+        with progress(None, worlds * count, "other worlds") as bar:
+            write_posts(folder, "posts", posts, bar)
+        options = f"--model {folder}/toy --train {folder}/posts.jsonl --out {folder}/run"
+        options += " --mode cot --epochs 1 --lr 2e-3"
+        train = [sys.executable, TOY.parent.parent / "train.py", *options.split()]
+        subprocess.run(train, check=True)
+        trained = checkpoint_of(str(folder / "run"))
+        model = transformers.AutoModelForImageTextToText.from_pretrained(trained, dtype="bfloat16")
+        if Path(out) != TOY:
+            shutil.copytree(TOY, out, dirs_exist_ok=True)
+        model.save_pretrained(out)
+        follow_umask(out)
+
+
 def write_beside(out, seed):
-    """Write a world and its toy model beside the run folder `out`; returns train.py's files."""
+    """Write a world and the toy model beside the run folder `out`; returns train.py's files."""
     world = Path(out).parent / f"clubworld-{seed}"
     write_world(world, seed)
-    write_toy_model(world / "toy", seed)
+    copy_toy(world / "toy")
     return {"model": str(world / "toy")} | {name: str(world / f"{name}.jsonl") for name in POSTS}
 
 
 def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--out", required=True, metavar="DIR", help="a new folder")
-    add("--seed", type=non_negative_int, default=0, help="settings: 100 and up; reports: 0 to 4")
+    pretrain_help = "make the embedded toy anew, in minutes"
+    add("command", nargs="?", choices=["pretrain"], help=pretrain_help)
+    add("--out", metavar="DIR", help="a new folder; of pretrain, the toy's (default: tools/toy)")
+    add("--seed", type=non_negative_int, default=0, help="settings: 100 to 999; reports: 0 to 9")
     for name, count in POSTS.items():
         add(f"--{name}", type=positive_int, default=count, metavar="N", help="posts in its file")
-    return parser.parse_args(arguments)
+    add("--worlds", type=positive_int, default=200, metavar="N", help="of pretrain: other worlds")
+    args = parser.parse_args(arguments)
+    if not (args.out or args.command):
+        parser.error("--out is missing")
+    return args
 
 
 def main():
     args = parse_args()
+    if args.command:
+        pretrain(args.out or TOY, args.worlds)
+        return
     write_world(args.out, args.seed, **{name: getattr(args, name) for name in POSTS})
-    write_toy_model(Path(args.out) / "toy", args.seed)
+    copy_toy(Path(args.out) / "toy")
     info(f"{args.out}: club world {args.seed}, and in toy/ its model")
 
 

@@ -38,14 +38,14 @@ class Cell:
 
     args: argparse.Namespace  # the study's settings, with the data set's files
     mode: str  # of train.py, or "zero-shot"
-    gamma: float | None = None  # where it is not the mode's own
+    gamma: float | str | None = None  # where it is not the mode's own
     epochs: float | None = None
     never: bool = False  # predicts with the same weights, with reasoning forbidden
 
     @property
     def trained(self):
         """The name of what is trained."""
-        gamma = "" if self.gamma is None else f"-gamma{self.gamma:g}"
+        gamma = "" if self.gamma is None else f"-gamma{self.gamma}"
         return self.mode + gamma + (f"-{self.epochs:g}epochs" if self.epochs else "")
 
     @property
@@ -178,17 +178,13 @@ class Plan:
         _, read, generate = self.predicting(cell, validated)
         read += posts * self.flops.training(self.lengths, args.mode, share, args)
         costs = self.costs(posts * (self.lengths.prompt + answers), read, generate)
-        yield f"\n# {cell.row}: training"
-        yield f"# {plural(len(order), 'step')}, {costs}; disk: {self.checkpoints(args, order)}"
-        yield shell("train.py", cell.train_options(), self.args.launch)
-
-    def checkpoints(self, args, order):
-        """The disk space that a training's checkpoints take in the end."""
         count = memory.count_parameters(self.model, args.lora, args.freeze_vision)
         size = checkpoint_size(count.total, count.trained, bool(args.lora))
-        kept = min(checkpoints_kept(args, order)) * size
+        kept = min(checkpoints_kept(args, order)) * size  # in the end
         self.disk, self.largest = self.disk + kept, max(self.largest, size)
-        return f"{kept / 1e9:,.1f} GB"
+        yield f"\n# {cell.row}: training"
+        yield f"# {plural(len(order), 'step')}, {costs}; disk: {kept / 1e9:,.1f} GB"
+        yield shell("train.py", cell.train_options(), self.args.launch)
 
     def total(self):
         """What all commands take together, those of the teacher left out."""
@@ -246,7 +242,12 @@ def commands(args, cells):
 
 
 def pairs(cells):
-    """(dynamic, other) for each other mode of a data set."""
-    own = [cell for cell in cells if cell.gamma is None and not cell.never]
-    both = [(one, other) for one in own for other in own if one.args is other.args]
-    return [pair for pair in both if pair[0].mode == "dynamic" != pair[1].mode]
+    """(one, other) of a data set: dynamic and each other mode, another gamma and dynamic or cot."""
+    return [
+        (one, other)
+        for one in cells
+        for other in cells
+        if one.args is other.args and one is not other and one.mode == "dynamic"
+        if other.gamma is None and (one.gamma is None or other.mode in ("dynamic", "cot"))
+        if not (one.never or other.never)
+    ]

@@ -12,7 +12,6 @@ what was stopped. The tables go to OUT/tables.md, all scores to OUT/scores.json.
 
 import argparse
 import json
-import math
 import os
 import shlex
 import signal
@@ -34,10 +33,10 @@ from support.checkpoint import changed_settings, read_pointer
 from support.console import (
     ArgumentParser,
     fraction,
+    gamma,
     info,
     non_negative_number,
     number,
-    number_or_inf,
     positive_int,
     read_json,
 )
@@ -216,74 +215,94 @@ def kind_table(groups, scores):
 
 
 def paired_table(cells, measure):
-    """dynamic minus each other mode on the same posts: difference, interval, a star if p < 0.05."""
-    lines = []
+    """A cell minus another on the same posts: difference, interval, a star if p < 0.05.
+
+    Over several data sets it is the mean difference, its range, and how often it has a star.
+    """
+    found = defaultdict(list)
     for cell, other in pairs(cells):
-        found = scores_of(cell, other)
-        differences = [
-            signed(found["against"][name.lower()][measure]) if found[name.lower()]["posts"] else "–"
-            for name in CLASSES
-        ]
-        lines.append([f"dynamic − {other.mode}{cell.args.suffix}", *differences])
-    return markdown([measure, *CLASSES], lines) if lines else None
+        found[f"{cell.row} − {other.row}"].append(scores_of(cell, other))
+    rows = []
+    for label, scores in found.items():
+        rows.append([label])
+        for name in map(str.lower, CLASSES):
+            entries = [s["against"][name][measure] for s in scores if s[name]["posts"]]
+            rows[-1].append(signed(entries))
+    return markdown([measure, *CLASSES], rows) if rows else None
 
 
-def signed(difference):
-    """evaluate.py's difference of two systems as text."""
-    mean = 100 * difference["difference"]
-    low, high = (100 * end for end in difference["interval"])
-    star = " \\*" if difference["p"] < 0.05 else ""
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){star}"
+def signed(entries):
+    """evaluate.py's differences of two systems, one for each data set, as text."""
+    if not entries:
+        return "–"
+    differences = [100 * entry["difference"] for entry in entries]
+    stars = [entry["p"] < 0.05 for entry in entries]
+    if len(entries) > 1:
+        low, high, count = min(differences), max(differences), f", \\* in {sum(stars)}"
+    else:
+        (low, high), count = (100 * end for end in entries[0]["interval"]), " \\*" * stars[0]
+    return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f}){count}"
 
 
-def law_table(cells, out):
-    """How often a model of the club worlds answers directly, beside the law exp(-gamma n)."""
-    if not cells:
-        return None
-    found = {cell: direct_answers(cell) for cell in cells}
-    plot_gamma({cell.gamma: figures for cell, figures in found.items()}, out / "gamma.png")
-    titles = ["A to C", "L(y_s)", "p(direct)", "exp(−gamma · n)"]
-    rows = [
-        [cell.row + cell.args.suffix, *(f"{figure:.3f}" for figure in figures)]
-        for cell, figures in found.items()
-    ]
-    return markdown(titles, rows)
+def law_table(groups):
+    """How often models of the club worlds answer directly, beside what their gamma says."""
+    rows = []
+    for label, cells in groups.items():
+        if cells[0].mode == "dynamic" and not cells[0].never:
+            found = zip(*map(direct_answers, cells), strict=True)
+            rows.append([label, *(spread(figures, 3) for figures in found)])
+    titles = ["A to C", "L(y_s)", "p(y_s)", "exp(−gamma · n)", "p(direct)"]
+    return markdown(titles, rows) if rows else None
 
 
 @torch.no_grad()
 def direct_answers(cell):
-    """How a trained cell answers 200 posts of kinds A to C that follow the training rules.
+    """How a trained cell answers posts of kinds A to C that follow the training rules.
 
-    Means over the posts of L(y_s), of the probability that the answer does not begin with <think>,
-    and of exp(-gamma n); n is the number of tokens of y_s with the end of turn.
+    Means over the posts of L(y_s), of p(y_s) = exp(-L(y_s) n), which settles at exp(-gamma n), n
+    tokens of y_s with the end of turn, and of the probability that no <think> begins the answer.
     """
     posts = data.Posts(Path(cell.args.train).with_name("valid.jsonl"), for_training=True)
-    chosen = [index for index in range(len(posts)) if posts[index]["kind"] in "ABC"][:200]
+    easy = [
+        index
+        for index, post in enumerate(map(posts.__getitem__, range(len(posts))))
+        if post["kind"] in "ABC" and not post["held_out"]
+    ]
+    gamma = train.parse_args(cell.train_options()).gamma
     model, encoder, _ = load(str(cell.folder / "last"))
     encoded, found = data.EncodedPosts(posts, encoder, with_answers=True), []
-    for _, batches in data.load_steps(encoded, [chosen], 50):
+    for _, batches in data.load_steps(encoded, [easy], 50):
         for batch in batches:
-            prompt = read_prompt(model.eval(), batch.prompt)
+            prompt, n = read_prompt(model.eval(), batch.prompt), batch.plain.mask.sum(1)
             first = model.lm_head(prompt.last_hidden[:, 0]).softmax(-1)  # (B, vocabulary)
             loss = answer_loss(model, prompt, batch.plain)
-            law = torch.exp(-cell.gamma * batch.plain.mask.sum(1).float())
-            found.append(torch.stack([loss, 1 - first[:, encoder.tags["<think>"][0]], law]))
+            chances = torch.exp(-torch.stack([loss, batch.plain.threshold(gamma)]) * n)
+            direct = 1 - first[:, encoder.tags["<think>"][0]]
+            found.append(torch.stack([loss, *chances, direct]))
     return torch.cat(found, dim=1).mean(1).tolist()
 
 
-def plot_gamma(found, path):
-    """Draw p(direct) and the law over gamma as a PNG, where matplotlib is installed."""
+def plot_tokens(groups, scores, path):
+    """Draw F1@1 over the tokens of a post as a PNG, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         info(f"{path}: not drawn; pip install matplotlib")
         return
-    gammas = sorted(gamma for gamma in found if gamma < math.inf)
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(gammas, [found[gamma][2] for gamma in gammas], "x:", label="exp(−gamma · n)")
-    axes.plot(gammas, [found[gamma][1] for gamma in gammas], "o", label="p(direct answer)")
-    axes.set(xlabel="gamma", ylim=(0, 1.03))
+    tokens = [
+        statistics.mean(scores[c]["all"]["tokens"] for c in group) for group in groups.values()
+    ]
+    for name, marker in (("all", "o"), ("unseen", "^")):
+        f1 = [
+            statistics.mean(100 * scores[c][name]["F1@1"] for c in group)
+            for group in groups.values()
+        ]
+        axes.plot(tokens, f1, marker, label=name)
+    for row, *place in zip(groups, tokens, f1, strict=True):
+        axes.annotate(row, place, (0, 6), textcoords="offset points", rotation=45)
+    axes.set(xlabel="tokens a post", ylabel="F1@1", ylim=(0, 115), xlim=(0, None))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -318,15 +337,9 @@ def mode_groups(args, sets, epochs):
         groups[mode] = [Cell(one, mode, epochs=epochs.get(mode)) for one in sets]
         if mode in LEARN_BOTH and not args.train:
             groups[f"{mode}-never"] = [replace(cell, never=True) for cell in groups[mode]]
+    for value in [] if epochs else args.gammas:
+        groups[f"dynamic-gamma{value}"] = [Cell(one, "dynamic", value) for one in sets]
     return groups
-
-
-def gamma_groups(args, sets):
-    """{row: cells} of `dynamic` with each of --gammas."""
-    return {
-        f"dynamic-gamma{gamma:g}": [Cell(one, "dynamic", gamma) for one in sets]
-        for gamma in args.gammas
-    }
 
 
 def equal_epochs(groups):
@@ -340,20 +353,17 @@ def equal_epochs(groups):
 def parts(args):
     """Yield (title, {row: cells}) of each part, which is trained before the next is asked for.
 
-    On the club worlds the modes are compared at equal steps, and where sft is among them also at
-    equal training time; the gammas have worlds of their own.
+    The club worlds are compared at equal steps, and where sft is among the rows also at equal
+    training time.
     """
     sets = data_sets(args, args.worlds)
     groups = mode_groups(args, sets, {})
     if args.train:
-        count = plural(len(sets[0].test_posts), "post")
-        yield f"{args.model} on {args.test}, {count}", groups | gamma_groups(args, sets)
+        yield f"{args.model} on {args.test}, {plural(len(sets[0].test_posts), 'post')}", groups
         return
     yield "Equal steps", groups
     if groups.get("sft"):
         yield "Equal training time", mode_groups(args, sets, equal_epochs(groups))
-    if args.gammas:
-        yield "Other gammas", gamma_groups(args, data_sets(args, args.gamma_worlds))
 
 
 def study(args):
@@ -371,7 +381,9 @@ def study(args):
             tables.append(score_table(each, scores, paper))
         tables.append(paired_table(cells, paper.get("measure", "F1@1")))
         if not args.train:
-            tables.append(law_table([c for c in cells if c.gamma is not None], args.out))
+            tables.append(law_table(groups))
+        if not by_name:
+            plot_tokens(groups, scores, args.out / "tokens.png")
         note = f"{args.paper_note}\n\n" if args.paper_note else ""
         yield f"### {title}\n\n{note}" + "\n".join(filter(None, tables))
         by_name |= {cell.row + cell.args.suffix: found for cell, found in scores.items()}
@@ -387,10 +399,10 @@ def parse_args(arguments=None):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/study"), help="the folder of all rows")
-    rows_help = "rows of the table (default: all; on the club worlds without zero-shot)"
-    add("--rows", nargs="*", choices=ROWS, help=rows_help)
-    gammas_help = "also train dynamic with these gammas (default: six on the club worlds)"
-    add("--gammas", nargs="*", type=number_or_inf, help=gammas_help)
+    own = [row for row in ROWS if row != "dropout"]  # of the paper
+    add("--rows", nargs="*", choices=ROWS, default=own, help="rows (default: the paper's)")
+    gammas_help = "also train dynamic with these gammas (default: four on the club worlds)"
+    add("--gammas", nargs="*", type=gamma, help=gammas_help)
     add("--infer", default="", help="more settings of infer.py, such as '--batch-size 64'")
     add("--at-once", type=positive_int, default=1, help="runs at a time, which share the cores")
     add = parser.add_argument_group("your data").add_argument
@@ -403,18 +415,20 @@ def parse_args(arguments=None):
     add("--launch", default="", help="starts train.py, such as 'torchrun --nproc-per-node 8'")
     add("--base-url", help="predict through the server at this address (see docs/serving.md)")
     add = parser.add_argument_group("the club worlds").add_argument
-    worlds = {"nargs": "*", "type": non_negative_int}
-    add("--worlds", **worlds, default=[0, 1, 2, 3, 4], help="seeds of the test worlds")
-    add("--gamma-worlds", **worlds, default=[100], help="seeds of the development worlds")
+    add(
+        "--worlds",
+        nargs="*",
+        type=non_negative_int,
+        default=range(10),
+        help="seeds of the worlds (default: 0 to 9)",
+    )
     add_plan_options(parser.add_argument_group("on paper").add_argument)
     args = parser.parse_args(arguments[:end])
     args.settings = arguments[end + 1 :]
     if args.paper and args.dry_run and args.train is None:
         args.train, args.valid, args.test = "train.jsonl", "valid.jsonl", "test.jsonl"
-    if args.rows is None:
-        args.rows = ROWS if args.train else ROWS[1:]
     if args.gammas is None:
-        args.gammas = [] if args.train else [0, 0.1, 0.2, 0.4, 0.8, math.inf]
+        args.gammas = [] if args.train else [0.1, 0.2, 0.8, "auto"]
     args.suffix, args.paper_data, args.paper_note, args.defaults = "", {}, None, []
     return args
 
