@@ -214,14 +214,14 @@ def kind_table(groups, scores):
     return markdown(["reasoned, %", *shares], lines) if len(shares) > 2 else None
 
 
-def paired_table(cells, measure):
+def paired_table(compared, measure):
     """A cell minus another on the same posts: difference, interval, a star if p < 0.05.
 
     Over several data sets it is the mean difference, its range, and how often it has a star.
     """
     found = defaultdict(list)
-    for cell, other in pairs(cells):
-        found[f"{cell.row} − {other.row}"].append(scores_of(cell, other))
+    for (cell, other), scores in compared.items():
+        found[f"{cell.row} − {other.row}"].append(scores.result())
     rows = []
     for label, scores in found.items():
         rows.append([label])
@@ -289,20 +289,22 @@ def plot_tokens(groups, scores, path):
     except ImportError:
         info(f"{path}: not drawn; pip install matplotlib")
         return
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    groups = {row: cells for row, cells in groups.items() if not cells[0].never}
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    tokens = [
-        statistics.mean(scores[c]["all"]["tokens"] for c in group) for group in groups.values()
-    ]
     for name, marker in (("all", "o"), ("unseen", "^")):
-        f1 = [
-            statistics.mean(100 * scores[c][name]["F1@1"] for c in group)
-            for group in groups.values()
+        points = [
+            [
+                statistics.mean(scores[cell][part][measure] for cell in cells)
+                for cells in groups.values()
+            ]
+            for part, measure in (("all", "tokens"), (name, "F1@1"))
         ]
-        axes.plot(tokens, f1, marker, label=name)
-    for row, *place in zip(groups, tokens, f1, strict=True):
-        axes.annotate(row, place, (0, 6), textcoords="offset points", rotation=45)
-    axes.set(xlabel="tokens a post", ylabel="F1@1", ylim=(0, 115), xlim=(0, None))
+        axes.plot(*points, marker, label=name)
+    for row, *place in zip(groups, *points, strict=True):
+        axes.annotate(row, place, (0, 6), textcoords="offset points", rotation=60)
+    axes.set(xlabel="tokens a post", ylabel="F1@1", xlim=(0, None), ylim=(0, 1.4))
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -374,12 +376,14 @@ def study(args):
         if not cells:
             continue
         run_all(cells, args)
-        scores = {cell: scores_of(cell) for cell in cells}
+        with ThreadPoolExecutor(args.at_once) as pool:
+            scores = dict(zip(cells, pool.map(scores_of, cells), strict=True))
+            compared = {pair: pool.submit(scores_of, *pair) for pair in pairs(cells)}
         tables = [score_table(groups, scores, paper), kind_table(groups, scores)]
         if len(cells) > len(groups):
             each = {f"{row}{c.args.suffix}": [c] for row, group in groups.items() for c in group}
             tables.append(score_table(each, scores, paper))
-        tables.append(paired_table(cells, paper.get("measure", "F1@1")))
+        tables.append(paired_table(compared, paper.get("measure", "F1@1")))
         if not args.train:
             tables.append(law_table(groups))
         if not by_name:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data import cot_answer, plain_answer
 from tools.clubworld import POSTS, make_clubs, make_posts
 
-NUMBER = 26  # of the post in the training file of world 0
+NUMBER = 2  # of the post in the training file of world 0
 INK, BLUE, GREEN, WHITE = "#24292f", "#0969da", "#1a7f37", "#ffffff"
 
 
