@@ -32,7 +32,7 @@ def main():
         axes.axhline(0.4, color="black", linestyle="--", label="gamma")
         axes.set(yscale="log", ylim=(1e-3, 20), xlabel="step", title=title)
     figure.axes[0].set_ylabel("L(y_s) of a sample")
-    figure.axes[0].legend(markerscale=5)
+    figure.axes[2].legend(markerscale=5, loc="lower left")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
 
 
