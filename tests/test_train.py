@@ -120,7 +120,7 @@ def test_a_wrong_validation_or_test_file_is_told_before_training(
 def test_a_run_that_failed_before_its_first_checkpoint_can_be_started_anew(train_on, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         train_on("run", posts=tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="no run to resume"):
+    with pytest.raises(UserError, match="settings.json: can't be read"):
         train_on("run", "--resume")
     assert (train_on("run") / "last").is_file()
 

@@ -309,12 +309,16 @@ def write_world(out, seed=0, **counts):
 TOY = Path(__file__).parent / "toy"
 
 
+def copy_toy_files(folder, without=()):
+    for file in TOY.iterdir():
+        if file.name not in without:
+            shutil.copyfile(file, Path(folder) / file.name)  # without its permissions
+
+
 def copy_toy(folder):
     """Copy the embedded toy, a Qwen2.5-VL with 1.2 million weights, to a new folder."""
     label = {"version": VERSION, "weights": crc32((TOY / "model.safetensors").read_bytes())}
-    make_folder(
-        folder, "toy.json", label, lambda new: shutil.copytree(TOY, new, dirs_exist_ok=True)
-    )
+    make_folder(folder, "toy.json", label, copy_toy_files)
 
 
 def write_random_toy(folder, seed=0):
@@ -330,8 +334,7 @@ def write_random_toy(folder, seed=0):
             torch.manual_seed(seed)
             auto = transformers.AutoModelForImageTextToText
             auto.from_config(config, dtype=torch.float32).save_pretrained(new)
-        others = shutil.ignore_patterns("config.json", "model.safetensors")
-        shutil.copytree(TOY, new, ignore=others, dirs_exist_ok=True)
+        copy_toy_files(new, without=("config.json", "model.safetensors"))
 
     make_folder(folder, "toy.json", {"version": VERSION, "seed": seed}, fill)
 
@@ -360,9 +363,9 @@ def pretrain(out, worlds=200, count=150):
         subprocess.run(train, check=True)
         trained = checkpoint_of(str(folder / "run"))
         model = transformers.AutoModelForImageTextToText.from_pretrained(trained, dtype="bfloat16")
-        if Path(out) != TOY:
-            shutil.copytree(TOY, out, dirs_exist_ok=True)
         model.save_pretrained(out)
+        if Path(out) != TOY:
+            copy_toy_files(out, without=("config.json", "model.safetensors"))
         follow_umask(out)
 
 
