@@ -459,11 +459,7 @@ class Targets:
         return Targets(*tensors, self.lengths)
 
     def threshold(self, gamma):
-        """What L(y_s) of these plain answers is compared with, (B,).
-
-        It is gamma, or with "auto" ln 2 / n, where an answer of n tokens has the probability 1/2:
-        one that is likelier is what greedy decoding writes.
-        """
+        """gamma of each plain answer, (B,); "auto" is ln 2 / n of its n tokens: p(y_s) = 1/2."""
         n = self.mask.sum(1).float()
         return math.log(2) / n if gamma == "auto" else n.fill_(gamma)
 
