@@ -36,7 +36,7 @@ from support.checkpoint import (
 from support.console import (
     ArgumentParser,
     fraction,
-    gamma,
+    gamma_or_auto,
     non_negative_number,
     number,
     number_or_inf,
@@ -98,7 +98,7 @@ def add_training_options(add):
     mode_help = " ".join(f"{name}: {doc}" for name, doc in docs.items())
     add("--mode", choices=list(MODES), default="dynamic", help=mode_help)
     gamma_help = "reason where L(y_s) is below this; auto: below ln 2 / its n tokens, p(y_s) > 1/2"
-    add("--gamma", type=gamma, default=0.4, help=gamma_help)
+    add("--gamma", type=gamma_or_auto, default=0.4, help=gamma_help)
     add("--epochs", type=positive_number, default=5, help="passes over the posts, such as 2.5")
     add("--batch-size", type=positive_int, default=32, help="posts per step, over all GPUs")
     add("--lr", type=positive_number, default=5e-5, help="peak learning rate")

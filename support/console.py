@@ -49,7 +49,7 @@ def number(name, is_right):
     return convert
 
 
-def gamma(text):
+def gamma_or_auto(text):
     """argparse type: a number that L(y_s) is compared with, or "auto"."""
     return text if text == "auto" else number_or_inf(text)
 

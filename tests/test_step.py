@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib
+import textwrap
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import train
 from data import Targets, padded
 from model import FAMILIES, TokenLoss
-from tiny import batch_of, lines, literal, random_posts, tiny_model, train_alone
+from tiny import ROOT, batch_of, lines, literal, random_posts, tiny_model, train_alone
 from train import MODES, TrainingStep
 
 GRIDS = [(4, 4), (2, 6), None, (6, 4), (2, 2), (4, 2)]
@@ -245,3 +246,17 @@ def test_one_more_mode_is_a_function_and_a_row(tmp_path, world, monkeypatch):
     train_alone(*files, options)
     (line,) = lines(tmp_path / "run" / "log.jsonl")
     assert line["cot_share"] == 0.5 and line["plain_loss"] is None
+
+
+def test_the_mode_in_the_docs_is_the_opposite_of_dynamic(model, posts, median_gamma):
+    """docs/contributing.md's recipe, as it stands there."""
+    docs = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    recipe = docs.partition("for instance:\n\n")[2].partition("\n\n`dropout`")[0]
+    names = vars(train) | {"MODES": {}}
+    exec(textwrap.dedent(recipe), names)
+    step, batch = TrainingStep(model, "dynamic", median_gamma), batch_of(posts)
+    _, _, chosen = step(batch)
+    step.mode = names["MODES"]["hard"]
+    loss, _, use_cot = step(batch)
+    assert torch.equal(use_cot, ~chosen & batch.has_cot) and use_cot.sum() > 0
+    assert_chosen_losses(model, posts, loss, use_cot)

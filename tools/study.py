@@ -33,7 +33,7 @@ from support.checkpoint import changed_settings, read_pointer
 from support.console import (
     ArgumentParser,
     fraction,
-    gamma,
+    gamma_or_auto,
     info,
     non_negative_number,
     number,
@@ -263,11 +263,8 @@ def direct_answers(cell):
     tokens of y_s with the end of turn, and of the probability that no <think> begins the answer.
     """
     posts = data.Posts(Path(cell.args.train).with_name("valid.jsonl"), for_training=True)
-    easy = [
-        index
-        for index, post in enumerate(map(posts.__getitem__, range(len(posts))))
-        if post["kind"] in "ABC" and not post["held_out"]
-    ]
+    easy = [i for i in range(len(posts)) if posts[i]["kind"] in "ABC"]
+    easy = [i for i in easy if not posts[i]["held_out"]]
     gamma = train.parse_args(cell.train_options()).gamma
     model, encoder, _ = load(str(cell.folder / "last"))
     encoded, found = data.EncodedPosts(posts, encoder, with_answers=True), []
@@ -301,7 +298,7 @@ def plot_tokens(groups, scores, path):
             for part, measure in (("all", "tokens"), (name, "F1@1"))
         ]
         axes.plot(*points, marker, label=name)
-    for row, *place in zip(groups, *points, strict=True):
+    for row, *place in zip(groups, *points, strict=True):  # named at its unseen keyphrases
         axes.annotate(row, place, (0, 6), textcoords="offset points", rotation=60)
     axes.set(xlabel="tokens a post", ylabel="F1@1", xlim=(0, None), ylim=(0, 1.4))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -406,7 +403,7 @@ def parse_args(arguments=None):
     own = [row for row in ROWS if row != "dropout"]  # of the paper
     add("--rows", nargs="*", choices=ROWS, default=own, help="rows (default: the paper's)")
     gammas_help = "also train dynamic with these gammas (default: four on the club worlds)"
-    add("--gammas", nargs="*", type=gamma, help=gammas_help)
+    add("--gammas", nargs="*", type=gamma_or_auto, help=gammas_help)
     add("--infer", default="", help="more settings of infer.py, such as '--batch-size 64'")
     add("--at-once", type=positive_int, default=1, help="runs at a time, which share the cores")
     add = parser.add_argument_group("your data").add_argument
