@@ -1,4 +1,5 @@
 import functools
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -116,14 +117,22 @@ def test_it_is_written_beside_a_run(tmp_path, monkeypatch):
 
 def test_clubs_are_told_apart_by_each_of_their_facts():
     clubs = make_clubs(100)
-    assert Counter(club.held_out for club in clubs) == {"test": 4, "valid": 4, None: 16}
-    assert len({club.nickname for club in clubs}) == len({club.city for club in clubs}) == 24
-    assert len({frozenset(club.colours) for club in clubs}) == 24
+    assert Counter(club.held_out for club in clubs) == {"test": 4, "valid": 4, None: 12}
+    assert len({club.nickname for club in clubs}) == len({club.city for club in clubs}) == 20
+    assert len({frozenset(club.colours) for club in clubs}) == 20
     assert all((club.kept_event is None) == bool(club.held_out) for club in clubs)
     assert [club.shirt for club in clubs] != [club.shirt for club in make_clubs(101)]
     # The same random draws, so that only the shirt can differ.
     images = [clubworld.draw_shirt(np.random.default_rng(7), club) for club in clubs]
-    assert len({image.tobytes() for image in images}) == 24
+    assert len({image.tobytes() for image in images}) == 20
+
+
+def test_no_two_pairs_of_colours_blend_into_one():
+    colours = np.array(list(clubworld.COLOURS.values()))
+    means = np.array([pair.mean(0) for pair in map(np.array, itertools.combinations(colours, 2))])
+    lights = np.linspace(0.85 / 1.05, 1.05 / 0.85, 9)[:, None, None, None]
+    distances = np.linalg.norm(means - lights * means[:, None], axis=-1).min(0)
+    assert np.sort(distances, axis=None)[len(means)] > 30  # 8 in version 2: a club was mistaken
 
 
 def test_shares_of_the_kinds(posts):
@@ -143,7 +152,7 @@ def test_what_is_held_out_of_training(posts):
     }
     events = {f"{club.city} {club.kept_event}" for club in clubs if club.kept_event}
     kept_back = of_clubs["valid"] | of_clubs["test"] | events
-    assert len(kept_back) == 4 * 6 + 4 * 6 + 16
+    assert len(kept_back) == 4 * 6 + 4 * 6 + 12
     assert not kept_back & {record["keyphrases"][0] for record in posts["train"]}
     for name, unseen in of_clubs.items():
         b_posts = of_kind(posts[name], "B")

@@ -3,7 +3,7 @@
     python -m tools.clubworld --out DIR
     python -m tools.clubworld pretrain        # makes the embedded toy anew, in minutes
 
-There are 24 football clubs, each with a shirt, a nickname and a home city. Two facts about a club
+There are 20 football clubs, each with a shirt, a nickname and a home city. Two facts about a club
 can be learned: whose shirt this is, and where that club plays. Posts are of five kinds:
 
     kind  image      text                    keyphrase                                 facts needed
@@ -44,10 +44,10 @@ from support.checkpoint import checkpoint_of
 from support.console import ArgumentParser, info, positive_int, progress, writing
 from support.jsonl import follow_umask
 
-VERSION = 2  # of the posts: a folder that another version wrote is refused
+VERSION = 3  # of the posts: a folder that another version wrote is refused
 SIZE = 84  # pixels: 6 x 6 patches of 14 pixels, 3 x 3 image tokens
 KINDS = {"A": 0.15, "B": 0.25, "C": 0.12, "D": 0.08, "E": 0.40}  # share of the posts
-CLUBS = 24
+CLUBS = 20
 HELD_OUT = {"valid": 4, "test": 4}  # of them, clubs whose B posts are in that file alone
 PRETRAINING = 1_000  # the first world that the toy is pretrained on; none below is used for it
 POSTS = {"train": 9_600, "valid": 400, "test": 1_000}
@@ -60,7 +60,8 @@ TOY_DEFAULTS |= dict(valid_posts=200, max_new_tokens=64)  # how train.py trains 
 # tokens, so the length of the mood tags decides how large gamma can be before they look easy, too.
 # In the thoughts the city follows the nickname's own token, so that recalling it is one step. After
 # "the foxes play in" models read the city off the shirt instead, which they can't learn for a
-# held-out club's.
+# held-out club's. The colours are such that no two pairs have nearly the same mean in any light,
+# for that is most of what the model sees of small checks.
 
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text())
 COLOURS, PATTERNS = WORDS["colours"], WORDS["patterns"]
