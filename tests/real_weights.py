@@ -11,7 +11,7 @@ The two text files are CMKP's (github.com/yuewang-cuhk/CMKP); the validation pos
 posts here, for a pass over them fits a CPU. Into --out go
 
     model        SmolLM2 as a Qwen2.5-VL: its logits are compared, bit for bit
-    train.jsonl  the posts to train on, without images
+    train.jsonl  the posts to train on, without images, with reasonings by a rule
     test.jsonl   the test posts in random parts, each from short to long, for little padding
     prompt.txt   a short prompt: a step's price is that of its tokens
 
@@ -20,6 +20,7 @@ on a CPU. docs/results.md has the commands that train and score, and what came o
 """
 
 import argparse
+import json
 import random
 import runpy
 import subprocess
@@ -123,12 +124,25 @@ def make(args):
         command += ["--images", "none", "--out"]
         subprocess.run([*command, (args.out / f"{name}.jsonl").resolve()], cwd=ROOT, check=True)
     (args.out / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    lines = (args.out / "train.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    posts = [post | {"cot": explain(post), "teacher": "a rule"} for post in map(json.loads, lines)]
+    (args.out / "train.jsonl").write_text("\n".join(map(json.dumps, posts)) + "\n")
     test = args.out / "test.jsonl"
     with open(test, encoding="utf-8") as file:
         posts = list(file)
     random.Random(0).shuffle(posts)
     parts = [sorted(posts[i : i + PART], key=len) for i in range(0, len(posts), PART)]
     test.write_text("".join(map("".join, parts)), encoding="utf-8")
+
+
+def explain(post):
+    """A reasoning by rule: which of a keyphrase's words stand in the text, and after which word."""
+    words, thoughts = ["the start", *post["text"].split()], []
+    for keyphrase in post["keyphrases"]:
+        found = [word for word in keyphrase.split() if word in words[1:]]
+        places = [f"{word} after {words[words.index(word, 1) - 1]}" for word in found]
+        thoughts.append(f"{keyphrase}: the post says {', '.join(places) or 'none of its words'}.")
+    return " ".join(thoughts)
 
 
 def run_in_bf16(command):

@@ -174,7 +174,8 @@ def score_table(groups, scores, paper):
     """A line for each group: {label: cells}; the paper's figures stand beside ours."""
     measure, figures = paper.get("measure", "F1@1"), paper.get("figures", {})
     known = [name for name in CLASSES if any(name in figures.get(row, {}) for row in groups)]
-    titles = [measure, *CLASSES, "tokens a post", "reasoned", "steps", "training"]
+    lowest = ["lowest Unseen"] * any(len(cells) > 1 for cells in groups.values())
+    titles = [measure, *CLASSES, *lowest, "tokens a post", "reasoned", "steps", "training"]
     titles += ["training time, sft = 1", *(f"{name}, paper's {paper['model']}" for name in known)]
     seconds = {cell: training_seconds(cell) for cells in groups.values() for cell in cells}
     sft = {cell.args.suffix: time for cell, time in seconds.items() if cell.mode == "sft"}
@@ -186,6 +187,7 @@ def score_table(groups, scores, paper):
             [
                 label,
                 *(percent([entry[name.lower()] for entry in found], measure) for name in CLASSES),
+                *(f"{100 * min(entry['unseen'][measure] for entry in found):.1f}" for _ in lowest),
                 spread([entry["all"]["tokens"] for entry in found]),
                 spread([100 * entry["all"]["reasoned"] for entry in found]) + "%",
                 spread([len(steps_of(cell)) for cell in cells], 0),
