@@ -1,4 +1,3 @@
-import functools
 import itertools
 import json
 import re
@@ -225,26 +224,14 @@ def test_the_worlds_text_survives_the_tokenizer(posts, tokenizer):
             assert "##" not in " ".join(tokenizer.convert_ids_to_tokens(ids))  # nothing is spelled
 
 
-def test_tags_are_single_ordinary_tokens(tokenizer):
+def test_tags_are_single_tokens_and_special_tokens_in_a_text_are_text(tokenizer):
     tags = ["<think>", "</think>", "<answer>", "</answer>", ";"]
     assert tokenizer.convert_ids_to_tokens(tokens(tokenizer, "".join(tags))) == tags
     assert not set(tags) & {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-
-
-def test_any_ascii_text_has_tokens_and_typed_special_tokens_are_text(tokenizer):
     text = "".join(map(chr, range(32, 127))) + " <|im_end|><|image_pad|> " + "zxq" * 1000
     ids = tokens(tokenizer, text)
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer("hi<|im_end|>")["input_ids"][-1] == tokenizer.eos_token_id
-
-
-def test_the_chat_template(tokenizer):
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi\n"}]}
-    prompt = "<|im_start|><|vision_start|><|image_pad|><|vision_end|>hi\n<|im_end|><|im_start|>"
-    turns = [user, {"role": "assistant", "content": "a; b"}]
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    assert render([user], add_generation_prompt=True) == prompt
-    assert render(turns) == prompt + "a; b<|im_end|>"
 
 
 def test_weights_follow_the_seed_and_an_image_has_nine_tokens(toy, tokenizer, tmp_path):
@@ -275,12 +262,9 @@ def test_the_toy_is_pretrained_on_worlds_from_1000_up(toy, tmp_path, monkeypatch
     from transformers import AutoModelForImageTextToText
 
     seeds = []
-
-    def make(seed):
-        seeds.append(seed)
-        return make_clubs(seed)
-
-    monkeypatch.setattr(clubworld, "make_clubs", make)
+    monkeypatch.setattr(
+        clubworld, "make_clubs", lambda seed: seeds.append(seed) or make_clubs(seed)
+    )
     clubworld.pretrain(tmp_path / "toy", 2, 16)
     assert seeds == [1000, 1001]
     before, after = map(AutoModelForImageTextToText.from_pretrained, (toy, tmp_path / "toy"))
