@@ -189,7 +189,7 @@ class TrainingStep(nn.Module):
         prompt = read_prompt(self.model, batch.prompt)  # image and prompt, once
         with torch.no_grad():
             plain_loss = answer_loss(self.model, prompt, batch.plain)  # L(y_s)
-        gamma = batch.plain.threshold(self.gamma)  # of each sample: the place for another gate
+        gamma = batch.plain.threshold(self.gamma)  # (B,); a rule of your own goes here
         use_cot = (plain_loss < gamma) & batch.has_cot
         target = batch.cot.where(use_cot, batch.plain)
         return answer_loss(self.model, prompt, target), plain_loss, use_cot

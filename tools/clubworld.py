@@ -59,8 +59,8 @@ TOY_DEFAULTS |= dict(valid_posts=200, max_new_tokens=64)  # how train.py trains 
 # at most, every other keyphrase at least three: gamma is compared with a mean over the answer's
 # tokens, so the length of the mood tags decides how large gamma can be before they look easy, too.
 # In the thoughts the city follows the nickname's own token, so that recalling it is one step. After
-# "the foxes play in" models read the city off the shirt instead, which they can't learn for a
-# held-out club's. The colours are such that no two pairs have nearly the same mean in any light,
+# "the foxes play in" models read the city off the shirt instead. For a held-out club's shirt they
+# can't learn that. The colours are such that no two pairs have nearly the same mean in any light,
 # for that is most of what the model sees of small checks.
 
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text())
@@ -97,7 +97,7 @@ def add_small_talk(rng, text):
 
 @dataclass(frozen=True)
 class Club:
-    """A club. The one that is held out for a file has B posts there alone.
+    """A club. One that is held out for a file has B posts in that file only.
 
     Each of the others lacks one event in training and validation.
     """
