@@ -183,10 +183,9 @@ def test_a_club_world_is_a_data_set_like_any_other(world, tmp_path, scripts, mon
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     ours = [line for line in lines if line[0] == "| dynamic" and len(line) == 11]
     assert [(line[-3], line[-1]) for line in ours] == [("8", "2.00 |"), ("4", "1.00 |")]
-    values = [100 * scores[f"dynamic-{seed}"]["all"]["F1@1"] for seed in (0, 1)]
-    assert ours[0][1].startswith(f"{sum(values) / 2:.1f}")
-    lowest = min(100 * scores[f"dynamic-{seed}"]["unseen"]["F1@1"] for seed in (0, 1))
-    assert ours[0][5] == f"{lowest:.1f}"
+    for name, column, of in (("all", 1, lambda pair: sum(pair) / 2), ("unseen", 5, min)):
+        values = [100 * scores[f"dynamic-{seed}"][name]["F1@1"] for seed in (0, 1)]
+        assert ours[0][column].startswith(f"{of(values):.1f}")
     assert ["| reasoned, %", "all", "unseen", *"ABCD", "E |"] in lines
     start = lines.index(["| A to C", "L(y_s)", "p(y_s)", "exp(−gamma · n)", "p(direct) |"]) + 2
     law = [[float(figure.split()[0]) for figure in line[1:]] for line in lines[start : start + 3]]
