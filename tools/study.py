@@ -300,8 +300,10 @@ def plot_tokens(groups, scores, path):
             for part, measure in (("all", "tokens"), (name, "F1@1"))
         ]
         axes.plot(*points, marker, label=name)
-    for row, *place in zip(groups, *points, strict=True):  # named at its unseen keyphrases
-        axes.annotate(row, place, (0, 6), textcoords="offset points", rotation=60)
+    # Named at its unseen keyphrases, in turn above and below: near points don't share a place.
+    for turn, (*place, row) in enumerate(sorted(zip(*points, groups, strict=True))):
+        side = {"xytext": (0, 6)} if turn % 2 else {"xytext": (0, -6), "ha": "right", "va": "top"}
+        axes.annotate(row, place, textcoords="offset points", rotation=60, **side)
     axes.set(xlabel="tokens a post", ylabel="F1@1", xlim=(0, None), ylim=(0, 1.4))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.legend(frameon=False)
