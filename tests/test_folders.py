@@ -208,11 +208,7 @@ def held_commands(world, out):
         "tools.gallery": ([world / "preds.jsonl", posts, "--out", out / "g.html"], out / "g.html"),
         "tools.merge": ([world / "toy", out / "merged"], out / "merged"),
         "tools.dataset": (
-            [
-                "split --overlap 0.75 --test 16 --valid 0 --out",
-                out,
-                world / "train.jsonl",
-            ],
+            ["split --test 16 --valid 0 --out", out, world / "train.jsonl"],
             out / "train.jsonl",
         ),
         "tools.study": (["--out", out], out / "tables.md"),
