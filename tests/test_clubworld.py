@@ -234,6 +234,14 @@ def test_tags_are_single_tokens_and_special_tokens_in_a_text_are_text(tokenizer)
     assert tokenizer("hi<|im_end|>")["input_ids"][-1] == tokenizer.eos_token_id
 
 
+def test_the_chat_template(tokenizer):
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi\n"}]}
+    prompt = "<|im_start|><|vision_start|><|image_pad|><|vision_end|>hi\n<|im_end|><|im_start|>"
+    turns, render = [user, {"role": "assistant", "content": "a; b"}], tokenizer.apply_chat_template
+    assert render([user], add_generation_prompt=True, tokenize=False) == prompt
+    assert render(turns, tokenize=False) == prompt + "a; b<|im_end|>"
+
+
 def test_weights_follow_the_seed_and_an_image_has_nine_tokens(toy, tokenizer, tmp_path):
     import torch
     from transformers import AutoConfig, AutoImageProcessor
@@ -262,9 +270,7 @@ def test_the_toy_is_pretrained_on_worlds_from_1000_up(toy, tmp_path, monkeypatch
     from transformers import AutoModelForImageTextToText
 
     seeds = []
-    monkeypatch.setattr(
-        clubworld, "make_clubs", lambda seed: seeds.append(seed) or make_clubs(seed)
-    )
+    monkeypatch.setattr(clubworld, "make_clubs", lambda n: seeds.append(n) or make_clubs(n))
     clubworld.pretrain(tmp_path / "toy", 2, 16)
     assert seeds == [1000, 1001]
     before, after = map(AutoModelForImageTextToText.from_pretrained, (toy, tmp_path / "toy"))

@@ -200,17 +200,14 @@ def test_what_is_written_follows_the_umask(
 
 def held_commands(world, out):
     """{command: (arguments, the file that a first run has locked)}."""
-    toy, posts = ["--model", world / "toy"], world / "test.jsonl"
+    toy, posts, train = ["--model", world / "toy"], world / "test.jsonl", world / "train.jsonl"
     return {
-        "train": ([*toy, "--train", world / "train.jsonl", "--out", out], out / "log.jsonl"),
+        "train": ([*toy, "--train", train, "--out", out], out / "log.jsonl"),
         "infer": (["--data", posts, *toy, "--out", out / "p.jsonl"], out / "p.jsonl"),
         "gen_cot": ([posts, "--model x --out", out / "p.jsonl"], out / "p.jsonl"),
         "tools.gallery": ([world / "preds.jsonl", posts, "--out", out / "g.html"], out / "g.html"),
         "tools.merge": ([world / "toy", out / "merged"], out / "merged"),
-        "tools.dataset": (
-            ["split --test 16 --valid 0 --out", out, world / "train.jsonl"],
-            out / "train.jsonl",
-        ),
+        "tools.dataset": (["split --test 16 --valid 0 --out", out, train], out / "train.jsonl"),
         "tools.study": (["--out", out], out / "tables.md"),
     }
 
