@@ -20,7 +20,7 @@ from evaluate import UserError
 from server import Server
 from support.log import TrainingLog
 from tiny import call, lines, words, write
-from tools import study
+from tools import study, tables
 
 SIZES = "--epochs 1 --batch-size 8 --micro-batch 8 --lr 1e-3 --workers 0 --max-new-tokens 4"
 
@@ -120,30 +120,30 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     assert ["--resume" in command for command in trained] == [True, False, False, False]
     rows = words("sft cot multitask dynamic dynamic-gammainf")  # the paper's
     for row in rows:
-        log = study.read(out / row / "log.jsonl")
+        log = tables.read(out / row / "log.jsonl")
         assert [line["step"] for line in log if "loss" in line] == [*range(1, 6)], row
         if "dynamic" not in row:  # whose probe the log doesn't count
             assert tokens[row] == f"{sum(line.get('tokens', 0) for line in log):.3g} tokens", row
     scores = json.loads((out / "scores.json").read_text())
     assert [*scores] == ["zero-shot", *rows]
     assert all(entry["all"]["posts"] == 12 for entry in scores.values())
-    tables = (out / "tables.md").read_text()
-    sft = next(line for line in tables.splitlines() if line.startswith("| sft |"))
+    page = (out / "tables.md").read_text()
+    sft = next(line for line in page.splitlines() if line.startswith("| sft |"))
     assert sft.endswith("| 60.83 |")
     assert re.search(
-        "The paper's .* none for a model of 0.000 billion parameters.\n\n\\| F1@1", tables
+        "The paper's .* none for a model of 0.000 billion parameters.\n\n\\| F1@1", page
     )
     low, high = (100 * end for end in scores["sft"]["all"]["interval"]["F1@1"])
     assert sft.startswith(
         f"| sft | {100 * scores['sft']['all']['F1@1']:.1f} ({low:.1f}–{high:.1f})"
     )
-    assert sum(line.startswith("| dynamic − ") for line in tables.splitlines()) == 4
-    assert capsys.readouterr().out == f"{tables}\n"  # the tables alone are on stdout
+    assert sum(line.startswith("| dynamic − ") for line in page.splitlines()) == 4
+    assert capsys.readouterr().out == f"{page}\n"  # the tables alone are on stdout
 
     del scripts[:]
     call(monkeypatch, study, *everything)
     assert "train.py" not in [command[0] for command in scripts]
-    assert (out / "tables.md").read_text() == tables
+    assert (out / "tables.md").read_text() == page
     with pytest.raises(UserError, match="the inference of zero-shot ended with 1"):
         call(monkeypatch, study, "--infer", "--max-new-tokens 3", *everything)
     with pytest.raises(UserError, match="training of sft ended with 1; "):
@@ -171,7 +171,7 @@ def test_a_club_world_is_a_data_set_like_any_other(world, tmp_path, scripts, mon
     monkeypatch.setattr(study, "write_beside", lambda out, seed: names | {"model": world / "toy"})
     seconds = {"sft": 1, "dynamic": 2}  # of a step
     monkeypatch.setattr(
-        study, "training_seconds", lambda cell: seconds[cell.mode] * len(study.steps_of(cell))
+        tables, "training_seconds", lambda cell: seconds[cell.mode] * len(tables.steps_of(cell))
     )
     some = "--rows sft dynamic --worlds 0 1 --gammas 0.2 inf --"
     call(monkeypatch, study, *words("--out", tmp_path, some, SIZES))
