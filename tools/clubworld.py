@@ -59,9 +59,8 @@ TOY_DEFAULTS |= dict(valid_posts=200, max_new_tokens=64)  # how train.py trains 
 # at most, every other keyphrase at least three: gamma is compared with a mean over the answer's
 # tokens, so the length of the mood tags decides how large gamma can be before they look easy, too.
 # In the thoughts the city follows the nickname's own token, so that recalling it is one step. After
-# "the foxes play in" models read the city off the shirt instead. For a held-out club's shirt they
-# can't learn that. The colours are such that no two pairs have nearly the same mean in any light,
-# for that is most of what the model sees of small checks.
+# "the foxes play in" models read the city off the shirt instead, which fails for held-out clubs.
+# No two pairs of colours have nearly the same mean: a model sees little more of small checks.
 
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text())
 COLOURS, PATTERNS = WORDS["colours"], WORDS["patterns"]

@@ -193,7 +193,8 @@ def plot_tokens(groups, scores, path):
         axes.plot(tokens, f1 := means(name, "F1@1"), marker, label=name)
     # Named at its unseen keyphrases, in turn above and below: near points don't share a place.
     for turn, (*place, row) in enumerate(sorted(zip(tokens, f1, groups, strict=True))):
-        side = {"xytext": (0, 6)} if turn % 2 else {"xytext": (0, -6), "ha": "right", "va": "top"}
+        below = turn % 2 == 0 and place[1] > 0.5
+        side = {"xytext": (0, -6), "ha": "right", "va": "top"} if below else {"xytext": (0, 6)}
         axes.annotate(row, place, textcoords="offset points", rotation=60, **side)
     axes.set(xlabel="tokens a post", ylabel="F1@1", xlim=(0, None), ylim=(0, 1.4))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
