@@ -31,7 +31,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from published import QWEN3_TEMPLATE, write_image_processor  # noqa: E402
 
 MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TEXTS = ["The capital of France is", "so excited to see these two at kca tomorrow ! 2 19 #kca"]
@@ -41,6 +40,7 @@ PROMPT = "Post: {text}\nHashtags:"
 
 def read_source(gguf):
     """(tokenizer, Llama in float32) of a GGUF file; the tokenizer gets what a Qwen-VL's has."""
+    from published import QWEN3_TEMPLATE
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
@@ -112,6 +112,8 @@ def check(folder, llama, tokenizer):
 
 
 def make(args):
+    from published import write_image_processor
+
     folder = args.out / "model"
     folder.mkdir(parents=True)
     tokenizer, llama = read_source(args.gguf)
@@ -149,7 +151,8 @@ def run_in_bf16(command):
     """Run a script, train.py or infer.py, with its arguments."""
     from support import distributed
 
-    distributed.compute_dtype = lambda device: torch.bfloat16  # before the scripts import it
+    assert "model" not in sys.modules  # it imports compute_dtype by name
+    distributed.compute_dtype = lambda device: torch.bfloat16
     sys.argv = [str(ROOT / command[0]), *command[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
