@@ -731,7 +731,7 @@ def parse_args(arguments=None):
     add("references", help="file of posts, JSONL or text")
     add("--train", metavar="FILE", help="training posts: scores seen and unseen keyphrases")
     add("--against", metavar="FILE", help="another system's predictions: compares the two")
-    add("--all", action="store_true", help="with --against: every measure, not F1@1 and F1@M alone")
+    add("--all", action="store_true", help="with --against: six measures, not F1@1 and F1@M alone")
     rounds = f"rounds of resampling for 95%% intervals (default: 0, or {ROUNDS} with --against)"
     add("--bootstrap", metavar="N", type=non_negative_int, default=0, help=rounds)
     add("--seed", type=non_negative_int, default=0, help="seed of the resampling (default: 0)")

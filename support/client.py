@@ -41,7 +41,7 @@ GIVE_UP_AFTER = 100  # posts in a row without a reply
 def add_server_options(parser):
     """Add the options of a `Client`."""
     add = parser.add_argument
-    key_help = "environment variable with the server's key; where it is not set, 'none' is sent"
+    key_help = "environment variable with the server's key; without OPENAI_API_KEY, 'none' is sent"
     add("--api-key-env", metavar="NAME", default=KEY, help=key_help)
     header_help = "header with the value of a variable; api-key=AZURE_KEY replaces --api-key-env"
     add("--header", metavar="NAME=VARIABLE", action="append", help=header_help)

@@ -40,8 +40,9 @@ PROMPT = "Post: {text}\nHashtags:"
 
 def read_source(gguf):
     """(tokenizer, Llama in float32) of a GGUF file; the tokenizer gets what a Qwen-VL's has."""
-    from published import QWEN3_TEMPLATE
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from published import QWEN3_TEMPLATE
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     llama = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
