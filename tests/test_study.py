@@ -87,16 +87,20 @@ def planned(monkeypatch, capsys, arguments):
     call(monkeypatch, study, *arguments[:split], "--dry-run", *arguments[split:])
     lines = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line)[1:] for line in lines if not line.startswith("#") and line]
-    costs = {
-        line: lines[place + 1] for place, line in enumerate(lines) if line.endswith(": training")
-    }
+    costs = {line: lines[at + 1] for at, line in enumerate(lines) if line.endswith(": training")}
     tokens = {line[2:].partition(":")[0]: cost.split(", ")[1] for line, cost in costs.items()}
     return [[os.path.basename(script), *rest] for script, *rest in commands], tokens
 
 
 def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkeypatch, capsys):
     out, end_step = tmp_path / "out", TrainingLog.end_step
-    prompt = ["--prompt-file", Path(files[1]).with_name("prompt.txt")]
+    train = Path(files[1])
+    prompt = ["--prompt-file", train.with_name("prompt.txt")]
+    posts = lines(train)[:12]  # no unseen keyphrases, and `kind` is the user's own
+    for post, kind in zip(posts, [None, 1, "a"] * 4, strict=True):
+        post["kind"] = kind
+    posts[1]["image"] = "missing.png"
+    files = [*files, "--test", str(write(tmp_path / "test.jsonl", posts))]
 
     def stop_cot(log, step, *rest):
         end_step(log, step, *rest)
@@ -130,9 +134,7 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     page = (out / "tables.md").read_text()
     sft = next(line for line in page.splitlines() if line.startswith("| sft |"))
     assert sft.endswith("| 60.83 |")
-    assert re.search(
-        "The paper's .* none for a model of 0.000 billion parameters.\n\n\\| F1@1", page
-    )
+    assert re.search("The paper's .* none for a model of 0.000 billion .*\n\n\\| F1@1", page)
     low, high = (100 * end for end in scores["sft"]["all"]["interval"]["F1@1"])
     assert sft.startswith(
         f"| sft | {100 * scores['sft']['all']['F1@1']:.1f} ({low:.1f}–{high:.1f})"
@@ -211,9 +213,7 @@ def test_mmkp_360k_on_paper(size, epochs, monkeypatch, capsys):
     call(monkeypatch, study, *words(*model), *launch, *words(lengths))
     lines = capsys.readouterr().out.splitlines()
     trained = [place for place, line in enumerate(lines) if "train.py" in line]
-    assert [shlex.split(lines[place])[:3] for place in trained] == 4 * [
-        [*words(launch[1]), "train.py"]
-    ]
+    assert [shlex.split(lines[at])[:3] for at in trained] == 4 * [[*words(launch[1]), "train.py"]]
     for place in trained:
         assert f"--lr 3e-05 --epochs {epochs} --gamma 0.4" in lines[place]
         assert f"# {math.ceil(330614 / 32) * epochs:,} steps, " in lines[place - 1]

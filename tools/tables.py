@@ -35,9 +35,10 @@ def training_seconds(cell):
 def section(groups, scores, compared, paper):
     """All tables of {label: cells}, with each cell's scores and those of compared pairs."""
     each = {f"{row}{c.args.suffix}": [c] for row, cells in groups.items() for c in cells}
-    tables = [score_table(groups, scores, paper), kind_table(groups, scores)]
+    clubs = {row: cells for row, cells in groups.items() if cells[0].args.suffix}
+    tables = [score_table(groups, scores, paper), kind_table(clubs, scores)]
     tables += [score_table(each, scores, paper)] if len(each) > len(groups) else []
-    tables += [paired_table(compared, paper.get("measure", "F1@1")), law_table(groups)]
+    tables += [paired_table(compared, paper.get("measure", "F1@1")), law_table(clubs)]
     return "\n".join(filter(None, tables))
 
 
@@ -94,7 +95,7 @@ def score_table(groups, scores, paper):
 
 
 def kind_table(groups, scores):
-    """The share of posts that are reasoned about, by their field "kind"; None without kinds."""
+    """The share of a club world's posts that are reasoned about, by kind; None without rows."""
     lines, shares = [], {}
     for label, cells in groups.items():
         shares = defaultdict(list)
@@ -102,12 +103,12 @@ def kind_table(groups, scores):
             for name in ("all", "unseen"):
                 shares[name].append(100 * scores[cell][name]["reasoned"])
             thinks = {line["id"]: line["think"] is not None for line in read(cell.predictions)}
-            kinds = {post["id"]: post["kind"] for post in read(cell.args.test) if "kind" in post}
+            kinds = {post["id"]: post["kind"] for post in read(cell.args.test)}
             for kind in sorted(set(kinds.values())):
                 thought = [thinks[post] for post in kinds if kinds[post] == kind]
                 shares[kind].append(100 * statistics.mean(thought))
         lines.append([label, *map(spread, shares.values())])
-    return markdown(["reasoned, %", *shares], lines) if len(shares) > 2 else None
+    return markdown(["reasoned, %", *shares], lines) if lines else None
 
 
 def paired_table(compared, measure):
@@ -141,10 +142,10 @@ def signed(entries):
 
 
 def law_table(groups):
-    """How often models of the club worlds (whose runs have a suffix) answer directly."""
+    """How often models of the club worlds answer directly; None without rows."""
     rows = []
     for label, cells in groups.items():
-        if cells[0].args.suffix and cells[0].mode == "dynamic" and not cells[0].never:
+        if cells[0].mode == "dynamic" and not cells[0].never:
             found = zip(*map(direct_answers, cells), strict=True)
             rows.append([label, *(spread(figures, 3) for figures in found)])
     titles = ["A to C", "L(y_s)", "p(y_s)", "exp(−gamma · n)", "p(direct)"]
