@@ -133,9 +133,8 @@ def parse_args(arguments=None, parser=None):
     elif given.train is None:
         parser.set_defaults(**TOY_DEFAULTS)
     elif given.model and (Path(checkpoint_of(given.model)) / "toy.json").is_file():
-        parser.set_defaults(
-            **{name: TOY_DEFAULTS[name] for name in ("lr", "warmup", "micro_batch")}
-        )
+        toy = {name: TOY_DEFAULTS[name] for name in ("lr", "warmup", "micro_batch")}
+        parser.set_defaults(**toy)
     args = parser.parse_args(arguments)
     if args.freeze_vision is None:
         args.freeze_vision = args.lora is not None
@@ -250,12 +249,13 @@ def train(args, ranks):
             optimizer.zero_grad()
             log.end_step(step, lr, norm, micro_batches)
             is_due = order.ends_epoch(step) or step % (args.save_every or len(order)) == 0
-            if is_due or ranks.any(stop.asked):
+            if is_due or log.refusal or ranks.any(stop.asked):
                 checkpoints.save(step)
+                if log.refusal:
+                    raise ranks.error(log.refusal)
                 if ranks.any(stop.asked):  # perhaps during the save
-                    stop.leave(
-                        f"stopped after step {step} of {len(order)}; --resume continues", ranks
-                    )
+                    ranks.info(f"stopped after step {step} of {len(order)}; --resume continues")
+                    stop.leave()
                 validate(step)
                 checkpoints.prune(args.keep)
     return model, encoder, folder

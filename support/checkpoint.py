@@ -53,7 +53,7 @@ def find_model(name, files=MODEL_FILES):
 def checkpoint_of(name):
     """The checkpoint that a run's folder or one of its pointer files names; else `name` itself."""
     path = Path(name)
-    pointers = [path] if path.name in POINTERS else [path / pointer for pointer in POINTERS]
+    pointers = [path, *(path / pointer for pointer in POINTERS)]
     return str(next(filter(None, map(read_pointer, pointers)), name))
 
 
@@ -125,7 +125,7 @@ def write_pointer(run, pointer, name):
 
 def read_pointer(pointer):
     """The checkpoint folder that a pointer file names, None where there is no such file."""
-    if pointer.is_file():
+    if pointer.name in POINTERS and pointer.is_file():
         return pointer.parent / pointer.read_text(encoding="utf-8").strip()
 
 
@@ -369,9 +369,10 @@ def plain_errors():
 
 
 class Stop:
-    """The first SIGTERM or SIGINT sets `asked`; the loop checks it after each step.
+    """SIGTERM and SIGINT set `asked`; the loop checks it after each step.
 
-    A context manager. A second signal, or one inside `at_once()`, ends the process.
+    A context manager. A second SIGINT, or a signal inside `at_once()`, ends the process. A second
+    SIGTERM does not: a cluster's scheduler and torchrun may both send one to each rank.
     """
 
     def __init__(self):
@@ -388,7 +389,7 @@ class Stop:
 
     def handle(self, number, frame):
         self.asked = number
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     @contextlib.contextmanager
     def at_once(self):
@@ -397,7 +398,6 @@ class Stop:
         yield
         self.__enter__()
 
-    def leave(self, text, ranks):
-        """Print `text` and exit with the code of the signal."""
-        ranks.info(text)
+    def leave(self):
+        """Exit with the code of the signal."""
         sys.exit(128 + (self.asked or signal.SIGTERM))

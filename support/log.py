@@ -37,7 +37,7 @@ class TrainingLog(contextlib.ExitStack):
         self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
         self.made_on = None  # the posts and settings of the last evaluation
-        self.truncated, self.told_of_zeros = 0, False
+        self.truncated, self.told_of_zeros, self.refusal = 0, False, None
         self.choices, self.writers, self.board = [], {}, None
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
         kept = ranks.from_rank0(self.open_files, step)
@@ -110,7 +110,7 @@ class TrainingLog(contextlib.ExitStack):
             self.choices.append((batch.ids, plain, use_cot, gamma))
 
     def end_step(self, step, lr, norm, micro_batches):
-        """Write the step's line. Raises UserError once too many posts were skipped."""
+        """Write the step's line."""
         sums = dict(zip(SUMS, self.ranks.all_reduce(self.sums), strict=True))
         if samples := sums["samples"]:  # none where no image can be read
             seconds = time.perf_counter() - self.started
@@ -149,10 +149,9 @@ class TrainingLog(contextlib.ExitStack):
         lines = []
         for ids, *values in self.choices:
             for name, loss, chosen, gamma in zip(ids, *(v.tolist() for v in values), strict=True):
-                loss = number_or_none(round(loss, 6))
-                lines.append({"step": step, "id": name, "plain_loss": loss, "use_cot": chosen})
-                if self.args.gamma == "auto":
-                    lines[-1]["gamma"] = round(gamma, 6)
+                loss, gamma = (number_or_none(round(number, 6)) for number in (loss, gamma))
+                line = {"step": step, "id": name, "plain_loss": loss, "use_cot": chosen}
+                lines.append(line | {"gamma": gamma})
         self.write("choices.jsonl", *self.ranks.all_gather(lines))
         self.choices = []
 
@@ -164,7 +163,7 @@ class TrainingLog(contextlib.ExitStack):
                     self.board.add_scalar(f"{prefix}/{name}", value, step)
 
     def add_skipped(self, step, skipped):
-        """List posts whose image could not be read. Raises UserError once they are too many."""
+        """List posts whose image could not be read; once they are too many, `refusal` says so."""
         for post in skipped:
             if post.id not in self.skipped:
                 self.ranks.info(f"left out: (id {shown(post.id)}) {post.image}: {post.reason}")
@@ -173,10 +172,10 @@ class TrainingLog(contextlib.ExitStack):
             self.write("skipped.jsonl", line)
         allowed = max(3, self.order.count // 100)
         if len(self.skipped) > allowed and not self.args.skip_unreadable:
-            raise self.ranks.error(
+            self.refusal = (
                 f"{plural(len(self.skipped), 'image')} of {plural(self.order.count, 'post')} could "
                 f"not be read: {first_few([*self.skipped.values()])}; see "
-                f"{self.folder / 'skipped.jsonl'}; --skip-unreadable leaves them all out"
+                f"{self.folder / 'skipped.jsonl'}; --resume --skip-unreadable leaves them all out"
             )
 
     def add_evaluation(self, step, scores):
@@ -210,7 +209,7 @@ class TrainingLog(contextlib.ExitStack):
 
 
 def number_or_none(value):
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None
 
 
 def tensorboard_writer():

@@ -173,6 +173,11 @@ def test_a_model_that_is_not_there_is_told_with_the_runs_that_are(tmp_path, monk
     for name in ("out/runn", "./out/runn"):  # the first could be one of the hub
         with pytest.raises(UserError, match="; runs there: out/run$"):
             checkpoint.find_model(name)
+    (tmp_path / "out" / "best" / "step-3").mkdir(parents=True)
+    (tmp_path / "out" / "best" / "step-3" / "config.json").write_text("{}")
+    (tmp_path / "out" / "best" / "best").write_text("step-3\n")
+    for name in ("out/best", "out/best/best"):
+        assert checkpoint.find_model(name).samefile("out/best/step-3")
 
 
 def test_a_best_checkpoint_that_is_not_there_is_dropped(train_on, world, capsys):
@@ -186,12 +191,14 @@ def test_a_best_checkpoint_that_is_not_there_is_dropped(train_on, world, capsys)
     assert (run / "best").read_text() == "step-16\n"
 
 
-def test_a_second_signal_ends_everything():
+def test_a_second_ctrl_c_ends_everything():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     try:
         with checkpoint.Stop() as stop:
             signal.raise_signal(signal.SIGINT)
             assert stop.asked == signal.SIGINT
+            signal.raise_signal(signal.SIGTERM)  # a scheduler and torchrun may send one each
+            signal.raise_signal(signal.SIGTERM)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         with checkpoint.Stop() as stop, pytest.raises(KeyboardInterrupt), stop.at_once():
