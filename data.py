@@ -663,9 +663,7 @@ def load_steps(dataset, order, micro_batch, workers=0, ranks=None, start=0):
             if isinstance(item, UserError):
                 raise item
             micro_batches, skipped = item
-            batches = [
-                collate(samples, dataset.encoder, images) for samples, images in micro_batches
-            ]
+            batches = [collate(posts, dataset.encoder, images) for posts, images in micro_batches]
             batches[0].skipped = skipped
             yield step, batches
     except RuntimeError as error:

@@ -144,9 +144,7 @@ def test_shares_of_the_kinds(posts):
 def test_what_is_held_out_of_training(posts):
     clubs = make_clubs(100)
     of_clubs = {
-        name: {
-            f"{club.city} {event}" for club in clubs if club.held_out == name for event in EVENTS
-        }
+        name: {f"{c.city} {event}" for c in clubs if c.held_out == name for event in EVENTS}
         for name in ("valid", "test")
     }
     events = {f"{club.city} {club.kept_event}" for club in clubs if club.kept_event}

@@ -192,9 +192,7 @@ def test_a_worker_that_is_killed_is_told(encoders, tmp_path, monkeypatch):
 
 
 def test_full_shared_memory_is_told(encoders, world, tmp_path, monkeypatch):
-    path = write(
-        tmp_path / "posts.jsonl", [post(1, image=str(world / "images" / "test-00000.png"))]
-    )
+    path = write(tmp_path / "posts.jsonl", [post(1, image=str(world / "images/test-00000.png"))])
 
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")

@@ -60,9 +60,7 @@ def test_a_photo_is_turned_upright(tmp_path, orientation, corner, shrink):
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
     picture = load_image(tmp_path / "a.jpg", {1: 10**6, 4: 40_000}[shrink])
-    size = width, height = [side // shrink for side in (2000, 1500)][
-        :: 1 if orientation < 5 else -1
-    ]
+    size = width, height = [n // shrink for n in (2000, 1500)][:: 1 if orientation < 5 else -1]
     assert [*picture.size] == size
     red = set()
     for x, y in ((0, 0), (0, 1), (1, 0), (1, 1)):

@@ -125,9 +125,7 @@ def test_an_adapter_learns_and_its_folder_is_peft_s(peft, adapter_run, world):
     assert torch.equal(logits(ours, encoder), logits(theirs, encoder))
 
 
-def test_a_merged_model_predicts_as_its_adapter(
-    peft, adapter_run, tmp_path, world, monkeypatch, capsys
-):
+def test_a_merged_model_is_its_adapter(peft, adapter_run, tmp_path, world, monkeypatch, capsys):
     call(monkeypatch, tools.merge, adapter_run, tmp_path / "merged")
     printed = capsys.readouterr()
     assert printed.out == "" and "merged: the merged model, in float32" in printed.err
@@ -159,9 +157,7 @@ def test_a_merged_model_predicts_as_its_adapter(
     assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 12
 
 
-def test_a_stopped_adapter_run_resumes_to_the_same_weights(
-    peft, train_on, adapter_run, monkeypatch
-):
+def test_a_stopped_adapter_run_resumes_to_equal_weights(peft, train_on, adapter_run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 

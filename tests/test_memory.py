@@ -179,7 +179,5 @@ def test_modes_that_read_one_answer_keep_no_cache_of_the_prompt(monkeypatch):
 
 def test_shards_are_estimated_where_auto_would_shard():
     args = memory.parse_args(["--gpus", "8"])
-    ddp, fsdp = (
-        memory.estimate(real("Qwen/Qwen2.5-VL-3B-Instruct"), args, card) for card in (141, 80)
-    )
+    ddp, fsdp = (memory.estimate(real("Qwen/Qwen2.5-VL-3B-Instruct"), args, gb) for gb in (141, 80))
     assert ddp["weights"] == pytest.approx(8 * fsdp["weights"])

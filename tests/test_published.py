@@ -228,7 +228,7 @@ def test_two_steps_of_training_save_and_load_again(source, pictures, posts, tmp_
     assert {dtype for _, dtype in source_weights.values()} >= {torch.bfloat16}
     source_weights.pop("mtp.fc.weight", None)  # Qwen3.5's; it is not trained and not saved
     assert saved_weights == {
-        name: (shape, torch.float32) for name, (shape, _) in source_weights.items()
+        key: (shape, torch.float32) for key, (shape, _) in source_weights.items()
     }
     for file in side_files:
         assert (saved / file.name).read_bytes() == file.read_bytes(), file.name

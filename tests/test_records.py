@@ -199,9 +199,7 @@ def test_the_commands_that_a_mapped_run_prints_work(theirs, tmp_path, monkeypatc
     arguments = words(*files, "--model", theirs / "toy", "--out", out, *sizes)
     assert not call(monkeypatch, train, *arguments)
     printed = capsys.readouterr().err.splitlines()
-    commands = [
-        line[10:] for line in printed if line[:10].strip() in ("Predict", "Import", "Score")
-    ]
+    commands = [row[10:] for row in printed if row[:10].strip() in ("Predict", "Import", "Score")]
     assert len(commands) == 3
     for command in commands:
         command = [sys.executable, *shlex.split(command)[1:]]
