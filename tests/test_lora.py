@@ -97,7 +97,7 @@ def test_shared_and_literal_steps_agree_and_checkpointing_changes_nothing(peft, 
 
 
 SIZES = "--epochs 2 --batch-size 8 --workers 0 --max-new-tokens 16"
-OPTIONS = "--lora 8 --lr 2e-2 --gamma 5 --save-every 5"
+OPTIONS = "--lora 8 --lr 1e-2 --gamma 5 --save-every 5"
 
 
 @pytest.fixture(scope="module")
