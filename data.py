@@ -662,8 +662,8 @@ def load_steps(dataset, order, micro_batch, workers=0, ranks=None, start=0):
         for step, item in enumerate(steps, start + 1):
             if isinstance(item, UserError):
                 raise item
-            micro_batches, skipped = item
-            batches = [collate(posts, dataset.encoder, images) for posts, images in micro_batches]
+            (micro_batches, skipped), encoder = item, dataset.encoder
+            batches = [collate(samples, encoder, images) for samples, images in micro_batches]
             batches[0].skipped = skipped
             yield step, batches
     except RuntimeError as error:

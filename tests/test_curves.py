@@ -179,9 +179,7 @@ def test_logged_choices_add_up_to_the_log(train_on, world):
         mean = sum(choice["plain_loss"] for choice in here) / len(here)
         assert mean == pytest.approx(step["plain_loss"], abs=2e-6)
         assert sum(choice["use_cot"] for choice in here) / len(here) == step["cot_share"]
-        assert all(
-            choice["use_cot"] == (choice["plain_loss"] < choice["gamma"] == 6.6) for choice in here
-        )
+        assert all(one["use_cot"] == (one["plain_loss"] < one["gamma"] == 6.6) for one in here)
     assert 0 < sum(choice["use_cot"] for choice in choices) < len(choices)
     cot = train_on("cot", "--mode", "cot", "--log-choices", "--epochs", "1", posts=few)
     told = {(choice["plain_loss"], choice["use_cot"]) for choice in lines(cot / "choices.jsonl")}

@@ -56,7 +56,9 @@ def test_torchruns_variables(environment):
 )
 def test_variables_that_torchrun_would_not_set(environment, variables):
     environment(**variables)
-    with pytest.raises(UserError, match="in the environment: can't be read.*torchrun, or unset"):
+    with pytest.raises(
+        UserError, match="in the environment: can't be read.*torchrun, or unset them"
+    ):
         Ranks("cpu")
 
 

@@ -134,7 +134,9 @@ def test_all_rows_on_a_real_layout_stopped_once(files, tmp_path, scripts, monkey
     page = (out / "tables.md").read_text()
     sft = next(line for line in page.splitlines() if line.startswith("| sft |"))
     assert sft.endswith("| 60.83 |")
-    assert re.search("The paper's .* none for a model of 0.000 billion .*\n\n\\| F1@1", page)
+    assert re.search(
+        "The paper's .* none for a model of 0.000 billion parameters.\n\n\\| F1@1", page
+    )
     low, high = (100 * end for end in scores["sft"]["all"]["interval"]["F1@1"])
     assert sft.startswith(
         f"| sft | {100 * scores['sft']['all']['F1@1']:.1f} ({low:.1f}–{high:.1f})"
