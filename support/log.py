@@ -37,8 +37,9 @@ class TrainingLog(contextlib.ExitStack):
         self.order, self.ranks = order, ranks
         self.evaluated, self.best = 0, (-1.0, 0)  # last evaluation's step; best F1@1 and its step
         self.made_on = None  # the posts and settings of the last evaluation
-        self.truncated, self.told_of_zeros, self.refusal = 0, False, None
+        self.truncated, self.told_of_zeros = 0, False
         self.choices, self.writers, self.board = [], {}, None
+        self.refusal = None  # why the run must end after this step
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
         kept = ranks.from_rank0(self.open_files, step)
         self.skipped = {line["id"]: line["image"] for line in kept["skipped.jsonl"]}

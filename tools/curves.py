@@ -72,7 +72,7 @@ def read_log(folder, name):
         with reading(choices, "did train.py --log-choices write it?"):
             for record in read_records(choices):
                 if record["plain_loss"] is not None:
-                    gamma = record.get("gamma") or settings["gamma"]
+                    gamma = record.get("gamma") or settings["gamma"]  # null: infinite
                     samples.extend((record["step"], record["plain_loss"], gamma))
     lines = {name: [part.mean(0).tolist() for part in split(line)] for name, line in lines.items()}
     losses = np.array(samples).reshape(-1, 3)
